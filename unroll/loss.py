@@ -1,0 +1,306 @@
+"""The surrogate generator loss f_K, Eq. 9."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchopt.pytree import tree_map
+
+from unroll.objectives import Minimax, Objective, expects_logits
+from unroll.optimizers import inner_optimizer
+from unroll.stateless import Batch, Stateless, check_supported, held, tensors, unwrap
+from unroll.steps import (
+    At,
+    LookAhead,
+    Point,
+    Project,
+    check_differentiable,
+    check_scalar,
+    minibatches_checked,
+)
+
+
+@dataclass(frozen=True)
+class UnrolledDiscriminator:
+    """What K look-ahead steps lead to: callable like D, at theta_D^K.
+
+    Attributes:
+        parameters: Every parameter name of the unwrapped D, with its tensor in theta_D^K. In the
+            graph of the fakes, unless ``stop_gradient`` is set or nothing required a gradient.
+        buffers: Every buffer name of D, with its tensor after the K steps, detached.
+        optimizer_state: The optimizer's state after the K steps, in the optimizer's own form: what
+            a torchopt transformation's ``update`` returned, a tuple of those for a torchopt
+            optimizer, a mapping from parameter names to states for a ``torch.optim`` one.
+        losses: D's loss before each step, shape ``(K,)``, detached.
+    """
+
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    optimizer_state: Any
+    losses: Tensor
+    _module: nn.Module = field(repr=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return ``D(*args, **kwargs)`` at theta_D^K; neither D nor the buffers change."""
+        with held(self._module):
+            d = At(Stateless(self._module), self.parameters, self.buffers)
+            return d.forward(*args, **kwargs)
+
+
+class UnrolledGeneratorLoss(nn.Module):
+    """The generator's loss at a discriminator that looks K steps ahead.
+
+    The surrogate objective of Metz, Poole, Pfau and Sohl-Dickstein, "Unrolled Generative
+    Adversarial Networks" (ICLR 2017, https://arxiv.org/abs/1611.02163)::
+
+        theta_D^0     = theta_D                                              (6)
+        theta_D^{k+1} = theta_D^k + eta df(theta_G, theta_D^k)/dtheta_D^k        (7)
+        f_K(theta_G, theta_D) = f(theta_G, theta_D^K(theta_G, theta_D))          (9)
+
+    with a step of the given optimizer in place of ``eta df``. The steps are differentiated
+    through, so that the generator learns how the discriminator would react to it. Nothing that
+    the caller holds changes: D, its buffers and gradients, the optimizer and its state.
+
+    Time and memory grow linearly with K. The wrapper owns no parameters, buffers or submodules.
+
+    Args:
+        discriminator: Any ``nn.Module``. It may be wrapped by ``torch.compile``.
+        optimizer: What trains the discriminator, as it is: a ``torch.optim`` optimizer, a torchopt
+            ``Optimizer``, ``MetaOptimizer`` or ``FuncOptimizer`` (each with its live state), or a
+            bare torchopt transformation such as ``torchopt.adam(1e-4)``. A bare transformation
+            starts afresh at every call, with Adam's step count and learning-rate schedules, unless
+            the call gets ``optimizer_state``; prefer the optimizer that trains D.
+        objective: The game, see :class:`unroll.Objective`. Default: :class:`unroll.Minimax`.
+        unroll_steps: K, at least 0. A plain attribute: it may change between calls. K = 0 is the
+            ordinary generator loss.
+        stop_gradient: Keep the first term of Eq. 12 only: theta_D^K is a constant. Default False.
+        average: Return the mean of f_1, ..., f_K in place of f_K (App. B.2); f_0 where K = 0.
+            Default False.
+        project: Called after every look-ahead step with a mapping from parameter names to tensors;
+            returns the mapping with the projected ones (WGAN's clipping, a weight normalisation).
+            It is differentiated through. Default: none.
+
+    Raises:
+        TypeError: The optimizer, the discriminator or ``unroll_steps`` is of an unsupported type.
+        ValueError: ``unroll_steps`` is negative, D has no parameters or uninitialised ones, or the
+            optimizer holds none of them or cannot be differentiated.
+
+    Example:
+        >>> import torch, unroll
+        >>> generator, discriminator = torch.nn.Linear(8, 2), torch.nn.Linear(2, 1)
+        >>> d_optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-4, betas=(0.5, 0.999))
+        >>> unrolled = unroll.UnrolledGeneratorLoss(discriminator, d_optimizer, unroll_steps=5)
+        >>> g_loss = unrolled(generator(torch.randn(16, 8)), torch.randn(16, 2))
+        >>> g_loss.backward()
+    """
+
+    def __init__(
+        self,
+        discriminator: nn.Module,
+        optimizer: Any,
+        objective: Objective = Minimax(),
+        *,
+        unroll_steps: int,
+        stop_gradient: bool = False,
+        average: bool = False,
+        project: Project | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(discriminator, nn.Module):
+            raise TypeError(
+                "discriminator: must be an nn.Module; got "
+                f"{type(discriminator).__name__}. Pass the module whose parameters are trained."
+            )
+        module = unwrap(discriminator)
+        check_supported(module)
+        _check_objective(objective)
+        _warn_of_sigmoid(module, objective)
+        parameters = dict(module.named_parameters())
+        inner_optimizer(optimizer, parameters)
+        # Past nn.Module's __setattr__, which would make D and the objective submodules.
+        vars(self).update(discriminator=module, optimizer=optimizer, objective=objective)
+        vars(self).update(project=project)
+        self.unroll_steps = unroll_steps
+        self.stop_gradient = stop_gradient
+        self.average = average
+        trainable = {name for name, p in parameters.items() if p.requires_grad}
+        self._trainable = frozenset(trainable or parameters)
+        self._inspected = False
+        _steps(unroll_steps)
+
+    discriminator: nn.Module
+    optimizer: Any
+    objective: Objective
+    project: Project | None
+
+    def forward(
+        self,
+        fake: Batch,
+        real: Batch,
+        *,
+        minibatches: Iterable[tuple[Batch, Batch]] | None = None,
+        optimizer_state: Any = None,
+    ) -> Tensor:
+        """Return f_K (Eq. 9), a 0-d tensor that is differentiable in ``fake``.
+
+        Args:
+            fake: Generated samples with the generator's graph: a tensor ``(N, ...)`` for ``D(x)``,
+                a tuple for ``D(*x)`` or a mapping for ``D(**x)``.
+            real: Real samples, in the same form.
+            minibatches: K pairs ``(fake_k, real_k)``, one for each look-ahead step; f itself uses
+                ``(fake, real)``. Consumed lazily. Default: ``(fake, real)`` in every step, as in
+                the paper's experiments.
+            optimizer_state: Only with a bare transformation: what its ``init`` returned for
+                ``tuple(discriminator.parameters())``, or an update of that. Default: afresh.
+
+        Raises:
+            ValueError: ``fake`` has no path to a generator while gradients are on, ``minibatches``
+                holds fewer than K pairs, or a loss is not 0-d or not a function of D.
+            RuntimeError: Called in inference mode, D changes its parameters in place, or a layer
+                has no second derivative.
+        """
+        needs_graph = torch.is_grad_enabled() and not self.stop_gradient
+        if needs_graph:
+            check_differentiable(fake, "fake")
+        pairs = self._pairs(fake, real, minibatches, needs_graph=needs_graph)
+        with held(self.discriminator):
+            return self.surrogate(self.look_ahead(pairs, optimizer_state), fake, real)
+
+    def unroll(
+        self,
+        fake: Batch,
+        real: Batch,
+        *,
+        minibatches: Iterable[tuple[Batch, Batch]] | None = None,
+        optimizer_state: Any = None,
+    ) -> UnrolledDiscriminator:
+        """Return the discriminator after K steps (Eq. 6-7), without touching the real one.
+
+        Arguments and errors are those of :meth:`forward`, except that ``fake`` may be detached;
+        the result then consists of constants. ``average`` does not matter.
+        """
+        seen: list[Tensor] = []
+
+        def recorded() -> Iterator[tuple[Batch, Batch]]:
+            for pair in self._pairs(fake, real, minibatches, needs_graph=False):
+                seen.extend(tensors(pair))
+                yield pair
+
+        with held(self.discriminator):
+            *before, last = self.look_ahead(recorded(), optimizer_state)
+        in_graph = any(t.requires_grad for t in seen) and not self.constant
+        keep = (lambda t: t) if in_graph else _detached
+        losses = [point.loss for point in (*before, last) if point.loss is not None]
+        return UnrolledDiscriminator(
+            parameters={name: keep(p) for name, p in last.parameters.items()},
+            buffers={name: _detached(b) for name, b in last.buffers.items()},
+            optimizer_state=tree_map(keep, last.optimizer_state),
+            losses=torch.stack(losses) if losses else torch.empty(0),
+            _module=self.discriminator,
+        )
+
+    @property
+    def constant(self) -> bool:
+        """Whether theta_D^1..K are constants: no second term in Eq. 12."""
+        return self.stop_gradient or not torch.is_grad_enabled()
+
+    def look_ahead(
+        self, pairs: Iterable[tuple[Batch, Batch]], optimizer_state: Any = None
+    ) -> list[Point]:
+        """Return theta_D^0, ..., theta_D^K. To be called while D is held."""
+        module = Stateless(self.discriminator)
+        optimizer = inner_optimizer(self.optimizer, module.parameters, optimizer_state)
+        ahead = LookAhead(
+            module=module,
+            optimizer=optimizer,
+            objective=self.objective,
+            moving=self._trainable & optimizer.names,
+            constant=self.constant,
+            project=self.project,
+            inspect=not self._inspected,
+        )
+        points = list(ahead.trajectory(pairs))
+        self._inspected |= not self.constant and len(points) > 1
+        return points
+
+    def surrogate(self, points: list[Point], fake: Batch, real: Batch) -> Tensor:
+        """Return f at theta_D^K, or its mean over theta_D^1..K. To be called while D is held."""
+        chosen = points[1:] if self.average and len(points) > 1 else points[-1:]
+        module = Stateless(self.discriminator)
+        values = []
+        for point in chosen:
+            constant = self.constant or point.loss is None  # theta_D^0 takes no gradient
+            keep = _detached if constant else (lambda t: t)
+            d = At(module, {n: keep(p) for n, p in point.parameters.items()}, point.buffers)
+            value = self.objective.generator_loss(d, fake, real)
+            check_scalar(value, "generator_loss")
+            values.append(value)
+        return torch.stack(values).mean() if len(values) > 1 else values[0]
+
+    def extra_repr(self) -> str:
+        """Return the settings, for ``print``."""
+        return (
+            f"{type(self.discriminator).__name__}, {type(self.optimizer).__name__}, "
+            f"{self.objective}, unroll_steps={self.unroll_steps}, "
+            f"stop_gradient={self.stop_gradient}, average={self.average}"
+        )
+
+    def _pairs(
+        self,
+        fake: Batch,
+        real: Batch,
+        minibatches: Iterable[tuple[Batch, Batch]] | None,
+        *,
+        needs_graph: bool,
+    ) -> Iterable[tuple[Batch, Batch]]:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "UnrolledGeneratorLoss: the look-ahead differentiates and so cannot run in "
+                "torch.inference_mode(). Use torch.no_grad() for a value without a graph."
+            )
+        steps = _steps(self.unroll_steps)
+        if minibatches is None:
+            return repeat((fake, real), steps)
+        return minibatches_checked(minibatches, steps, needs_graph=needs_graph)
+
+
+def _detached(tensor: Any) -> Any:
+    return tensor.detach() if isinstance(tensor, Tensor) else tensor
+
+
+def _steps(unroll_steps: object) -> int:
+    if not isinstance(unroll_steps, int) or isinstance(unroll_steps, bool):
+        raise TypeError(
+            "unroll_steps: must be an int, the number K of look-ahead steps; got "
+            f"{unroll_steps!r} ({type(unroll_steps).__name__})."
+        )
+    if unroll_steps < 0:
+        raise ValueError(
+            f"unroll_steps: must be at least 0; got {unroll_steps}. Use 0 for the ordinary loss."
+        )
+    return unroll_steps
+
+
+def _check_objective(objective: object) -> None:
+    for method in ("discriminator_loss", "generator_loss"):
+        if isinstance(objective, type) or not callable(getattr(objective, method, None)):
+            raise TypeError(
+                "objective: must be an object with the methods discriminator_loss and "
+                f"generator_loss; got {objective!r}. Pass for instance unroll.Minimax(), or wrap "
+                "a torch loss in unroll.Criterion(...)."
+            )
+
+
+def _warn_of_sigmoid(module: nn.Module, objective: Objective) -> None:
+    if expects_logits(objective) and isinstance(list(module.modules())[-1], nn.Sigmoid):
+        warnings.warn(
+            "discriminator: ends in nn.Sigmoid, but the objective takes logits and would apply a "
+            "second one. Remove the Sigmoid, or use unroll.Criterion(nn.BCELoss()).",
+            stacklevel=3,
+        )

@@ -1,0 +1,194 @@
+"""A discriminator as a pure function of its parameters and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from unroll.kernels import twice_differentiable
+
+Batch = Any  # a tensor, a tuple (positional arguments of D) or a mapping (its keyword arguments)
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    """Return the tensors of a batch, in order."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        return [t for value in batch.values() for t in tensors(value)]
+    if isinstance(batch, (tuple, list)):
+        return [t for value in batch for t in tensors(value)]
+    return []
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """Return the batch with ``function`` applied to each of its tensors."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(function, value) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        mapped = [map_tensors(function, value) for value in batch]
+        return type(batch)(*mapped) if hasattr(batch, "_fields") else type(batch)(mapped)
+    return batch
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the user's own module inside ``torch.compile``'s and data-parallel wrappers."""
+    while True:
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            module = module._orig_mod
+        elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        else:
+            return module
+
+
+class Stateless:
+    """``module`` as a pure function of parameters and buffers.
+
+    The tensors are written into the module's own containers for the length of a call, which costs
+    a tenth of what ``torch.func.functional_call`` does, and hooks and attributes keep working.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.parameters: dict[str, Tensor] = dict(module.named_parameters())
+        self.buffers: dict[str, Tensor] = dict(module.named_buffers())
+        names = {id(t): name for name, t in (self.parameters | self.buffers).items()}
+        self._places: dict[str, list[tuple[dict[str, Any], str]]] = {n: [] for n in names.values()}
+        for submodule in module.modules():
+            for container in (submodule._parameters, submodule._buffers):
+                for key, tensor in container.items():
+                    if tensor is not None:  # a tied tensor has several places and one name
+                        self._places[names[id(tensor)]].append((container, key))
+
+    def __call__(
+        self,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        twice: bool,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Return ``module(*args, **kwargs)`` and the buffers that it leaves behind.
+
+        ``twice`` takes care that the output has right second and third derivatives.
+        """
+        # Fresh buffers at every call: one that is changed in place may be saved for backward.
+        swapped = {**parameters, **{name: buffer.clone() for name, buffer in buffers.items()}}
+        versions = {name: tensor._version for name, tensor in parameters.items()}
+        try:
+            self._write(swapped)
+            with twice_differentiable() if twice else nullcontext():
+                output = self.module(*args, **kwargs)
+            left = {name: self._places[name][0][0][self._places[name][0][1]] for name in buffers}
+        finally:
+            self._write({**self.parameters, **self.buffers})
+        for name, tensor in parameters.items():
+            if tensor._version != versions[name]:
+                raise RuntimeError(mutation_message(name))
+        return output, left
+
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            for container, key in self._places[name]:
+                container[key] = value
+
+
+def mutation_message(name: str) -> str:
+    """Return the text of the refusal of a D that writes into its own parameters."""
+    return (
+        f"discriminator: its forward pass must not change its parameters in place; it changed "
+        f"{name!r}, which would make every look-ahead step differ from a training step. Move the "
+        "change after optimizer.step() in your loop and give it to the look-ahead as project=."
+    )
+
+
+_NO_CHECKPOINTING = (
+    "discriminator: activation checkpointing inside D recomputes with D's real parameters, which "
+    "gives a wrong gradient through the look-ahead. Switch torch.utils.checkpoint off in D while "
+    "the generator's loss is computed."
+)
+
+
+@contextmanager
+def held(module: nn.Module) -> Iterator[None]:
+    """Let ``module`` be used for a look-ahead and give it back exactly as it was.
+
+    Attributes that a forward pass or a hook sets are restored, spectral norm's power iteration
+    stands still, compiled parts run uncompiled (they cannot be differentiated twice).
+    """
+    saved = []
+    for submodule in module.modules():
+        attributes = vars(submodule)
+        containers = [v for k in ("_parameters", "_buffers", "_modules") for v in [attributes[k]]]
+        saved.append((attributes, dict(attributes), [(c, dict(c)) for c in containers]))
+    spectral_hooks = [
+        (hook, hook.n_power_iterations)
+        for submodule in module.modules()
+        for hook in submodule._forward_pre_hooks.values()
+        if isinstance(hook, SpectralNorm)
+    ]
+    try:
+        for attributes, _, _ in saved:
+            for name, value in list(attributes.items()):
+                if isinstance(value, Tensor):  # an unregistered tensor, perhaps changed in place
+                    attributes[name] = value.clone()
+        for hook, _ in spectral_hooks:
+            hook.n_power_iterations = 0
+        for submodule in module.modules():
+            if isinstance(submodule, _SpectralNorm):
+                submodule.training = False
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for hook, iterations in spectral_hooks:
+            hook.n_power_iterations = iterations
+        for attributes, before, containers in saved:
+            attributes.clear()
+            attributes.update(before)
+            for container, content in containers:
+                container.clear()
+                container.update(content)
+
+
+@contextmanager
+def no_activation_checkpointing() -> Iterator[None]:
+    """Refuse ``torch.utils.checkpoint`` inside the discriminator."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_NO_CHECKPOINTING))
+        try:  # the caller's own hooks, such as save_on_cpu, are welcome
+            torch.ones((), requires_grad=True).square()
+        except RuntimeError:
+            stack.pop_all().close()
+        yield
+
+
+def check_supported(module: nn.Module) -> None:
+    """Refuse modules that cannot be run with parameters other than their own."""
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, torch.jit.ScriptModule):
+            raise TypeError(
+                f"discriminator: a torch.jit module ({name or 'the discriminator itself'}) cannot "
+                "run with parameters other than its own. Pass the nn.Module it was made from."
+            )
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, UninitializedTensorMixin):
+            raise ValueError(
+                f"discriminator: parameter {name!r} is not initialised yet (a lazy module). Run "
+                "one batch through the discriminator before wrapping it."
+            )
+    if next(module.parameters(), None) is None:
+        raise ValueError(
+            f"discriminator: must have parameters to look ahead with; {type(module).__name__} has "
+            "none. Pass the module whose parameters the optimizer trains."
+        )

@@ -1,0 +1,189 @@
+"""The K look-ahead steps of the discriminator, Eq. 6 to 8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unroll.inspection import inspect_step
+from unroll.objectives import Objective
+from unroll.optimizers import InnerOptimizer
+from unroll.stateless import Batch, Stateless, map_tensors, no_activation_checkpointing, tensors
+
+Project = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+
+
+class At:
+    """D at some theta_D^k: the pure callable that objectives get. Its buffers evolve."""
+
+    def __init__(
+        self,
+        module: Stateless,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        *,
+        twice: bool = False,
+    ) -> None:
+        self.module, self.parameters, self.buffers = module, parameters, buffers
+        self.twice = twice
+
+    def __call__(self, batch: Batch) -> Any:
+        """Return D(x) for a tensor, D(*x) for a tuple, D(**x) for a mapping."""
+        if isinstance(batch, Mapping):
+            return self.forward(**batch)
+        return self.forward(*batch) if isinstance(batch, tuple) else self.forward(batch)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return ``D(*args, **kwargs)``."""
+        output, self.buffers = self.module(
+            self.parameters, self.buffers, args, kwargs, twice=self.twice
+        )
+        return output
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the look-ahead stands after k steps."""
+
+    parameters: Mapping[str, Tensor]  # theta_D^k
+    buffers: Mapping[str, Tensor]
+    optimizer_state: Any
+    loss: Tensor | None = None  # D's before the step that led here, detached
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    """K steps of D from where it stands, on private copies of all that they change."""
+
+    module: Stateless
+    optimizer: InnerOptimizer
+    objective: Objective
+    moving: frozenset[str]  # names of the parameters that take steps
+    constant: bool  # whether theta_D^1..K are constants: no second term in Eq. 12
+    project: Project | None
+    inspect: bool  # whether to look for broken derivatives in the first step
+
+    def trajectory(self, batches: Iterable[tuple[Batch, Batch]]) -> Iterator[Point]:
+        """Yield theta_D^0 = theta_D (Eq. 6), then a point after a step on each (fake, real)."""
+        point = Point(
+            {name: self._leaf(name, p.clone()) for name, p in self.module.parameters.items()},
+            self.module.buffers,
+            self.optimizer.initial_state(),
+        )
+        yield point
+        for fake, real in batches:
+            point = self._step(point, fake, real)
+            yield point
+
+    def _leaf(self, name: str, value: Tensor) -> Tensor:
+        return value.detach().requires_grad_(name in self.moving)
+
+    def _step(self, point: Point, fake: Batch, real: Batch) -> Point:
+        """Return theta_D^{k+1} = theta_D^k + eta df/dtheta_D^k (Eq. 7)."""
+        if self.constant:
+            fake, real = (map_tensors(Tensor.detach, batch) for batch in (fake, real))
+        d = At(self.module, point.parameters, point.buffers, twice=not self.constant)
+        with torch.enable_grad():
+            with no_activation_checkpointing():
+                loss = self.objective.discriminator_loss(d, fake, real)
+            check_scalar(loss, "discriminator_loss")
+            gradients = self._gradients(loss, point.parameters)
+        with (
+            torch.set_grad_enabled(not self.constant),
+            torch.autocast(loss.device.type, enabled=False),  # optimizers keep full precision
+        ):
+            theta, state = self.optimizer.step(point.parameters, gradients, point.optimizer_state)
+            if self.project is not None:
+                theta = self._projected(theta)
+        if self.inspect and point.loss is None and not self.constant:
+            inspect_step(self.module.module, gradients.values(), tensors(fake), lambda: d(real))
+        if self.constant:
+            theta = {name: self._leaf(name, value) for name, value in theta.items()}
+        return Point(theta, d.buffers, state, loss.detach())
+
+    def _gradients(self, loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return df/dtheta_D^k of the moving parameters that the loss depends on."""
+        found: dict[str, Tensor] = {}
+        if loss.requires_grad:
+            moving = {name: p for name, p in parameters.items() if name in self.moving}
+            gradients = torch.autograd.grad(
+                loss, list(moving.values()), create_graph=not self.constant, allow_unused=True
+            )
+            pairs = zip(moving, gradients, strict=True)
+            found = {name: gradient for name, gradient in pairs if gradient is not None}
+        if not found:
+            raise ValueError(
+                "objective: discriminator_loss must depend on the parameters of the discriminator "
+                "it is given; its loss depends on none that the optimizer trains. Call the "
+                "`discriminator` argument, not the module itself, and do not detach its output."
+            )
+        return found
+
+    def _projected(self, theta: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert self.project is not None
+        projected = self.project(dict(theta))
+        if not isinstance(projected, Mapping) or projected.keys() != theta.keys():
+            got = list(projected) if isinstance(projected, Mapping) else type(projected).__name__
+            raise ValueError(
+                "project: must return a mapping with the names that it was given, "
+                f"{list(theta)}; got {got}. Return all parameters, changed or not."
+            )
+        for name, value in projected.items():
+            if value.shape != theta[name].shape:
+                raise ValueError(
+                    f"project: must keep the shapes of the parameters; {name!r} came with "
+                    f"{tuple(theta[name].shape)} and left with {tuple(value.shape)}."
+                )
+        return dict(projected)
+
+
+def check_scalar(loss: Tensor, method: str) -> None:
+    """Refuse a loss that is not a 0-d tensor."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"objective: {method} must return a 0-d tensor; got {type(loss).__name__}. Return the "
+            "loss as torch computed it."
+        )
+    if loss.dim() != 0:
+        raise ValueError(
+            f"objective: {method} must return a 0-d tensor; got shape {tuple(loss.shape)}. Reduce "
+            "it with .mean()."
+        )
+
+
+def minibatches_checked(
+    minibatches: Iterable[tuple[Batch, Batch]], steps: int, *, needs_graph: bool
+) -> Iterator[tuple[Batch, Batch]]:
+    """Yield exactly ``steps`` (fake_k, real_k) pairs, and draw no more than that."""
+    iterator = iter(minibatches)
+    for k in range(steps):
+        try:
+            pair = next(iterator)
+        except StopIteration:
+            raise ValueError(
+                f"minibatches: must hold one (fake, real) pair for each of the {steps} look-ahead "
+                f"steps; only {k} came. Pass {steps} pairs or set unroll_steps={k}."
+            ) from None
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(
+                "minibatches: must yield (fake, real) pairs; item "
+                f"{k} is a {type(pair).__name__}. Yield (generator(z), real)."
+            )
+        if needs_graph:
+            check_differentiable(pair[0], f"minibatches, fake {k}")
+        yield pair[0], pair[1]
+
+
+def check_differentiable(fake: Batch, what: str) -> None:
+    """Refuse fakes without a path to a generator."""
+    if not any(t.requires_grad for t in tensors(fake)):
+        raise ValueError(
+            f"{what}: must carry the generator's graph, for the second term of Eq. 12 flows through "
+            "it; no tensor in it requires a gradient. Do not detach it or make it under "
+            "torch.no_grad(); to evaluate only, call the loss under torch.no_grad(); for the first "
+            "term alone, set stop_gradient=True."
+        )
