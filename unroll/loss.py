@@ -12,8 +12,18 @@ import torch
 from torch import Tensor, nn
 from torchopt.pytree import tree_map
 
-from unroll.objectives import Minimax, Objective, expects_logits
+from unroll.objectives import (
+    Hinge,
+    LeastSquares,
+    Minimax,
+    NonSaturating,
+    Objective,
+    RelativisticAverage,
+    RelativisticPairing,
+    Wasserstein,
+)
 from unroll.optimizers import inner_optimizer
+from unroll.penalties import Sum
 from unroll.stateless import Batch, Stateless, check_supported, held, tensors, unwrap
 from unroll.steps import (
     At,
@@ -170,7 +180,7 @@ class UnrolledGeneratorLoss(nn.Module):
             check_differentiable(fake, "fake")
         pairs = self._pairs(fake, real, minibatches, needs_graph=needs_graph)
         with held(self.discriminator):
-            return self.surrogate(self.look_ahead(pairs, optimizer_state), fake, real)
+            return self._surrogate(self._look_ahead(pairs, optimizer_state), fake, real)
 
     def unroll(
         self,
@@ -193,9 +203,9 @@ class UnrolledGeneratorLoss(nn.Module):
                 yield pair
 
         with held(self.discriminator):
-            *before, last = self.look_ahead(recorded(), optimizer_state)
-        in_graph = any(t.requires_grad for t in seen) and not self.constant
-        keep = (lambda t: t) if in_graph else _detached
+            *before, last = self._look_ahead(recorded(), optimizer_state)
+        in_graph = any(t.requires_grad for t in seen) and not self._constant
+        keep = _unchanged if in_graph else _detached
         losses = [point.loss for point in (*before, last) if point.loss is not None]
         return UnrolledDiscriminator(
             parameters={name: keep(p) for name, p in last.parameters.items()},
@@ -206,11 +216,11 @@ class UnrolledGeneratorLoss(nn.Module):
         )
 
     @property
-    def constant(self) -> bool:
+    def _constant(self) -> bool:
         """Whether theta_D^1..K are constants: no second term in Eq. 12."""
         return self.stop_gradient or not torch.is_grad_enabled()
 
-    def look_ahead(
+    def _look_ahead(
         self, pairs: Iterable[tuple[Batch, Batch]], optimizer_state: Any = None
     ) -> list[Point]:
         """Return theta_D^0, ..., theta_D^K. To be called while D is held."""
@@ -221,22 +231,22 @@ class UnrolledGeneratorLoss(nn.Module):
             optimizer=optimizer,
             objective=self.objective,
             moving=self._trainable & optimizer.names,
-            constant=self.constant,
+            constant=self._constant,
             project=self.project,
             inspect=not self._inspected,
         )
         points = list(ahead.trajectory(pairs))
-        self._inspected |= not self.constant and len(points) > 1
+        self._inspected |= not self._constant and len(points) > 1
         return points
 
-    def surrogate(self, points: list[Point], fake: Batch, real: Batch) -> Tensor:
+    def _surrogate(self, points: list[Point], fake: Batch, real: Batch) -> Tensor:
         """Return f at theta_D^K, or its mean over theta_D^1..K. To be called while D is held."""
         chosen = points[1:] if self.average and len(points) > 1 else points[-1:]
         module = Stateless(self.discriminator)
         values = []
         for point in chosen:
-            constant = self.constant or point.loss is None  # theta_D^0 takes no gradient
-            keep = _detached if constant else (lambda t: t)
+            constant = self._constant or point.loss is None  # theta_D^0 takes no gradient
+            keep = _detached if constant else _unchanged
             d = At(module, {n: keep(p) for n, p in point.parameters.items()}, point.buffers)
             value = self.objective.generator_loss(d, fake, real)
             check_scalar(value, "generator_loss")
@@ -270,6 +280,10 @@ class UnrolledGeneratorLoss(nn.Module):
         return minibatches_checked(minibatches, steps, needs_graph=needs_graph)
 
 
+def _unchanged(tensor: Any) -> Any:
+    return tensor
+
+
 def _detached(tensor: Any) -> Any:
     return tensor.detach() if isinstance(tensor, Tensor) else tensor
 
@@ -298,9 +312,16 @@ def _check_objective(objective: object) -> None:
 
 
 def _warn_of_sigmoid(module: nn.Module, objective: Objective) -> None:
-    if expects_logits(objective) and isinstance(list(module.modules())[-1], nn.Sigmoid):
+    if _expects_logits(objective) and isinstance(list(module.modules())[-1], nn.Sigmoid):
         warnings.warn(
             "discriminator: ends in nn.Sigmoid, but the objective takes logits and would apply a "
             "second one. Remove the Sigmoid, or use unroll.Criterion(nn.BCELoss()).",
             stacklevel=3,
         )
+
+
+def _expects_logits(objective: Objective) -> bool:
+    if isinstance(objective, Sum):
+        return _expects_logits(objective.first) or _expects_logits(objective.second)
+    separable = (Minimax, NonSaturating, LeastSquares, Hinge, Wasserstein)
+    return isinstance(objective, (*separable, RelativisticPairing, RelativisticAverage))

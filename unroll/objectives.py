@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-from unroll.kernels import safe_sqrt
-from unroll.stateless import Batch, map_tensors, tensors
+from unroll.stateless import Batch
 
 Discriminator = Callable[[Batch], Any]
 
@@ -47,7 +46,8 @@ class Objective(Protocol):
         ...
 
 
-def _logits(discriminator: Discriminator, batch: Batch) -> Tensor:
+def one_tensor(discriminator: Discriminator, batch: Batch) -> Tensor:
+    """Return D's output, which must be a tensor."""
     output = discriminator(batch)
     if not isinstance(output, Tensor):
         raise TypeError(
@@ -58,7 +58,8 @@ def _logits(discriminator: Discriminator, batch: Batch) -> Tensor:
     return output
 
 
-def _pair(real: Tensor, fake: Tensor, what: str) -> tuple[Tensor, Tensor]:
+def paired(real: Tensor, fake: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """Return both tensors, which must have the same shape."""
     if real.shape != fake.shape:
         raise ValueError(
             f"fake, real: {what} pairs them sample by sample, so they must have equal shapes; got "
@@ -85,8 +86,8 @@ class Minimax:
 
     def discriminator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
         """Return ``-f``."""
-        real_loss = softplus(-_logits(discriminator, real)).mean()
-        return real_loss + softplus(_logits(discriminator, fake)).mean()
+        real_loss = softplus(-one_tensor(discriminator, real)).mean()
+        return real_loss + softplus(one_tensor(discriminator, fake)).mean()
 
     def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
         """Return ``f``."""
@@ -103,7 +104,7 @@ class NonSaturating:
 
     def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
         """Return ``-E[log D(G(z))]``."""
-        return softplus(-_logits(discriminator, fake)).mean()
+        return softplus(-one_tensor(discriminator, fake)).mean()
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,12 @@ class LeastSquares:
 
     def discriminator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
         """Return ``E[(D(x) - 1)^2] / 2 + E[D(G(z))^2] / 2``."""
-        real_loss = (_logits(discriminator, real) - 1).square().mean()
-        return (real_loss + _logits(discriminator, fake).square().mean()) / 2
+        real_loss = (one_tensor(discriminator, real) - 1).square().mean()
+        return (real_loss + one_tensor(discriminator, fake).square().mean()) / 2
 
     def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
         """Return ``E[(D(G(z)) - 1)^2] / 2``."""
-        return (_logits(discriminator, fake) - 1).square().mean() / 2
+        return (one_tensor(discriminator, fake) - 1).square().mean() / 2
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,12 @@ class Hinge:
 
     def discriminator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
         """Return ``E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))]``."""
-        real_loss = relu(1 - _logits(discriminator, real)).mean()
-        return real_loss + relu(1 + _logits(discriminator, fake)).mean()
+        real_loss = relu(1 - one_tensor(discriminator, real)).mean()
+        return real_loss + relu(1 + one_tensor(discriminator, fake)).mean()
 
     def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
         """Return ``-E[D(G(z))]``."""
-        return -_logits(discriminator, fake).mean()
+        return -one_tensor(discriminator, fake).mean()
 
 
 @dataclass(frozen=True)
@@ -140,12 +141,12 @@ class Wasserstein:
 
     def discriminator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
         """Return ``E[D(G(z))] - E[D(x)]``."""
-        real_score = _logits(discriminator, real).mean()
-        return _logits(discriminator, fake).mean() - real_score
+        real_score = one_tensor(discriminator, real).mean()
+        return one_tensor(discriminator, fake).mean() - real_score
 
     def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
         """Return ``-E[D(G(z))]``."""
-        return -_logits(discriminator, fake).mean()
+        return -one_tensor(discriminator, fake).mean()
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,9 @@ class RelativisticPairing:
         return softplus(self._margin(discriminator, fake, real)).mean()
 
     def _margin(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
-        real_logits = _logits(discriminator, real)
-        fake_logits = _logits(discriminator, fake)
-        real_logits, fake_logits = _pair(real_logits, fake_logits, "RelativisticPairing")
+        real_logits = one_tensor(discriminator, real)
+        fake_logits = one_tensor(discriminator, fake)
+        real_logits, fake_logits = paired(real_logits, fake_logits, "RelativisticPairing")
         return real_logits - fake_logits
 
 
@@ -187,8 +188,8 @@ class RelativisticAverage:
     def _margins(
         self, discriminator: Discriminator, fake: Batch, real: Batch
     ) -> tuple[Tensor, Tensor]:
-        real_logits = _logits(discriminator, real)
-        fake_logits = _logits(discriminator, fake)
+        real_logits = one_tensor(discriminator, real)
+        fake_logits = one_tensor(discriminator, fake)
         return real_logits - fake_logits.mean(), fake_logits - real_logits.mean()
 
 
@@ -219,162 +220,13 @@ class Criterion:
 
     def discriminator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
         """Return ``weight * (loss_fn(D(real), real_label) + loss_fn(D(fake), fake_label))``."""
-        real_loss = self._against(_logits(discriminator, real), self.real_label)
-        fake_loss = self._against(_logits(discriminator, fake), self.fake_label)
+        real_loss = self._against(one_tensor(discriminator, real), self.real_label)
+        fake_loss = self._against(one_tensor(discriminator, fake), self.fake_label)
         return self.weight * (real_loss + fake_loss)
 
     def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
         """Return ``loss_fn(D(fake), real_label)``."""
-        return self._against(_logits(discriminator, fake), self.real_label)
+        return self._against(one_tensor(discriminator, fake), self.real_label)
 
     def _against(self, output: Tensor, label: float) -> Tensor:
         return self.loss_fn(output, torch.full_like(output, label))
-
-
-def _add(self: Objective, other: Objective) -> _Sum:
-    return _Sum(self, other)
-
-
-def _radd(self: Objective, other: Objective) -> _Sum:
-    return _Sum(other, self)
-
-
-@dataclass(frozen=True)
-class _Sum:
-    """Two objectives, or an objective and a penalty, added up."""
-
-    first: Objective
-    second: Objective
-
-    def discriminator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
-        loss = self.first.discriminator_loss(discriminator, fake, real)
-        return loss + self.second.discriminator_loss(discriminator, fake, real)
-
-    def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
-        loss = self.first.generator_loss(discriminator, fake, real)
-        return loss + self.second.generator_loss(discriminator, fake, real)
-
-    __add__ = _add
-    __radd__ = _radd
-
-
-def _first_floating(batch: Batch, what: str) -> Tensor:
-    for tensor in tensors(batch):
-        if tensor.is_floating_point():
-            return tensor
-    raise TypeError(f"{what}: a gradient penalty needs a floating-point tensor to differentiate.")
-
-
-def _squared_gradient_norm(discriminator: Discriminator, batch: Batch, x: Tensor) -> Tensor:
-    """Return ``||dD/dx||^2`` per sample, where ``x`` takes the place of a tensor of the batch."""
-    output = _logits(discriminator, batch)
-    (gradient,) = torch.autograd.grad(output.sum(), x, create_graph=True)
-    return gradient.square().flatten(1).sum(1)
-
-
-def _replace(batch: Batch, old: Tensor, new: Tensor) -> Batch:
-    return map_tensors(lambda t: new if t is old else t, batch)
-
-
-def _input_penalty(discriminator: Discriminator, batch: Batch, gamma: float, what: str) -> Tensor:
-    x = _first_floating(batch, what)
-    # A view, so that the derivative is the partial one even if x depends on others in the batch.
-    point = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-    norms = _squared_gradient_norm(discriminator, _replace(batch, x, point), point)
-    return gamma / 2 * norms.mean()
-
-
-@dataclass(frozen=True)
-class R1:
-    """``gamma / 2 * E[||dD/dx||^2]`` at real samples, added to D's loss (Mescheder et al. 2018).
-
-    On a tuple or mapping it acts on the first floating-point tensor.
-
-    Example:
-        >>> import unroll
-        >>> objective = unroll.RelativisticPairing() + unroll.R1(1.0) + unroll.R2(1.0)
-    """
-
-    gamma: float
-
-    def discriminator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
-        """Return the penalty."""
-        return _input_penalty(discriminator, real, self.gamma, "real")
-
-    def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
-        """Return zero: the penalty reaches the generator through theta_D^K alone."""
-        return _zero(fake)
-
-    __add__ = _add
-    __radd__ = _radd
-
-
-@dataclass(frozen=True)
-class R2:
-    """``gamma / 2 * E[||dD/dx||^2]`` at generated samples, added to D's loss."""
-
-    gamma: float
-
-    def discriminator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
-        """Return the penalty."""
-        return _input_penalty(discriminator, fake, self.gamma, "fake")
-
-    def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
-        """Return zero: the penalty reaches the generator through theta_D^K alone."""
-        return _zero(fake)
-
-    __add__ = _add
-    __radd__ = _radd
-
-
-@dataclass(frozen=True)
-class GradientPenalty:
-    """WGAN-GP's ``weight * E[(||dD/dx|| - 1)^2]``, added to D's loss (Gulrajani et al. 2017).
-
-    ``x`` lies uniformly at random between a real and a generated sample, drawn from torch's global
-    generator; ``real`` and ``fake`` need equal shapes. The rest of a tuple or mapping (labels) is
-    taken from ``real``.
-    """
-
-    weight: float = 10.0
-
-    def discriminator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
-        """Return the penalty."""
-        x, y = _pair(
-            _first_floating(real, "real"), _first_floating(fake, "fake"), "GradientPenalty"
-        )
-        share = torch.rand(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
-        point = share * x + (1 - share) * y
-        if not point.requires_grad:
-            point.requires_grad_()
-        norms = safe_sqrt(_squared_gradient_norm(discriminator, _replace(real, x, point), point))
-        return self.weight * (norms - 1).square().mean()
-
-    def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
-        """Return zero: the penalty reaches the generator through theta_D^K alone."""
-        return _zero(fake)
-
-    __add__ = _add
-    __radd__ = _radd
-
-
-def _zero(batch: Batch) -> Tensor:
-    return _first_floating(batch, "fake").new_zeros(())
-
-
-def expects_logits(objective: Objective) -> bool:
-    """Return whether an objective is one of those here that take logits."""
-    if isinstance(objective, _Sum):
-        return expects_logits(objective.first) or expects_logits(objective.second)
-    return isinstance(
-        objective,
-        (
-            Minimax,
-            NonSaturating,
-            LeastSquares,
-            Hinge,
-            Wasserstein,
-            RelativisticPairing,
-            RelativisticAverage,
-        ),
-    )

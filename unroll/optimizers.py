@@ -14,7 +14,7 @@ from torch import Tensor
 from torchopt.base import GradientTransformation, UninitializedState
 from torchopt.pytree import tree_flatten, tree_leaves, tree_map
 
-from unroll.kernels import differentiable_roots
+from unroll.derivatives import differentiable_roots
 from unroll.rules import RULES, Rule
 
 Tensors = Mapping[str, Tensor]
@@ -77,7 +77,8 @@ def inner_optimizer(
             optimizer.impl, parameters, optimizer.param_groups, optimizer.state_groups
         )
     elif isinstance(optimizer, torchopt.MetaOptimizer):
-        groups = [tuple(tree_leaves(group)) for group in optimizer.param_containers_groups]
+        containers: Any = optimizer.param_containers_groups
+        groups = [tuple(tree_leaves(container)) for container in containers]
         inner = _TorchOpt(optimizer.impl, parameters, groups, optimizer.state_groups)
     elif isinstance(optimizer, torch.optim.Optimizer):
         inner = _TorchOptim(optimizer, _rule(optimizer), parameters)
@@ -155,9 +156,7 @@ class _TorchOpt:
                 with differentiable_roots():  # sqrt has an infinite slope at a zero second moment
                     updates, new = self._impl.update(grads, old, params=theta, inplace=False)
                 if None in grads:  # momentum forgets the trace of a skipped parameter
-                    new = tree_map(
-                        lambda n, o: o if n is None else n, new, old, none_is_leaf=True
-                    )
+                    new = tree_map(lambda n, o: o if n is None else n, new, old, none_is_leaf=True)
                 theta = torchopt.apply_updates(theta, updates, inplace=False)
                 moved |= {name: p for (name, _), p in zip(group, theta, strict=True) if name}
                 new_states.append(new)
@@ -264,7 +263,7 @@ def _flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    parts = flat.split([t.numel() for t in like])
+    parts = torch.split(flat, [t.numel() for t in like])
     return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unroll.kernels import safe_sqrt
+from unroll.derivatives import safe_sqrt
 
 State = dict[str, Any]
 Rule = Callable[[Tensor, Tensor, State, Mapping[str, Any]], tuple[Tensor, State]]

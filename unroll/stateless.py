@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
-
-from unroll.kernels import twice_differentiable
 
 Batch = Any  # a tensor, a tuple (positional arguments of D) or a mapping (its keyword arguments)
 
@@ -76,20 +74,14 @@ class Stateless:
         buffers: Mapping[str, Tensor],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        *,
-        twice: bool,
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Return ``module(*args, **kwargs)`` and the buffers that it leaves behind.
-
-        ``twice`` takes care that the output has right second and third derivatives.
-        """
+        """Return ``module(*args, **kwargs)`` and the buffers that it leaves behind."""
         # Fresh buffers at every call: one that is changed in place may be saved for backward.
         swapped = {**parameters, **{name: buffer.clone() for name, buffer in buffers.items()}}
         versions = {name: tensor._version for name, tensor in parameters.items()}
         try:
             self._write(swapped)
-            with twice_differentiable() if twice else nullcontext():
-                output = self.module(*args, **kwargs)
+            output = self.module(*args, **kwargs)
             left = {name: self._places[name][0][0][self._places[name][0][1]] for name in buffers}
         finally:
             self._write({**self.parameters, **self.buffers})
@@ -182,7 +174,7 @@ def check_supported(module: nn.Module) -> None:
                 "run with parameters other than its own. Pass the nn.Module it was made from."
             )
     for name, parameter in module.named_parameters():
-        if isinstance(parameter, UninitializedTensorMixin):
+        if isinstance(parameter, (UninitializedParameter, UninitializedBuffer)):
             raise ValueError(
                 f"discriminator: parameter {name!r} is not initialised yet (a lazy module). Run "
                 "one batch through the discriminator before wrapping it."

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unroll.inspection import inspect_step
+from unroll.derivatives import inspect_step, twice_differentiable
 from unroll.objectives import Objective
 from unroll.optimizers import InnerOptimizer
 from unroll.stateless import Batch, Stateless, map_tensors, no_activation_checkpointing, tensors
@@ -39,9 +40,8 @@ class At:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return ``D(*args, **kwargs)``."""
-        output, self.buffers = self.module(
-            self.parameters, self.buffers, args, kwargs, twice=self.twice
-        )
+        with twice_differentiable() if self.twice else nullcontext():
+            output, self.buffers = self.module(self.parameters, self.buffers, args, kwargs)
         return output
 
 
@@ -182,8 +182,8 @@ def check_differentiable(fake: Batch, what: str) -> None:
     """Refuse fakes without a path to a generator."""
     if not any(t.requires_grad for t in tensors(fake)):
         raise ValueError(
-            f"{what}: must carry the generator's graph, for the second term of Eq. 12 flows through "
-            "it; no tensor in it requires a gradient. Do not detach it or make it under "
-            "torch.no_grad(); to evaluate only, call the loss under torch.no_grad(); for the first "
-            "term alone, set stop_gradient=True."
+            f"{what}: must carry the generator's graph, through which both terms of Eq. 12 flow; "
+            "no tensor in it requires a gradient. Do not detach it or make it under "
+            "torch.no_grad(). To evaluate only, call the loss under torch.no_grad(); for the "
+            "first term alone, set stop_gradient=True."
         )

@@ -1,0 +1,145 @@
+"""Gradient penalties of the discriminator, added to an objective with ``+``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unroll.derivatives import safe_sqrt
+from unroll.objectives import Discriminator, Objective, one_tensor, paired
+from unroll.stateless import Batch, map_tensors, tensors
+
+
+def _add(self: Objective, other: Objective) -> Sum:
+    return Sum(self, other)
+
+
+def _radd(self: Objective, other: Objective) -> Sum:
+    return Sum(other, self)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Two objectives, or an objective and a penalty, added up."""
+
+    first: Objective
+    second: Objective
+
+    def discriminator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
+        """Return the sum of both discriminator losses."""
+        loss = self.first.discriminator_loss(discriminator, fake, real)
+        return loss + self.second.discriminator_loss(discriminator, fake, real)
+
+    def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
+        """Return the sum of both generator losses."""
+        loss = self.first.generator_loss(discriminator, fake, real)
+        return loss + self.second.generator_loss(discriminator, fake, real)
+
+    __add__ = _add
+    __radd__ = _radd
+
+
+def _first_floating(batch: Batch, what: str) -> Tensor:
+    for tensor in tensors(batch):
+        if tensor.is_floating_point():
+            return tensor
+    raise TypeError(f"{what}: a gradient penalty needs a floating-point tensor to differentiate.")
+
+
+def _squared_gradient_norm(discriminator: Discriminator, batch: Batch, x: Tensor) -> Tensor:
+    """Return ``||dD/dx||^2`` per sample, where ``x`` takes the place of a tensor of the batch."""
+    output = one_tensor(discriminator, batch)
+    (gradient,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+    return gradient.square().flatten(1).sum(1)
+
+
+def _replace(batch: Batch, old: Tensor, new: Tensor) -> Batch:
+    return map_tensors(lambda t: new if t is old else t, batch)
+
+
+def _input_penalty(discriminator: Discriminator, batch: Batch, gamma: float, what: str) -> Tensor:
+    x = _first_floating(batch, what)
+    # A view, so that the derivative is the partial one even if x depends on others in the batch.
+    point = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+    norms = _squared_gradient_norm(discriminator, _replace(batch, x, point), point)
+    return gamma / 2 * norms.mean()
+
+
+@dataclass(frozen=True)
+class R1:
+    """``gamma / 2 * E[||dD/dx||^2]`` at real samples, added to D's loss (Mescheder et al. 2018).
+
+    On a tuple or mapping it acts on the first floating-point tensor.
+
+    Example:
+        >>> import unroll
+        >>> objective = unroll.RelativisticPairing() + unroll.R1(1.0) + unroll.R2(1.0)
+    """
+
+    gamma: float
+
+    def discriminator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
+        """Return the penalty."""
+        return _input_penalty(discriminator, real, self.gamma, "real")
+
+    def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
+        """Return zero: the penalty reaches the generator through theta_D^K alone."""
+        return _zero(fake)
+
+    __add__ = _add
+    __radd__ = _radd
+
+
+@dataclass(frozen=True)
+class R2:
+    """``gamma / 2 * E[||dD/dx||^2]`` at generated samples, added to D's loss."""
+
+    gamma: float
+
+    def discriminator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
+        """Return the penalty."""
+        return _input_penalty(discriminator, fake, self.gamma, "fake")
+
+    def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
+        """Return zero: the penalty reaches the generator through theta_D^K alone."""
+        return _zero(fake)
+
+    __add__ = _add
+    __radd__ = _radd
+
+
+@dataclass(frozen=True)
+class GradientPenalty:
+    """WGAN-GP's ``weight * E[(||dD/dx|| - 1)^2]``, added to D's loss (Gulrajani et al. 2017).
+
+    ``x`` lies uniformly at random between a real and a generated sample, drawn from torch's global
+    generator; ``real`` and ``fake`` need equal shapes. The rest of a tuple or mapping (labels) is
+    taken from ``real``.
+    """
+
+    weight: float = 10.0
+
+    def discriminator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
+        """Return the penalty."""
+        x, y = paired(
+            _first_floating(real, "real"), _first_floating(fake, "fake"), "GradientPenalty"
+        )
+        share = torch.rand(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
+        point = share * x + (1 - share) * y
+        if not point.requires_grad:
+            point.requires_grad_()
+        norms = safe_sqrt(_squared_gradient_norm(discriminator, _replace(real, x, point), point))
+        return self.weight * (norms - 1).square().mean()
+
+    def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
+        """Return zero: the penalty reaches the generator through theta_D^K alone."""
+        return _zero(fake)
+
+    __add__ = _add
+    __radd__ = _radd
+
+
+def _zero(batch: Batch) -> Tensor:
+    return _first_floating(batch, "fake").new_zeros(())
