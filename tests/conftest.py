@@ -15,6 +15,7 @@ def _seeded() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # the networks of the tests are too small to share
     config.addinivalue_line("markers", "data: reads the data sets in the folder named UNROLL_DATA")
 
 

@@ -228,6 +228,8 @@ class _Check:
             with held(self.loss.discriminator):
                 self.held = self.points()
         value = self.f()
+        if not bool(value.isfinite()):
+            return float("inf"), [f"f_K itself is {value.item()}: lower D's learning rate"]
         if not torch.equal(value, self.f()):
             return float("inf"), [
                 "two calls from one random state differ: something draws from another generator "
@@ -334,6 +336,8 @@ def _directional_error(
                 p.data.copy_(s)
         difference = (values[0] - values[1]) / (2 * h)
         errors.append(abs(difference - derivative) / max(size, abs(difference), 1e-30))
+        if errors[-1] < TOLERANCE / 10:
+            break
     return min(errors)
 
 

@@ -1,0 +1,8 @@
+"""Run the Python blocks of the README and of the docs, in order, as one program each."""
+
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/**/*.md"]
+).pytest()

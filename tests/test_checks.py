@@ -1,0 +1,242 @@
+"""``gradient_terms`` and ``check_gradients``: pass on what is right, flag what is wrong."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchopt
+from torch import Tensor, nn
+from torchopt.base import GradientTransformation
+
+import unroll
+from tests.settings import DEVICE
+
+Loss = unroll.UnrolledGeneratorLoss
+
+
+def discriminator(*middle: nn.Module) -> nn.Sequential:
+    layers = middle or (nn.Tanh(),)
+    return nn.Sequential(nn.Linear(3, 8), *layers, nn.Linear(8, 1)).to(DEVICE)
+
+
+def batch(samples: int = 6) -> Tensor:
+    return torch.randn(samples, 3, device=DEVICE)
+
+
+class Game:
+    """Minimax with one method replaced."""
+
+    def __init__(self, **methods: Callable[..., Tensor]) -> None:
+        game = unroll.Minimax()
+        self.discriminator_loss = methods.get("discriminator_loss", game.discriminator_loss)
+        self.generator_loss = methods.get("generator_loss", game.generator_loss)
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("resample", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_the_two_terms_sum_to_the_gradient(steps: int, resample: bool, average: bool) -> None:
+    d, g = discriminator().double(), nn.Linear(4, 3).to(DEVICE).double()
+    loss = Loss(d, torch.optim.Adam(d.parameters(), lr=0.01), unroll_steps=steps, average=average)
+    z = torch.randn(6, 4, device=DEVICE, dtype=torch.float64)
+    real = batch().double()
+    fake = g(z)
+    pairs = [(g(z + k), real + k) for k in range(steps)] if resample else None
+    first, second = unroll.gradient_terms(loss, fake, real, g.parameters(), minibatches=pairs)
+    loss(fake, real, minibatches=pairs).backward()
+    for p, a, b in zip(g.parameters(), first, second, strict=True):
+        torch.testing.assert_close(a + b, p.grad, rtol=1e-12, atol=1e-14)
+        assert bool(b.any()) == (steps > 0)
+
+
+def test_the_first_term_is_the_stop_gradient_one() -> None:
+    d, g = discriminator().double(), nn.Linear(4, 3).to(DEVICE).double()
+    optimizer = torch.optim.SGD(d.parameters(), lr=0.5)
+    z, real = torch.randn(6, 4, device=DEVICE, dtype=torch.float64), batch().double()
+    first, _ = unroll.gradient_terms(Loss(d, optimizer, unroll_steps=3), g(z), real, g.parameters())
+    Loss(d, optimizer, unroll_steps=3, stop_gradient=True)(g(z), real).backward()
+    for p, a in zip(g.parameters(), first, strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_terms_of_an_unused_parameter_are_zeros() -> None:
+    d, g = discriminator(), nn.Linear(4, 3).to(DEVICE)
+    unused = torch.ones(2, requires_grad=True, device=DEVICE)
+    loss = Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), unroll_steps=2)
+    fake = g(torch.randn(6, 4, device=DEVICE))
+    terms = unroll.gradient_terms(loss, fake, batch(), [unused])
+    assert [t.tolist() for (t,) in terms] == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_terms_need_both_terms() -> None:
+    d = discriminator()
+    optimizer = torch.optim.SGD(d.parameters(), lr=0.5)
+    fake = batch().requires_grad_()
+    with pytest.raises(ValueError, match=r"loss: must have stop_gradient=False.*stop_gradient = F"):
+        unroll.gradient_terms(
+            Loss(d, optimizer, unroll_steps=1, stop_gradient=True), fake, batch(), [fake]
+        )
+    loss = Loss(d, optimizer, unroll_steps=1)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"must run with gradients on.*no_grad"):
+        unroll.gradient_terms(loss, fake, batch(), [fake])
+
+
+def clipped() -> GradientTransformation:
+    """A clip by the global norm which, as torchopt's own, detaches the norm."""
+
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> Any:
+        norm = float(torch.stack([g.square().sum() for g in updates]).sum().sqrt())
+        return tuple(g * (0.05 / norm) for g in updates), state
+
+    return GradientTransformation(lambda params: (), update)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+    "torch Adam": lambda d: torch.optim.Adam(d.parameters(), lr=0.01),
+    "torch SGD": lambda d: torch.optim.SGD(d.parameters(), lr=0.1, momentum=0.9),
+    "torchopt bare": lambda d: torchopt.chain(torchopt.nan_to_num(0.0), torchopt.rmsprop(0.01)),
+    "torchopt Adam": lambda d: torchopt.Adam(d.parameters(), lr=0.01),
+    "torchopt MetaAdam": lambda d: torchopt.MetaAdam(d, lr=0.01),
+    "torchopt FuncOptimizer": lambda d: torchopt.FuncOptimizer(torchopt.adam(0.01)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_right_gradients_pass_and_nothing_changes(name: str, stop_gradient: bool) -> None:
+    d = discriminator(nn.BatchNorm1d(8), nn.LeakyReLU(0.2), nn.Dropout(0.3))
+    optimizer = OPTIMIZERS[name](d)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        unroll.Minimax().discriminator_loss(d, batch(), batch()).backward()
+        optimizer.step()
+    loss = Loss(d, optimizer, unroll_steps=3, stop_gradient=stop_gradient)
+    before = copy.deepcopy(d.state_dict())
+    report = unroll.check_gradients(loss, batch(), batch())
+    assert report.ok, report
+    assert report.relative_error < 1e-6
+    assert all(torch.equal(before[k], v) for k, v in d.state_dict().items())
+    assert not d._forward_pre_hooks
+
+
+def test_the_global_generator_does_not_move() -> None:
+    d = discriminator(nn.Dropout(0.5))
+    loss = Loss(d, torch.optim.SGD(d.parameters(), lr=0.1), unroll_steps=2)
+    fake, real = batch(), batch()
+    before = torch.get_rng_state()
+    assert unroll.check_gradients(loss, fake, real).ok
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_minibatches_are_checked_too() -> None:
+    d = discriminator()
+    loss = Loss(d, torch.optim.Adam(d.parameters()), unroll_steps=2, average=True)
+    pairs = [(batch(), batch()), (batch(), batch())]
+    assert unroll.check_gradients(loss, batch(), batch(), minibatches=iter(pairs)).ok
+
+
+class _HalfTanh(torch.autograd.Function):
+    """Tanh whose second derivative is lost, as in many hand-written kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradients[0] * (1 - x.detach().tanh() ** 2)
+
+
+class HalfTanh(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _HalfTanh.apply(x)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def flagged(loss: Loss, suspicion: str) -> None:
+    report = unroll.check_gradients(loss, batch(), batch())
+    assert not report.ok
+    assert any(suspicion in s for s in report.suspicions), report
+
+
+def test_flags_detached_fakes() -> None:
+    d = discriminator()
+    game = Game(
+        discriminator_loss=lambda d, fake, real: unroll.Minimax().discriminator_loss(
+            d, fake.detach(), real
+        )
+    )
+    flagged(Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), game, unroll_steps=3), "detaches")
+
+
+@pytest.mark.parametrize("method", ["discriminator_loss", "generator_loss"])
+def test_flags_an_objective_that_closes_over_the_module(method: str) -> None:
+    d = discriminator()
+    game = Game(**{method: lambda _, fake, real: d(fake).mean() - d(real).mean()})
+    loss = Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), game, unroll_steps=2)
+    flagged(loss, "calls the discriminator module itself")
+    assert not d._forward_pre_hooks
+
+
+def test_flags_randomness_outside_torch() -> None:
+    d, noise = discriminator(), np.random.default_rng(0)
+    game = Game(
+        discriminator_loss=lambda d, fake, real: unroll.Minimax().discriminator_loss(
+            d, fake + float(noise.normal()), real
+        )
+    )
+    loss = Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), game, unroll_steps=2)
+    flagged(loss, "draws from another generator")
+
+
+def test_flags_a_layer_with_a_wrong_second_derivative() -> None:
+    d = discriminator(HalfTanh())
+    loss = Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), unroll_steps=3)
+    flagged(loss, "second derivative of layer 1 (HalfTanh)")
+
+
+def test_flags_a_clip_that_detaches() -> None:
+    d = discriminator()
+    loss = Loss(d, torchopt.chain(clipped(), torchopt.sgd(0.5)), unroll_steps=3)
+    flagged(loss, "derivative of the optimizer's update")
+
+
+def test_flags_a_projection_that_detaches() -> None:
+    d = discriminator()
+    loss = Loss(
+        d,
+        torch.optim.SGD(d.parameters(), lr=0.5),
+        unroll_steps=3,
+        project=lambda theta: {k: p / p.norm().detach() for k, p in theta.items()},
+    )
+    flagged(loss, "derivative of project=")
+
+
+def test_flags_a_gradient_that_is_not_finite() -> None:
+    d = discriminator()
+    game = Game(generator_loss=lambda d, fake, real: (fake - fake.detach()).square().sum().sqrt())
+    flagged(Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), game, unroll_steps=1), "not finite")
+
+
+def test_flags_a_value_that_is_not_finite() -> None:
+    d = discriminator()
+    game = Game(generator_loss=lambda d, fake, real: d(fake).mean() * float("inf"))
+    flagged(Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), game, unroll_steps=1), "f_K itself is")
+
+
+def test_errors_of_the_user_pass_through() -> None:
+    d = discriminator()
+    failure = KeyError("mine")
+
+    def fail(*_: Any) -> Tensor:
+        raise failure
+
+    loss = Loss(
+        d, torch.optim.SGD(d.parameters(), lr=0.5), Game(generator_loss=fail), unroll_steps=1
+    )
+    with pytest.raises(KeyError, match="mine") as caught:
+        unroll.check_gradients(loss, batch(), batch())
+    assert caught.value is failure
