@@ -1,0 +1,148 @@
+"""Figures in the layout of the paper: rows are settings, columns are training steps."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from lab.runs import write_atomically
+
+PIXELS = 160
+plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.frameon": False})
+
+
+def density(samples: Tensor, extent: float) -> Tensor:
+    """Return a Gaussian kernel density estimate on a fixed grid over [-extent, extent]^2.
+
+    The kernel is a product over coordinates, which makes the estimate a product of two matrices.
+    """
+    grid = torch.linspace(-extent, extent, PIXELS)
+    bandwidth = extent / 40
+    squares = ((samples[:, :, None] - grid) / bandwidth) ** 2
+    x, y = torch.exp(-squares.clamp(max=80) / 2).unbind(1)  # no denormals: they are slow
+    return y.T @ x / (len(samples) * 2 * math.pi * bandwidth**2)
+
+
+def heat_maps(
+    path: Path,
+    rows: Mapping[str, Sequence[Tensor]],
+    columns: Sequence[str],
+    data: Tensor,
+    *,
+    extent: float,
+    caption: str,
+) -> None:
+    """Draw one row of heat maps a setting and, in the last column, the data; all on one scale."""
+    peak = density(data, extent).max().item()
+    shape = len(rows), len(columns) + 1
+    size = 1.1 * shape[1] + 0.3, 1.1 * shape[0] + 0.5
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    for row, (label, snapshots) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(label)
+        for ax, samples in zip(row, [*snapshots, data], strict=True):
+            _show(ax, samples, extent, peak)
+    for ax, title in zip(axes[0], [*columns, "data"], strict=True):
+        ax.set_title(title)
+    figure.supxlabel(caption, fontsize=9)
+    _save(figure, path)
+
+
+def animation(
+    path: Path,
+    rows: Mapping[str, Sequence[Tensor]],
+    titles: Sequence[str],
+    data: Tensor,
+    *,
+    extent: float,
+    frames: int = 50,
+) -> None:
+    """Animate the heat maps of all settings side by side, the data last."""
+    last = len(titles) - 1
+    moments = np.unique(np.linspace(0, last, frames).round().astype(int))
+    peak = density(data, extent).max().item()
+    width = len(rows) + 1
+    figure, axes = plt.subplots(1, width, figsize=(2.6 * width, 3.1), layout="constrained")
+    images = []
+    for ax, (label, snapshots) in zip(axes, [*rows.items(), ("data", [data])], strict=True):
+        ax.set_title(label)
+        images.append(_show(ax, snapshots[0], extent, peak))
+
+    def draw(moment: int) -> list[AxesImage]:
+        figure.suptitle(titles[moment])
+        for image, snapshots in zip(images, rows.values(), strict=False):
+            image.set_data(density(snapshots[moment], extent))
+        return images
+
+    draw(0)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # laid out once, not in every frame
+    order = [*moments, *[last] * 8]
+    movie = FuncAnimation(figure, draw, order)
+    write_atomically(path, partial(movie.save, writer=PillowWriter(fps=8), dpi=80))
+    plt.close(figure)
+
+
+def curves(
+    path: Path,
+    histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    metrics: Mapping[str, str],
+    *,
+    x: str,
+    ideal: Mapping[str, float],
+) -> None:
+    """Plot metrics over training: thin lines are seeds, a thick one is their mean.
+
+    The largest mode is shown for the first seed, as dots whose area is its share of the samples.
+    """
+    figure, axes = plt.subplots(2, -(-len(metrics) // 2), figsize=(9, 5), layout="constrained")
+    for ax, (metric, label) in zip(axes.flat, metrics.items(), strict=True):
+        if metric in ideal:
+            ax.axhline(ideal[metric], color="0.6", linestyle="--", linewidth=1)
+        for number, (name, seeds) in enumerate(histories.items()):
+            color = f"C{number}"
+            steps = [row[x] for row in seeds[0]]
+            if metric == "largest_mode":
+                modes = [row[metric] for row in seeds[0]]
+                areas = [20 * row["largest_mode_share"] for row in seeds[0]]
+                ax.scatter(steps, modes, areas, color=color, linewidths=0, clip_on=False)
+                continue
+            values = np.array([[row[metric] for row in history] for history in seeds], dtype=float)
+            if len(seeds) > 1:
+                ax.plot(steps, values.T, color=color, linewidth=0.5, alpha=0.4)
+            ax.plot(steps, values.mean(axis=0), color=color, linewidth=1.3, label=name)
+        ax.set(xlabel=x.replace("_", " "), ylabel=label)
+        ax.xaxis.set_major_formatter("{x:,.0f}")
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.margins(x=0)
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
+    _save(figure, path)
+
+
+def _show(ax: Axes, samples: Tensor, extent: float, peak: float) -> AxesImage:
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_color("0.8")
+    box = (-extent, extent, -extent, extent)
+    norm = PowerNorm(0.5, 0, peak, clip=True)
+    return ax.imshow(density(samples, extent), "Greens", norm, origin="lower", extent=box)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    write_atomically(path, partial(figure.savefig, dpi=150, format=path.suffix[1:]))
+    plt.close(figure)

@@ -1,0 +1,202 @@
+"""Runs that survive an interruption: atomic files, checkpoints, several processes."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from tqdm import tqdm
+
+SECONDS_BETWEEN_CHECKPOINTS = 10
+Settings = TypeVar("Settings")
+Result = TypeVar("Result")
+
+
+class Stateful(Protocol):
+    """What a checkpoint holds: a network, an optimizer."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return what changes in training."""
+        ...
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Put it back."""
+        ...
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a draft beside `path` and put it in place when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        write(draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def provenance() -> dict[str, str]:
+    """Return the versions that a number depends on; a revision with changed sources ends in "+"."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+    try:
+        revision = _output(*git, "rev-parse", "--short=10", "HEAD")
+        revision += "+" * bool(_output(*git, "status", "--porcelain", "--", "unroll", "examples"))
+    except (OSError, subprocess.CalledProcessError):
+        revision = "unknown"
+    return {"torch": str(torch.__version__), "revision": revision}
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def save(
+    path: Path,
+    settings: Mapping[str, Any],
+    parts: Mapping[str, Stateful],
+    rng: torch.Generator,
+    log: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint from which a run continues to bit-identical numbers.
+
+    Args:
+        path: Where it is kept.
+        settings: What makes this run another than its neighbours.
+        parts: Everything that training changes.
+        rng: The generator that every random number of the training comes from.
+        log: What has been measured so far.
+    """
+    states = {name: part.state_dict() for name, part in parts.items()}
+    content = {"settings": settings, "parts": states, "rng": rng.get_state(), "log": log}
+    write_atomically(path, lambda draft: torch.save(content, draft))
+
+
+def load(path: Path, parts: Mapping[str, Stateful], rng: torch.Generator) -> dict[str, Any]:
+    """Restore every part and the generator from a checkpoint, and return its log."""
+    content = torch.load(path, map_location=rng.device, weights_only=True)
+    rng.set_state(content["rng"].cpu())
+    for name, part in parts.items():
+        part.load_state_dict(content["parts"][name])
+    return content["log"]
+
+
+def read_log(path: Path) -> dict[str, Any]:
+    """Return the log alone."""
+    return torch.load(path, map_location="cpu", weights_only=True)["log"]
+
+
+def check(path: Path, settings: Mapping[str, Any], *, length: str) -> None:
+    """Refuse the checkpoint of a run with other settings; the one named `length` may have grown."""
+    then = torch.load(path, map_location="cpu", weights_only=True)["settings"]
+    odd = {name for name in settings.keys() | then.keys() if settings.get(name) != then.get(name)}
+    if odd == {length} and settings[length] > then[length]:
+        return
+    if odd:
+        was = ", ".join(
+            f"{name} {then.get(name)}, not {settings.get(name)}" for name in sorted(odd)
+        )
+        raise ValueError(f"{path} cannot be resumed, it has {was}: use another folder")
+
+
+def iterate(
+    path: Path,
+    settings: Mapping[str, Any],
+    parts: Mapping[str, Stateful],
+    rng: torch.Generator,
+    evaluate: Callable[[int, Sequence[Mapping[str, Any]]], tuple[dict[str, Any], Any]],
+    *,
+    length: int,
+    every: int,
+    resume: bool,
+    bar: Mapping[str, Any],
+) -> Iterator[int]:
+    """Count the iterations of a training loop; evaluate and save between them.
+
+    Args:
+        path: The checkpoint; `settings`, `parts` and `rng` are what it holds, as in `save`.
+        settings: What makes this run another than its neighbours.
+        parts: Everything that training changes.
+        rng: The generator that every random number of the training comes from.
+        evaluate: Given the iterations done and the earlier rows, returns a row of metrics and
+            a snapshot for the figures. It must not draw from `rng`.
+        length: Iterations in all: pairs of one D and one G update.
+        every: Iterations between evaluations.
+        resume: Whether to start from the checkpoint, if there is one.
+        bar: What the progress bar is to look like.
+    """
+    log: dict[str, Any] = {"history": [], "snapshots": []}
+    if resume and path.exists():
+        log = load(path, parts, rng)
+    history, snapshots = log["history"], log["snapshots"]
+    done, earlier = (history[-1]["pairs"], history[-1]["seconds"]) if history else (0, 0.0)
+    if done < length:
+        log["provenance"] = provenance()
+    if done % every and done < length:  # the last evaluation of a shorter run was off the schedule
+        del history[-1], snapshots[-1]
+    started = saved = time.perf_counter()
+
+    def look(iteration: int) -> None:
+        row, snapshot = evaluate(iteration, history)
+        seconds = round(earlier + time.perf_counter() - started, 1)
+        history.append({"pairs": iteration, **row, "seconds": seconds})
+        snapshots.append(snapshot)
+
+    if not history:
+        look(0)
+    pause = 0.5 if sys.stderr.isatty() else 30
+    progress = tqdm(
+        range(done + 1, length + 1), total=length, initial=done, mininterval=pause, **bar
+    )
+    for iteration in progress:
+        yield iteration
+        if iteration % every == 0 or iteration == length:
+            look(iteration)
+            if iteration == length or time.perf_counter() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                save(path, settings, parts, rng, log)
+                saved = time.perf_counter()
+
+
+def run_all(
+    run: Callable[[Settings, int], Result],
+    settings: Sequence[Settings],
+    workers: int | None,
+    device: str,
+) -> Iterator[Result]:
+    """Yield results as runs finish; `run` gets its settings and a line for its progress bar.
+
+    Without a number of workers, runs on the CPU get a process for each core.
+    """
+    cores = (os.cpu_count() or 1) if device == "cpu" else 1
+    workers = min(workers or cores, len(settings))
+    if workers == 1:
+        yield from (run(one, 0) for one in settings)
+        return
+    context = multiprocessing.get_context("spawn")
+    lines = context.Queue()
+    for line in range(workers):
+        lines.put(line)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (context.RLock(), lines))
+    try:
+        futures = [pool.submit(_run_on_own_line, run, one) for one in settings]
+        yield from (future.result() for future in as_completed(futures))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_own_line = 0
+
+
+def _start_worker(lock: Any, lines: Any) -> None:
+    global _own_line
+    tqdm.set_lock(lock)
+    _own_line = lines.get()
+
+
+def _run_on_own_line(run: Callable[[Settings, int], Result], settings: Settings) -> Result:
+    return run(settings, _own_line)
