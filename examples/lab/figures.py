@@ -23,6 +23,7 @@ from torch import Tensor
 from lab.runs import write_atomically
 
 PIXELS = 160
+COUNTS = {"modes", "largest_mode"}
 plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "legend.frameon": False})
 
 
@@ -124,10 +125,13 @@ def curves(
             values = np.array([[row[metric] for row in history] for history in seeds], dtype=float)
             if len(seeds) > 1:
                 ax.plot(steps, values.T, color=color, linewidth=0.5, alpha=0.4)
-            ax.plot(steps, values.mean(axis=0), color=color, linewidth=1.3, label=name)
+            mean = values.mean(axis=0)
+            ax.plot(steps, mean, ".-", color=color, markersize=2, linewidth=1.2, label=name)
         ax.set(xlabel=x.replace("_", " "), ylabel=label)
         ax.xaxis.set_major_formatter("{x:,.0f}")
-        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        if metric in COUNTS:
+            ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
         ax.spines[["top", "right"]].set_visible(False)
         ax.margins(x=0)
     handles, names = axes.flat[0].get_legend_handles_labels()
@@ -144,5 +148,5 @@ def _show(ax: Axes, samples: Tensor, extent: float, peak: float) -> AxesImage:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    write_atomically(path, partial(figure.savefig, dpi=150, format=path.suffix[1:]))
+    write_atomically(path, partial(figure.savefig, dpi=120, format=path.suffix[1:]))
     plt.close(figure)

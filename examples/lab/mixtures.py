@@ -21,10 +21,10 @@ TABLE = {
 }
 CURVES = {
     "modes": "modes captured",
-    "percent_high_quality": "high-quality samples (%)",
-    "reverse_kl_high_quality": "reverse KL, high quality (nats)",
+    "percent_high_quality": "high-quality samples, HQ (%)",
+    "reverse_kl_high_quality": "reverse KL, HQ samples (nats)",
     "reverse_kl_all": "reverse KL, all samples (nats)",
-    "largest_mode": "index of the largest mode",
+    "largest_mode": "largest mode (area: its share)",
     "largest_mode_share": "share of the largest mode",
 }
 

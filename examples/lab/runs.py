@@ -83,12 +83,14 @@ def load(path: Path, parts: Mapping[str, Stateful], rng: torch.Generator) -> dic
     rng.set_state(content["rng"].cpu())
     for name, part in parts.items():
         part.load_state_dict(content["parts"][name])
-    return content["log"]
+    log: dict[str, Any] = content["log"]
+    return log
 
 
 def read_log(path: Path) -> dict[str, Any]:
     """Return the log alone."""
-    return torch.load(path, map_location="cpu", weights_only=True)["log"]
+    log: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)["log"]
+    return log
 
 
 def check(path: Path, settings: Mapping[str, Any], *, length: str) -> None:
