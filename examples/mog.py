@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import unroll
-from torch import Tensor, nn
-
 from lab import figures, records, runs
 from lab.cli import add_run_flags
 from lab.mixtures import CEILING, CURVES, TABLE, mode_metrics, ring, rotation
 from lab.networks import ACTIVATIONS, Scale, perceptron
+from torch import Tensor, nn
+
+import unroll
 
 MODES = 8
 

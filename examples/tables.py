@@ -1,7 +1,7 @@
 """Write the tables of the README from the records in docs/results/.
 
-    python examples/tables.py            rewrite them
-    python examples/tables.py --check    fail if one does not follow from its records
+python examples/tables.py            rewrite them
+python examples/tables.py --check    fail if one does not follow from its records
 """
 
 import argparse

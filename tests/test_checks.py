@@ -87,20 +87,20 @@ def test_terms_need_both_terms() -> None:
 def clipped() -> GradientTransformation:
     """A clip by the global norm which, as torchopt's own, detaches the norm."""
 
-    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> Any:
+    def update(updates: Any, state: Any, **_: Any) -> Any:
         norm = float(torch.stack([g.square().sum() for g in updates]).sum().sqrt())
         return tuple(g * (0.05 / norm) for g in updates), state
 
-    return GradientTransformation(lambda params: (), update)
+    return GradientTransformation(lambda _: (), update)
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "torch Adam": lambda d: torch.optim.Adam(d.parameters(), lr=0.01),
     "torch SGD": lambda d: torch.optim.SGD(d.parameters(), lr=0.1, momentum=0.9),
-    "torchopt bare": lambda d: torchopt.chain(torchopt.nan_to_num(0.0), torchopt.rmsprop(0.01)),
+    "torchopt bare": lambda _: torchopt.chain(torchopt.nan_to_num(0.0), torchopt.rmsprop(0.01)),
     "torchopt Adam": lambda d: torchopt.Adam(d.parameters(), lr=0.01),
     "torchopt MetaAdam": lambda d: torchopt.MetaAdam(d, lr=0.01),
-    "torchopt FuncOptimizer": lambda d: torchopt.FuncOptimizer(torchopt.adam(0.01)),
+    "torchopt FuncOptimizer": lambda _: torchopt.FuncOptimizer(torchopt.adam(0.01)),
 }
 
 
@@ -147,13 +147,14 @@ class _HalfTanh(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+        x: Tensor = ctx.saved_tensors[0]
         return gradients[0] * (1 - x.detach().tanh() ** 2)
 
 
 class HalfTanh(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return _HalfTanh.apply(x)  # type: ignore[no-untyped-call,no-any-return]
+        y: Tensor = _HalfTanh.apply(x)
+        return y
 
 
 def flagged(loss: Loss, suspicion: str) -> None:
@@ -217,13 +218,13 @@ def test_flags_a_projection_that_detaches() -> None:
 
 def test_flags_a_gradient_that_is_not_finite() -> None:
     d = discriminator()
-    game = Game(generator_loss=lambda d, fake, real: (fake - fake.detach()).square().sum().sqrt())
+    game = Game(generator_loss=lambda _, fake, __: (fake - fake.detach()).square().sum().sqrt())
     flagged(Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), game, unroll_steps=1), "not finite")
 
 
 def test_flags_a_value_that_is_not_finite() -> None:
     d = discriminator()
-    game = Game(generator_loss=lambda d, fake, real: d(fake).mean() * float("inf"))
+    game = Game(generator_loss=lambda d, fake, _: d(fake).mean() * float("inf"))
     flagged(Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), game, unroll_steps=1), "f_K itself is")
 
 

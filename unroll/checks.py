@@ -86,7 +86,7 @@ def gradient_terms(
     theta_g = list(generator_parameters)
     with held(loss.discriminator):
         pairs = loss._pairs(fake, real, minibatches, needs_graph=True)
-        points = loss._look_ahead(pairs, optimizer_state)
+        points, _ = loss._look_ahead(pairs, optimizer_state)
         # Cut the graph at theta_D^1..K (and at buffers that carry one): leaves on the near side.
         far: list[Tensor] = []
         near: list[Tensor] = []
@@ -220,7 +220,8 @@ class _Check:
 
     def points(self) -> tuple[list[Point], Any]:
         pairs = self.loss._pairs(*self.batch, self.minibatches, needs_graph=False)
-        return self.loss._look_ahead(pairs), _random_state()
+        points, _ = self.loss._look_ahead(pairs)
+        return points, _random_state()
 
     def run(self, fakes: Sequence[Tensor]) -> tuple[float, list[str]]:
         """Return the relative error and what explains it."""

@@ -9,7 +9,7 @@ derivatives of every order.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -99,6 +99,11 @@ _ROOT: dict[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(
 )
 
 
+def _where_equal(condition: Tensor, x: Tensor, other: Any) -> Tensor:
+    """Torchopt's Adagrad returns a constant 0 at a zero accumulator, where its step is g / eps."""
+    return torch.where(condition | (x == other), x, other)
+
+
 class _Replacing(TorchFunctionMode):
     def __init__(self, table: dict[Callable[..., Any], Callable[..., Any]]) -> None:
         super().__init__()
@@ -115,14 +120,14 @@ def twice_differentiable() -> TorchFunctionMode:
     return _Replacing(_TWICE)
 
 
-def differentiable_roots() -> TorchFunctionMode:
-    """Return a context in which every square root is :func:`safe_sqrt`."""
-    return _Replacing(_ROOT)
+def differentiable_roots(*, adagrad: bool) -> TorchFunctionMode:
+    """Return a context in which an optimizer has its right slope at a zero second moment."""
+    return _Replacing(_ROOT | {torch.where: _where_equal} if adagrad else _ROOT)
 
 
 def inspect_step(
     module: nn.Module,
-    gradients: Iterable[Tensor],
+    gradients: Mapping[str, Tensor],
     fakes: Sequence[Tensor],
     forward: Callable[[], object],
 ) -> None:
@@ -130,18 +135,19 @@ def inspect_step(
 
     ``gradients`` are D's at theta_D^0, in the graph of ``fakes``.
     """
-    nodes = _graph(gradients)
+    nodes = _graph(gradients.values())
     if _lacks_derivative(nodes):
-        layers = probe_layers(module, forward, _lacks_second_derivative)
-        named = [name for name, lacks in layers.items() if lacks]
-        named = named or [type(module).__name__]
+        orders = probe_layers(module, forward, _missing_order)
+        lowest = min((order for order in orders.values() if order), default=0)
+        named = [name for name, order in orders.items() if lowest and order == lowest]
         raise RuntimeError(
-            f"discriminator: the look-ahead needs a derivative that PyTorch does not have, in "
-            f"{', '.join(named)} (a gradient penalty needs one order more). Replace the layer "
-            "(GroupNorm for BatchNorm under a penalty, plain operations for a fused kernel), or "
-            "set stop_gradient=True for the first term alone."
+            "discriminator: the look-ahead needs a derivative that PyTorch does not have, in "
+            f"{', '.join(named) or type(module).__name__} (a gradient penalty needs one order "
+            "more). Replace the layer (GroupNorm for BatchNorm under a penalty, plain operations "
+            "for a fused kernel), or set stop_gradient=True for the first term alone."
         )
-    if not any(_reaches(nodes, fake) for fake in fakes):
+    differentiable = [fake for fake in fakes if fake.requires_grad]
+    if differentiable and not any(_reaches(nodes, fake) for fake in differentiable):
         warnings.warn(DETACHED_FAKES, stacklevel=2)
 
 
@@ -192,16 +198,19 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
 
 
-def _lacks_second_derivative(
-    layer: Callable[[], Any], inputs: list[Tensor], parameters: list[Tensor]
-) -> bool:
+def _missing_order(layer: Callable[[], Any], inputs: list[Tensor], parameters: list[Tensor]) -> int:
+    """Return 2 or 3 where a layer lacks that derivative, 0 where it has both."""
     points = inputs + parameters
-    outputs = [t for t in tensors(layer()) if t.requires_grad]
-    if not outputs:
-        return False
-    loss = torch.stack([t.square().sum() for t in outputs]).sum()
-    gradients = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
-    return _lacks_derivative(_graph(g for g in gradients if g is not None))
+    values = [t for t in tensors(layer()) if t.requires_grad]
+    for order in (2, 3):
+        if not values:
+            break
+        loss = torch.stack([t.square().sum() for t in values]).sum()
+        found = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
+        values = [g for g in found if g is not None and g.requires_grad]
+        if _lacks_derivative(_graph(values)):
+            return order
+    return 0
 
 
 def _graph(outputs: Iterable[Tensor]) -> set[Node]:

@@ -22,7 +22,7 @@ from unroll.objectives import (
     RelativisticPairing,
     Wasserstein,
 )
-from unroll.optimizers import inner_optimizer
+from unroll.optimizers import InnerOptimizer, inner_optimizer
 from unroll.penalties import Sum
 from unroll.stateless import Batch, Stateless, check_supported, held, tensors, unwrap
 from unroll.steps import (
@@ -133,9 +133,15 @@ class UnrolledGeneratorLoss(nn.Module):
         _warn_of_sigmoid(module, objective)
         parameters = dict(module.named_parameters())
         inner_optimizer(optimizer, parameters)
-        # Past nn.Module's __setattr__, which would make D and the objective submodules.
-        vars(self).update(discriminator=module, optimizer=optimizer, objective=objective)
-        vars(self).update(project=project)
+        if project is not None and not callable(project):
+            raise TypeError(
+                "project: must be a function from a mapping of parameters to one; got "
+                f"{type(project).__name__}. Pass for instance a function that clamps each of them."
+            )
+        self.discriminator = module
+        self.optimizer = optimizer
+        self.objective = objective
+        self.project = project
         self.unroll_steps = unroll_steps
         self.stop_gradient = stop_gradient
         self.average = average
@@ -144,10 +150,9 @@ class UnrolledGeneratorLoss(nn.Module):
         self._inspected = False
         _steps(unroll_steps)
 
-    discriminator: nn.Module
-    optimizer: Any
-    objective: Objective
-    project: Project | None
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set a plain attribute: nn.Module's own would make D a submodule of its loss."""
+        object.__setattr__(self, name, value)
 
     def forward(
         self,
@@ -180,7 +185,8 @@ class UnrolledGeneratorLoss(nn.Module):
             check_differentiable(fake, "fake")
         pairs = self._pairs(fake, real, minibatches, needs_graph=needs_graph)
         with held(self.discriminator):
-            return self._surrogate(self._look_ahead(pairs, optimizer_state), fake, real)
+            points, _ = self._look_ahead(pairs, optimizer_state)
+            return self._surrogate(points, fake, real)
 
     def unroll(
         self,
@@ -203,14 +209,14 @@ class UnrolledGeneratorLoss(nn.Module):
                 yield pair
 
         with held(self.discriminator):
-            *before, last = self._look_ahead(recorded(), optimizer_state)
+            (*before, last), optimizer = self._look_ahead(recorded(), optimizer_state)
         in_graph = any(t.requires_grad for t in seen) and not self._constant
         keep = _unchanged if in_graph else _detached
         losses = [point.loss for point in (*before, last) if point.loss is not None]
         return UnrolledDiscriminator(
             parameters={name: keep(p) for name, p in last.parameters.items()},
-            buffers={name: _detached(b) for name, b in last.buffers.items()},
-            optimizer_state=tree_map(keep, last.optimizer_state),
+            buffers={name: b.detach().clone() for name, b in last.buffers.items()},
+            optimizer_state=tree_map(keep, optimizer.export(last.optimizer_state)),
             losses=torch.stack(losses) if losses else torch.empty(0),
             _module=self.discriminator,
         )
@@ -222,8 +228,8 @@ class UnrolledGeneratorLoss(nn.Module):
 
     def _look_ahead(
         self, pairs: Iterable[tuple[Batch, Batch]], optimizer_state: Any = None
-    ) -> list[Point]:
-        """Return theta_D^0, ..., theta_D^K. To be called while D is held."""
+    ) -> tuple[list[Point], InnerOptimizer]:
+        """Return theta_D^0..K and the optimizer that led there. To be called while D is held."""
         module = Stateless(self.discriminator)
         optimizer = inner_optimizer(self.optimizer, module.parameters, optimizer_state)
         ahead = LookAhead(
@@ -235,9 +241,9 @@ class UnrolledGeneratorLoss(nn.Module):
             project=self.project,
             inspect=not self._inspected,
         )
-        points = list(ahead.trajectory(pairs))
+        points = ahead.trajectory(pairs)
         self._inspected |= not self._constant and len(points) > 1
-        return points
+        return points, optimizer
 
     def _surrogate(self, points: list[Point], fake: Batch, real: Batch) -> Tensor:
         """Return f at theta_D^K, or its mean over theta_D^1..K. To be called while D is held."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from types import CellType, FunctionType
@@ -12,7 +12,7 @@ import torch
 import torchopt
 from torch import Tensor
 from torchopt.base import GradientTransformation, UninitializedState
-from torchopt.pytree import tree_flatten, tree_leaves, tree_map
+from torchopt.pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from unroll.derivatives import differentiable_roots
 from unroll.rules import RULES, Rule
@@ -113,25 +113,29 @@ class _TorchOpt:
         self._impl, self._single = impl, single
         self._groups = [[(names.get(id(p)), p.detach()) for p in group] for group in groups]
         self._states = [self._started(g, s) for g, s in zip(self._groups, states, strict=True)]
-        self._cells = _python_state(impl.update)
+        functions = list(_functions(impl.update))
+        _refuse_inexact(functions)
+        self._adagrad = any(f.__module__ == "torchopt.transform.scale_by_rss" for f in functions)
+        self._cells = _python_state(functions)
         self._cell_values = [cell.cell_contents for _, cell in self._cells]
 
     def _started(self, group: list[tuple[str | None, Tensor]], state: Any) -> Any:
-        tensors = tuple(p for _, p in group)
-        fresh = self._impl.init(tensors)
+        fresh = self._impl.init(tuple(p for _, p in group))
         if isinstance(state, UninitializedState):
             return fresh
-        expected, structure = tree_flatten(fresh)
-        given, given_structure = tree_flatten(state)
+        expected, structure = tree_flatten(fresh, none_is_leaf=True)
+        given, given_structure = tree_flatten(state, none_is_leaf=True)
         if structure != given_structure or any(
-            _shape(a) != _shape(b) for a, b in zip(expected, given, strict=True)
+            g is not None and _shape(g) != _shape(e) for g, e in zip(given, expected, strict=True)
         ):
             raise ValueError(
                 "optimizer_state: must be what the transformation's init returned for "
                 "tuple(discriminator.parameters()), or an update of it; its structure or its "
                 "shapes differ. Initialise it with transformation.init(tuple(D.parameters()))."
             )
-        return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, state)
+        # torchopt's momentum drops the trace of a parameter that got no gradient.
+        kept = [e if g is None else _apart(g) for g, e in zip(given, expected, strict=True)]
+        return tree_unflatten(structure, kept)
 
     def forget(self) -> None:
         """Start torchopt's momentum afresh: it keeps its first call in a closure, not its state."""
@@ -153,7 +157,7 @@ class _TorchOpt:
             for group, old in zip(self._groups, states, strict=True):
                 theta = tuple(p if name is None else parameters[name] for name, p in group)
                 grads = tuple(None if name is None else gradients.get(name) for name, _ in group)
-                with differentiable_roots():  # sqrt has an infinite slope at a zero second moment
+                with differentiable_roots(adagrad=self._adagrad):
                     updates, new = self._impl.update(grads, old, params=theta, inplace=False)
                 if None in grads:  # momentum forgets the trace of a skipped parameter
                     new = tree_map(lambda n, o: o if n is None else n, new, old, none_is_leaf=True)
@@ -170,6 +174,10 @@ class _TorchOpt:
         return states[0] if self._single else tuple(states)
 
 
+def _apart(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
 def _shape(leaf: Any) -> Any:
     return leaf.shape if isinstance(leaf, Tensor) else type(leaf)
 
@@ -179,12 +187,8 @@ def _fill(cells: Sequence[tuple[str, CellType]], values: Sequence[Any]) -> None:
         cell.cell_contents = value
 
 
-def _python_state(update: Any) -> list[tuple[str, CellType]]:
-    """Return the closure cells in which a transformation keeps flags and counters.
-
-    On the way, refuse the transformations whose derivative is wrong.
-    """
-    found: dict[int, tuple[str, CellType]] = {}
+def _functions(update: Any) -> Iterator[FunctionType]:
+    """Yield the functions that a transformation consists of: its own and those it closes over."""
     stack, seen = [update], set[int]()
     while stack:
         item = stack.pop()
@@ -193,26 +197,36 @@ def _python_state(update: Any) -> list[tuple[str, CellType]]:
         seen.add(id(item))
         if isinstance(item, (tuple, list)):
             stack.extend(item)
-        if not isinstance(item, FunctionType):
-            continue
-        if item.__module__ == "torchopt.clip":
+        elif isinstance(item, FunctionType):
+            yield item
+            stack.extend(cell.cell_contents for cell in item.__closure__ or ())
+
+
+def _python_state(functions: Iterable[FunctionType]) -> list[tuple[str, CellType]]:
+    """Return the closure cells in which a transformation may keep flags and counters."""
+    return [
+        (name, cell)
+        for function in functions
+        for name, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        )
+        if cell.cell_contents is None or isinstance(cell.cell_contents, (bool, int, float))
+    ]
+
+
+def _refuse_inexact(functions: Iterable[FunctionType]) -> None:
+    for function in functions:
+        if function.__module__ == "torchopt.clip":
             raise ValueError(
                 "optimizer: torchopt.clip_grad_norm detaches the norm it divides by, so the "
                 "gradient through it would be wrong. Clip inside a transformation of your own "
                 "that keeps the norm in the graph, or leave the clipping out of the look-ahead."
             )
-        if "accelerated" in item.__qualname__:
+        if "accelerated" in function.__qualname__:
             raise ValueError(
                 "optimizer: torchopt's use_accelerated_op=True has an inexact derivative (off by "
                 "4e-6). Build the optimizer with use_accelerated_op=False."
             )
-        for name, cell in zip(item.__code__.co_freevars, item.__closure__ or (), strict=True):
-            content = cell.cell_contents
-            if content is None or isinstance(content, (bool, int, float)):
-                found[id(cell)] = (name, cell)
-            else:
-                stack.append(content)
-    return list(found.values())
 
 
 def _rule(optimizer: torch.optim.Optimizer) -> Rule:

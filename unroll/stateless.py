@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.utils.checkpoint import CheckpointFunction
 
 Batch = Any  # a tensor, a tuple (positional arguments of D) or a mapping (its keyword arguments)
 
@@ -49,6 +50,32 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
+_NO_CHECKPOINTING = (
+    "discriminator: activation checkpointing inside D recomputes with D's real parameters, which "
+    "gives a wrong gradient through the look-ahead. Switch torch.utils.checkpoint off in D while "
+    "the generator's loss is computed."
+)
+
+
+def _refuse_checkpointing(*_: Any) -> None:
+    raise RuntimeError(_NO_CHECKPOINTING)
+
+
+@contextmanager
+def _no_activation_checkpointing() -> Iterator[None]:
+    """Refuse both kinds of ``torch.utils.checkpoint`` in the discriminator's forward pass."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_NO_CHECKPOINTING))
+        try:  # the caller's own hooks, such as save_on_cpu, are welcome
+            torch.ones((), requires_grad=True).square()
+        except RuntimeError:
+            stack.pop_all().close()
+        # The reentrant kind leaves no other trace where its inputs require no gradient.
+        CheckpointFunction.apply = _refuse_checkpointing
+        stack.callback(delattr, CheckpointFunction, "apply")
+        yield
+
+
 class Stateless:
     """``module`` as a pure function of parameters and buffers.
 
@@ -81,7 +108,8 @@ class Stateless:
         versions = {name: tensor._version for name, tensor in parameters.items()}
         try:
             self._write(swapped)
-            output = self.module(*args, **kwargs)
+            with _no_activation_checkpointing():
+                output = self.module(*args, **kwargs)
             left = {name: self._places[name][0][0][self._places[name][0][1]] for name in buffers}
         finally:
             self._write({**self.parameters, **self.buffers})
@@ -105,11 +133,7 @@ def mutation_message(name: str) -> str:
     )
 
 
-_NO_CHECKPOINTING = (
-    "discriminator: activation checkpointing inside D recomputes with D's real parameters, which "
-    "gives a wrong gradient through the look-ahead. Switch torch.utils.checkpoint off in D while "
-    "the generator's loss is computed."
-)
+_CONTAINERS = (dict, list, set)
 
 
 @contextmanager
@@ -119,11 +143,12 @@ def held(module: nn.Module) -> Iterator[None]:
     Attributes that a forward pass or a hook sets are restored, spectral norm's power iteration
     stands still, compiled parts run uncompiled (they cannot be differentiated twice).
     """
-    saved = []
+    saved: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    containers: list[tuple[Any, Any]] = []  # parameters, buffers, and lists that D may fill
     for submodule in module.modules():
         attributes = vars(submodule)
-        containers = [v for k in ("_parameters", "_buffers", "_modules") for v in [attributes[k]]]
-        saved.append((attributes, dict(attributes), [(c, dict(c)) for c in containers]))
+        saved.append((attributes, dict(attributes)))
+        containers += [(v, v.copy()) for v in attributes.values() if isinstance(v, _CONTAINERS)]
     spectral_hooks = [
         (hook, hook.n_power_iterations)
         for submodule in module.modules()
@@ -131,7 +156,7 @@ def held(module: nn.Module) -> Iterator[None]:
         if isinstance(hook, SpectralNorm)
     ]
     try:
-        for attributes, _, _ in saved:
+        for attributes, _ in saved:
             for name, value in list(attributes.items()):
                 if isinstance(value, Tensor):  # an unregistered tensor, perhaps changed in place
                     attributes[name] = value.clone()
@@ -145,24 +170,12 @@ def held(module: nn.Module) -> Iterator[None]:
     finally:
         for hook, iterations in spectral_hooks:
             hook.n_power_iterations = iterations
-        for attributes, before, containers in saved:
+        for attributes, before in saved:
             attributes.clear()
             attributes.update(before)
-            for container, content in containers:
-                container.clear()
-                container.update(content)
-
-
-@contextmanager
-def no_activation_checkpointing() -> Iterator[None]:
-    """Refuse ``torch.utils.checkpoint`` inside the discriminator."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_NO_CHECKPOINTING))
-        try:  # the caller's own hooks, such as save_on_cpu, are welcome
-            torch.ones((), requires_grad=True).square()
-        except RuntimeError:
-            stack.pop_all().close()
-        yield
+        for container, content in containers:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 def check_supported(module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from unroll.derivatives import inspect_step, twice_differentiable
 from unroll.objectives import Objective
 from unroll.optimizers import InnerOptimizer
-from unroll.stateless import Batch, Stateless, map_tensors, no_activation_checkpointing, tensors
+from unroll.stateless import Batch, Stateless, map_tensors, tensors
 
 Project = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
@@ -67,17 +67,17 @@ class LookAhead:
     project: Project | None
     inspect: bool  # whether to look for broken derivatives in the first step
 
-    def trajectory(self, batches: Iterable[tuple[Batch, Batch]]) -> Iterator[Point]:
-        """Yield theta_D^0 = theta_D (Eq. 6), then a point after a step on each (fake, real)."""
+    def trajectory(self, batches: Iterable[tuple[Batch, Batch]]) -> list[Point]:
+        """Return theta_D^0 = theta_D (Eq. 6), then a point after a step on each (fake, real)."""
         point = Point(
             {name: self._leaf(name, p.clone()) for name, p in self.module.parameters.items()},
             self.module.buffers,
             self.optimizer.initial_state(),
         )
-        yield point
+        points = [point]
         for fake, real in batches:
-            point = self._step(point, fake, real)
-            yield point
+            points.append(self._step(points[-1], fake, real))
+        return points
 
     def _leaf(self, name: str, value: Tensor) -> Tensor:
         return value.detach().requires_grad_(name in self.moving)
@@ -88,8 +88,7 @@ class LookAhead:
             fake, real = (map_tensors(Tensor.detach, batch) for batch in (fake, real))
         d = At(self.module, point.parameters, point.buffers, twice=not self.constant)
         with torch.enable_grad():
-            with no_activation_checkpointing():
-                loss = self.objective.discriminator_loss(d, fake, real)
+            loss = self.objective.discriminator_loss(d, fake, real)
             check_scalar(loss, "discriminator_loss")
             gradients = self._gradients(loss, point.parameters)
         with (
@@ -100,7 +99,7 @@ class LookAhead:
             if self.project is not None:
                 theta = self._projected(theta)
         if self.inspect and point.loss is None and not self.constant:
-            inspect_step(self.module.module, gradients.values(), tensors(fake), lambda: d(real))
+            inspect_step(self.module.module, gradients, tensors(fake), lambda: d(real))
         if self.constant:
             theta = {name: self._leaf(name, value) for name, value in theta.items()}
         return Point(theta, d.buffers, state, loss.detach())
@@ -115,6 +114,12 @@ class LookAhead:
             )
             pairs = zip(moving, gradients, strict=True)
             found = {name: gradient for name, gradient in pairs if gradient is not None}
+        for name, gradient in found.items():
+            if gradient.layout != torch.strided:
+                raise TypeError(
+                    f"discriminator: the gradient of {name!r} is sparse, which the look-ahead "
+                    "cannot differentiate. Build the layer with sparse=False."
+                )
         if not found:
             raise ValueError(
                 "objective: discriminator_loss must depend on the parameters of the discriminator "
@@ -125,7 +130,8 @@ class LookAhead:
 
     def _projected(self, theta: dict[str, Tensor]) -> dict[str, Tensor]:
         assert self.project is not None
-        projected = self.project(dict(theta))
+        # Clones, so that a projection may write in place, as one of real parameters does.
+        projected = self.project({name: value.clone() for name, value in theta.items()})
         if not isinstance(projected, Mapping) or projected.keys() != theta.keys():
             got = list(projected) if isinstance(projected, Mapping) else type(projected).__name__
             raise ValueError(
@@ -133,10 +139,11 @@ class LookAhead:
                 f"{list(theta)}; got {got}. Return all parameters, changed or not."
             )
         for name, value in projected.items():
-            if value.shape != theta[name].shape:
+            if not isinstance(value, Tensor) or value.shape != theta[name].shape:
+                left = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
-                    f"project: must keep the shapes of the parameters; {name!r} came with "
-                    f"{tuple(theta[name].shape)} and left with {tuple(value.shape)}."
+                    f"project: must return tensors in the shapes it was given; {name!r} came with "
+                    f"{tuple(theta[name].shape)} and left with {left}."
                 )
         return dict(projected)
 
@@ -159,6 +166,11 @@ def minibatches_checked(
     minibatches: Iterable[tuple[Batch, Batch]], steps: int, *, needs_graph: bool
 ) -> Iterator[tuple[Batch, Batch]]:
     """Yield exactly ``steps`` (fake_k, real_k) pairs, and draw no more than that."""
+    if not isinstance(minibatches, Iterable):
+        raise TypeError(
+            "minibatches: must be an iterable of (fake, real) pairs; got "
+            f"{type(minibatches).__name__}. Pass for instance a list of {steps} pairs."
+        )
     iterator = iter(minibatches)
     for k in range(steps):
         try:
