@@ -139,11 +139,15 @@ class LookAhead:
                 f"{list(theta)}; got {got}. Return all parameters, changed or not."
             )
         for name, value in projected.items():
-            if not isinstance(value, Tensor) or value.shape != theta[name].shape:
-                left = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"project: must return tensors; {name!r} is a {type(value).__name__}. Keep the "
+                    "parameters as tensors, so that they can be differentiated through."
+                )
+            if value.shape != theta[name].shape:
                 raise ValueError(
-                    f"project: must return tensors in the shapes it was given; {name!r} came with "
-                    f"{tuple(theta[name].shape)} and left with {left}."
+                    f"project: must keep the shapes of the parameters; {name!r} came with "
+                    f"{tuple(theta[name].shape)} and left with {tuple(value.shape)}."
                 )
         return dict(projected)
 
