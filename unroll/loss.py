@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -12,18 +11,9 @@ import torch
 from torch import Tensor, nn
 from torchopt.pytree import tree_map
 
-from unroll.objectives import (
-    Hinge,
-    LeastSquares,
-    Minimax,
-    NonSaturating,
-    Objective,
-    RelativisticAverage,
-    RelativisticPairing,
-    Wasserstein,
-)
+from unroll.game import check_objective, warn_of_sigmoid
+from unroll.game.objectives import Minimax, Objective
 from unroll.optimizers import InnerOptimizer, inner_optimizer
-from unroll.penalties import Sum
 from unroll.stateless import Batch, Stateless, check_supported, held, tensors, unwrap
 from unroll.steps import (
     At,
@@ -129,8 +119,8 @@ class UnrolledGeneratorLoss(nn.Module):
             )
         module = unwrap(discriminator)
         check_supported(module)
-        _check_objective(objective)
-        _warn_of_sigmoid(module, objective)
+        check_objective(objective)
+        warn_of_sigmoid(module, objective)
         parameters = dict(module.named_parameters())
         inner_optimizer(optimizer, parameters)
         if project is not None and not callable(project):
@@ -305,29 +295,3 @@ def _steps(unroll_steps: object) -> int:
             f"unroll_steps: must be at least 0; got {unroll_steps}. Use 0 for the ordinary loss."
         )
     return unroll_steps
-
-
-def _check_objective(objective: object) -> None:
-    for method in ("discriminator_loss", "generator_loss"):
-        if isinstance(objective, type) or not callable(getattr(objective, method, None)):
-            raise TypeError(
-                "objective: must be an object with the methods discriminator_loss and "
-                f"generator_loss; got {objective!r}. Pass for instance unroll.Minimax(), or wrap "
-                "a torch loss in unroll.Criterion(...)."
-            )
-
-
-def _warn_of_sigmoid(module: nn.Module, objective: Objective) -> None:
-    if _expects_logits(objective) and isinstance(list(module.modules())[-1], nn.Sigmoid):
-        warnings.warn(
-            "discriminator: ends in nn.Sigmoid, but the objective takes logits and would apply a "
-            "second one. Remove the Sigmoid, or use unroll.Criterion(nn.BCELoss()).",
-            stacklevel=3,
-        )
-
-
-def _expects_logits(objective: Objective) -> bool:
-    if isinstance(objective, Sum):
-        return _expects_logits(objective.first) or _expects_logits(objective.second)
-    separable = (Minimax, NonSaturating, LeastSquares, Hinge, Wasserstein)
-    return isinstance(objective, (*separable, RelativisticPairing, RelativisticAverage))

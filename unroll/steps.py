@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unroll.derivatives import inspect_step, twice_differentiable
-from unroll.objectives import Objective
+from unroll.game.objectives import Objective
 from unroll.optimizers import InnerOptimizer
 from unroll.stateless import Batch, Stateless, map_tensors, tensors
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unroll.derivatives import safe_sqrt
-from unroll.objectives import Discriminator, Objective, one_tensor, paired
+from unroll.game.objectives import Discriminator, Objective, one_tensor, paired
 from unroll.stateless import Batch, map_tensors, tensors
 
 

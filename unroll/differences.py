@@ -1,0 +1,257 @@
+"""Central differences of f_K and of its parts, on float64 copies."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torchopt
+from torch import Tensor, nn
+from torchopt.base import GradientTransformation
+from torchopt.pytree import tree_map
+
+from unroll.derivatives import probe_layers
+from unroll.loss import UnrolledGeneratorLoss
+from unroll.optimizers import inner_optimizer, unwrap_optimizer
+from unroll.stateless import Batch, Stateless, held, tensors
+from unroll.steps import At, Point
+
+TOLERANCE = 1e-5  # of check_gradients; a lost second derivative is seldom below 1e-4
+DIRECTIONS = 3  # for each tensor of fakes
+STEPS = (
+    1e-4,
+    1e-5,
+    1e-6,
+)  # of the central differences; the best one counts, for kinks and round-off
+
+
+class DifferenceCheck:
+    """f_K in float64 as a function of its fakes, from one state of the random generators."""
+
+    def __init__(
+        self,
+        loss: UnrolledGeneratorLoss,
+        batch: tuple[Batch, Batch],
+        minibatches: Sequence[tuple[Batch, Batch]] | None,
+    ) -> None:
+        self.loss, self.batch, self.minibatches = loss, batch, minibatches
+        self.random_state = _random_state()
+        self.held: tuple[list[Point], Any] | None = None  # theta_D^1..K under stop_gradient
+
+    def f(self) -> Tensor:
+        """Return f_K."""
+        fake, real = self.batch
+        _set_random_state(self.random_state)
+        with held(self.loss.discriminator):
+            points, after = self.held or self.points()
+            _set_random_state(after)
+            return self.loss._surrogate(points, fake, real)
+
+    def points(self) -> tuple[list[Point], Any]:
+        """Return theta_D^0..K, and the random state after the look-ahead."""
+        pairs = self.loss._pairs(*self.batch, self.minibatches, needs_graph=False)
+        points, _ = self.loss._look_ahead(pairs)
+        return points, _random_state()
+
+    def run(self, fakes: Sequence[Tensor]) -> tuple[float, list[str]]:
+        """Return the relative error and what explains it."""
+        if self.loss.stop_gradient:
+            with held(self.loss.discriminator):
+                self.held = self.points()
+        value = self.f()
+        if not bool(value.isfinite()):
+            return float("inf"), [f"f_K itself is {value.item()}: lower D's learning rate"]
+        if not torch.equal(value, self.f()):
+            return float("inf"), [
+                "two calls from one random state differ: something draws from another generator "
+                "than torch's global one, or keeps state between calls"
+            ]
+        gradients = torch.autograd.grad(value, fakes, allow_unused=True, materialize_grads=True)
+        if not all(bool(g.isfinite().all()) for g in gradients):
+            return float("inf"), [
+                "the gradient is not finite: an operation of the objective, the optimizer or D has "
+                "no finite slope here (for a torchopt transformation, try eps_root=1e-8)"
+            ]
+        size = torch.cat([g.flatten() for g in gradients]).norm().item()
+        errors = [
+            _directional_error(lambda: self.f().item(), [fake], [gradient], size)
+            for fake, gradient in zip(fakes, gradients, strict=True)
+            for _ in range(DIRECTIONS)
+        ]
+        error = max(errors)
+        explain = error > TOLERANCE and not self.loss.stop_gradient and self.loss.unroll_steps > 0
+        return error, self.explanations() if explain else []
+
+    def explanations(self) -> list[str]:
+        """Differentiate the parts of one look-ahead step on their own."""
+        loss, (fake, real) = self.loss, (self.minibatches or [self.batch])[0]
+        with held(loss.discriminator):
+            module = Stateless(loss.discriminator)
+            theta = {name: p.detach().requires_grad_() for name, p in module.parameters.items()}
+            d = At(module, theta, module.buffers, twice=True)
+            layers = probe_layers(
+                loss.discriminator,
+                lambda: loss.objective.discriminator_loss(d, fake, real),
+                _second_derivative_error,
+            )
+            value = loss.objective.discriminator_loss(d, fake, real)
+        found = torch.autograd.grad(value, list(theta.values()), allow_unused=True)
+        pairs = zip(theta, found, strict=True)
+        gradients = {name: g.requires_grad_() for name, g in pairs if g is not None}
+        optimizer = inner_optimizer(loss.optimizer, module.parameters)
+
+        def moved(project: bool) -> Callable[[], Tensor]:
+            def norm() -> Tensor:
+                new, _ = optimizer.step(theta, gradients, optimizer.initial_state())
+                new = dict(loss.project(new)) if project and loss.project is not None else new
+                return torch.cat([p.flatten() for p in new.values()]).square().sum()
+
+            return norm
+
+        suspicions = [
+            f"wrong second derivative of layer {name} (relative error {error:.1e})"
+            for name, error in layers.items()
+            if error > TOLERANCE
+        ]
+        if _scalar_error(moved(project=False), list(gradients.values())) > TOLERANCE:
+            suspicions.append(
+                "wrong derivative of the optimizer's update (does it clip, detached?)"
+            )
+        elif _scalar_error(moved(project=True), list(gradients.values())) > TOLERANCE:
+            suspicions.append("wrong derivative of project= (does it detach?)")
+        return suspicions
+
+
+def _second_derivative_error(
+    layer: Callable[[], Any], inputs: list[Tensor], parameters: list[Tensor]
+) -> float:
+    points, state = inputs + parameters, _random_state()
+    weights: list[Tensor] = []
+
+    def gradient_along_itself() -> Tensor:
+        _set_random_state(state)
+        outputs = [t for t in tensors(layer()) if t.requires_grad]
+        value = torch.stack([(t + t.square()).sum() for t in outputs]).sum()
+        gradients = torch.autograd.grad(value, points, create_graph=True, materialize_grads=True)
+        if not weights:
+            weights.extend(map(torch.randn_like, gradients))
+        return torch.stack([(g * w).sum() for g, w in zip(gradients, weights, strict=True)]).sum()
+
+    return _scalar_error(gradient_along_itself, points)
+
+
+def _scalar_error(function: Callable[[], Tensor], points: Sequence[Tensor]) -> float:
+    gradients = torch.autograd.grad(function(), points, allow_unused=True, materialize_grads=True)
+    size = torch.cat([g.flatten() for g in gradients]).norm().item()
+    return _directional_error(lambda: function().item(), points, gradients, size)
+
+
+def _directional_error(
+    function: Callable[[], float],
+    points: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    size: float,
+) -> float:
+    """Return |central difference - derivative| / size along a random direction."""
+    directions = [torch.randn_like(p) for p in points]
+    derivative = sum((g * d).sum().item() for g, d in zip(gradients, directions, strict=True))
+    errors = []
+    for h in STEPS:
+        values = []
+        for sign in (1, -1):
+            saved = [p.detach().clone() for p in points]
+            for p, d in zip(points, directions, strict=True):
+                p.data.add_(d, alpha=sign * h)
+            values.append(function())
+            for p, s in zip(points, saved, strict=True):
+                p.data.copy_(s)
+        difference = (values[0] - values[1]) / (2 * h)
+        errors.append(abs(difference - derivative) / max(size, abs(difference), 1e-30))
+        if errors[-1] < TOLERANCE / 10:
+            break
+    return min(errors)
+
+
+def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
+    """Return the loss on float64 copies of D, the optimizer with its state, and the objective."""
+    optimizer = unwrap_optimizer(loss.optimizer)
+    memo: dict[int, Any] = {}
+    for submodule in loss.discriminator.modules():  # deepcopy refuses tensors in a graph
+        for value in [*vars(submodule).values(), *submodule._parameters.values()]:
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = nn.Parameter(value.detach().clone())
+    impl = getattr(optimizer, "impl", optimizer)
+    if isinstance(impl, GradientTransformation):  # pure functions, which deepcopy breaks
+        memo[id(impl)] = impl
+    originals = (loss.discriminator, optimizer, loss.objective, loss.project)
+    module, optimizer, objective, project = copy.deepcopy(originals, memo)
+    module.double()
+    for part in [*module.modules(), objective, project]:
+        _attributesin_double(part)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        for state in optimizer.state.values():
+            state.update({k: double(v) for k, v in state.items() if k != "step"})
+    elif isinstance(optimizer, torchopt.FuncOptimizer):
+        optimizer.optim_state = tree_map(double, cast(Any, optimizer.optim_state))
+    elif isinstance(optimizer, (torchopt.Optimizer, torchopt.MetaOptimizer)):
+        optimizer.state_groups = [tree_map(double, state) for state in optimizer.state_groups]
+    copied = UnrolledGeneratorLoss(
+        module,
+        optimizer,
+        objective,
+        unroll_steps=loss.unroll_steps,
+        stop_gradient=loss.stop_gradient,
+        average=loss.average,
+        project=project,
+    )
+    copied._trainable = loss._trainable
+    return copied
+
+
+def _attributesin_double(part: Any) -> None:
+    for name, value in list(getattr(part, "__dict__", {}).items()):
+        if isinstance(value, nn.Module):
+            value.double()
+        elif isinstance(value, Tensor):
+            vars(part)[name] = double(value)
+        elif isinstance(part, nn.Module):
+            continue
+        elif hasattr(value, "__dict__"):
+            _attributesin_double(value)
+
+
+def double(value: Any) -> Any:
+    """Return a copy of a tensor, detached and in float64 if it is floating-point."""
+    if isinstance(value, Tensor):
+        value = value.detach().clone()
+        return value.double() if value.is_floating_point() else value
+    return value
+
+
+@contextmanager
+def calls_to_the_module_itself(module: nn.Module) -> Iterator[list[bool]]:
+    """Record forward calls of a module that do not run on parameters of the look-ahead."""
+    own = {id(p) for p in module.parameters()}
+    found: list[bool] = []
+
+    def hook(module: nn.Module, _: Any) -> None:
+        if any(id(p) in own for p in module.parameters()):
+            found.append(True)
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    torch.cuda.set_rng_state_all(state[1])
