@@ -13,7 +13,7 @@ from torch import Tensor
 from unroll.derivatives import inspect_step, twice_differentiable
 from unroll.game.objectives import Objective
 from unroll.optimizers import InnerOptimizer
-from unroll.stateless import Batch, Stateless, map_tensors, tensors
+from unroll.stateless import Batch, Stateless, map_tensors, mutation_message, tensors
 
 Project = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
@@ -99,6 +99,9 @@ class LookAhead:
             if self.project is not None:
                 theta = self._projected(theta)
         if self.inspect and point.loss is None and not self.constant:
+            for name, own in self.module.parameters.items():  # .data leaves no other trace
+                if not torch.equal(point.parameters[name].nan_to_num(), own.nan_to_num()):
+                    raise RuntimeError(mutation_message(name))
             inspect_step(self.module.module, gradients, tensors(fake), lambda: d(real))
         if self.constant:
             theta = {name: self._leaf(name, value) for name, value in theta.items()}
