@@ -15,5 +15,5 @@ from unroll.game.objectives import Wasserstein as Wasserstein
 from unroll.game.penalties import R1 as R1
 from unroll.game.penalties import R2 as R2
 from unroll.game.penalties import GradientPenalty as GradientPenalty
-from unroll.loss import UnrolledDiscriminator as UnrolledDiscriminator
 from unroll.loss import UnrolledGeneratorLoss as UnrolledGeneratorLoss
+from unroll.steps import UnrolledDiscriminator as UnrolledDiscriminator

@@ -14,12 +14,17 @@ from unroll.derivatives import DETACHED_FAKES
 from unroll.differences import (
     TOLERANCE,
     DifferenceCheck,
-    calls_to_the_module_itself,
     double,
     in_double,
 )
 from unroll.loss import UnrolledGeneratorLoss
-from unroll.stateless import Batch, held, map_tensors, tensors
+from unroll.stateless import (
+    Batch,
+    calls_to_the_module_itself,
+    held,
+    map_tensors,
+    tensors,
+)
 from unroll.steps import check_differentiable
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -229,23 +228,6 @@ def double(value: Any) -> Any:
         value = value.detach().clone()
         return value.double() if value.is_floating_point() else value
     return value
-
-
-@contextmanager
-def calls_to_the_module_itself(module: nn.Module) -> Iterator[list[bool]]:
-    """Record forward calls of a module that do not run on parameters of the look-ahead."""
-    own = {id(p) for p in module.parameters()}
-    found: list[bool] = []
-
-    def hook(module: nn.Module, _: Any) -> None:
-        if any(id(p) in own for p in module.parameters()):
-            found.append(True)
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield found
-    finally:
-        handle.remove()
 
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from itertools import repeat
 from typing import Any
 
@@ -20,37 +19,12 @@ from unroll.steps import (
     LookAhead,
     Point,
     Project,
+    UnrolledDiscriminator,
     check_differentiable,
     check_scalar,
+    checked_steps,
     minibatches_checked,
 )
-
-
-@dataclass(frozen=True)
-class UnrolledDiscriminator:
-    """What K look-ahead steps lead to: callable like D, at theta_D^K.
-
-    Attributes:
-        parameters: Every parameter name of the unwrapped D, with its tensor in theta_D^K. In the
-            graph of the fakes, unless ``stop_gradient`` is set or nothing required a gradient.
-        buffers: Every buffer name of D, with its tensor after the K steps, detached.
-        optimizer_state: The optimizer's state after the K steps, in the optimizer's own form: what
-            a torchopt transformation's ``update`` returned, a tuple of those for a torchopt
-            optimizer, a mapping from parameter names to states for a ``torch.optim`` one.
-        losses: D's loss before each step, shape ``(K,)``, detached.
-    """
-
-    parameters: Mapping[str, Tensor]
-    buffers: Mapping[str, Tensor]
-    optimizer_state: Any
-    losses: Tensor
-    _module: nn.Module = field(repr=False)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return ``D(*args, **kwargs)`` at theta_D^K; neither D nor the buffers change."""
-        with held(self._module):
-            d = At(Stateless(self._module), self.parameters, self.buffers)
-            return d.forward(*args, **kwargs)
 
 
 class UnrolledGeneratorLoss(nn.Module):
@@ -138,7 +112,7 @@ class UnrolledGeneratorLoss(nn.Module):
         trainable = {name for name, p in parameters.items() if p.requires_grad}
         self._trainable = frozenset(trainable or parameters)
         self._inspected = False
-        _steps(unroll_steps)
+        checked_steps(unroll_steps)
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set a plain attribute: nn.Module's own would make D a submodule of its loss."""
@@ -270,7 +244,7 @@ class UnrolledGeneratorLoss(nn.Module):
                 "UnrolledGeneratorLoss: the look-ahead differentiates and so cannot run in "
                 "torch.inference_mode(). Use torch.no_grad() for a value without a graph."
             )
-        steps = _steps(self.unroll_steps)
+        steps = checked_steps(self.unroll_steps)
         if minibatches is None:
             return repeat((fake, real), steps)
         return minibatches_checked(minibatches, steps, needs_graph=needs_graph)
@@ -282,16 +256,3 @@ def _unchanged(tensor: Any) -> Any:
 
 def _detached(tensor: Any) -> Any:
     return tensor.detach() if isinstance(tensor, Tensor) else tensor
-
-
-def _steps(unroll_steps: object) -> int:
-    if not isinstance(unroll_steps, int) or isinstance(unroll_steps, bool):
-        raise TypeError(
-            "unroll_steps: must be an int, the number K of look-ahead steps; got "
-            f"{unroll_steps!r} ({type(unroll_steps).__name__})."
-        )
-    if unroll_steps < 0:
-        raise ValueError(
-            f"unroll_steps: must be at least 0; got {unroll_steps}. Use 0 for the ordinary loss."
-        )
-    return unroll_steps

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unroll.derivatives import inspect_step, twice_differentiable
 from unroll.game.objectives import Objective
 from unroll.optimizers import InnerOptimizer
-from unroll.stateless import Batch, Stateless, map_tensors, mutation_message, tensors
+from unroll.stateless import Batch, Stateless, held, map_tensors, mutation_message, tensors
 
 Project = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
@@ -153,6 +153,47 @@ class LookAhead:
                     f"{tuple(theta[name].shape)} and left with {tuple(value.shape)}."
                 )
         return dict(projected)
+
+
+@dataclass(frozen=True)
+class UnrolledDiscriminator:
+    """What K look-ahead steps lead to: callable like D, at theta_D^K.
+
+    Attributes:
+        parameters: Every parameter name of the unwrapped D, with its tensor in theta_D^K. In the
+            graph of the fakes, unless ``stop_gradient`` is set or nothing required a gradient.
+        buffers: Every buffer name of D, with its tensor after the K steps, detached.
+        optimizer_state: The optimizer's state after the K steps, in the optimizer's own form: what
+            a torchopt transformation's ``update`` returned, a tuple of those for a torchopt
+            optimizer, a mapping from parameter names to states for a ``torch.optim`` one.
+        losses: D's loss before each step, shape ``(K,)``, detached.
+    """
+
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    optimizer_state: Any
+    losses: Tensor
+    _module: nn.Module = field(repr=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return ``D(*args, **kwargs)`` at theta_D^K; neither D nor the buffers change."""
+        with held(self._module):
+            d = At(Stateless(self._module), self.parameters, self.buffers)
+            return d.forward(*args, **kwargs)
+
+
+def checked_steps(unroll_steps: object) -> int:
+    """Return K, or refuse what is not a count."""
+    if not isinstance(unroll_steps, int) or isinstance(unroll_steps, bool):
+        raise TypeError(
+            "unroll_steps: must be an int, the number K of look-ahead steps; got "
+            f"{unroll_steps!r} ({type(unroll_steps).__name__})."
+        )
+    if unroll_steps < 0:
+        raise ValueError(
+            f"unroll_steps: must be at least 0; got {unroll_steps}. Use 0 for the ordinary loss."
+        )
+    return unroll_steps
 
 
 def check_scalar(loss: Tensor, method: str) -> None:
