@@ -21,10 +21,11 @@ def mean(rows: Sequence[Row], column: str) -> str:
     if any(map(math.isnan, values)):  # a run without a single high-quality sample
         return "n/a"
     average = sum(values) / len(values)
+    digits = 4 if "kl" in column else 2
     if len(values) == 1:
-        return f"{average:.2f}"
+        return f"{average:.{digits}f}"
     variance = sum((value - average) ** 2 for value in values) / (len(values) - 1)
-    return f"{average:.2f} ± {math.sqrt(variance / len(values)):.2f}"
+    return f"{average:.{digits}f} ± {math.sqrt(variance / len(values)):.{digits}f}"
 
 
 def mog(rows: Sequence[Row]) -> str:
