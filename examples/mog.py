@@ -261,7 +261,7 @@ def arguments() -> argparse.ArgumentParser:
         choices=PRESETS,
         default="quick",
         help="paper: Appendix A. quick (default): the same, but both learning rates 1e-3 for 1e-4, "
-        "batches of 256 for 512 and 3,500 pairs for 25,000, enough to see the effect in about three "
+        "batches of 256 for 512 and 3,500 pairs for 25,000, enough to see the effect in about 3 "
         "minutes on two cores. notebook: the authors' notebook (radius 1, deviation 0.01, tanh, "
         "gain 1.4, two hidden layers in D and no scaling of its input, G's learning rate 1e-3; its "
         "K is 5), with 8 distinct modes, where its linspace has the last one on the first, and "

@@ -121,6 +121,18 @@ def test_right_gradients_pass_and_nothing_changes(name: str, stop_gradient: bool
     assert not d._forward_pre_hooks
 
 
+@pytest.mark.parametrize("name", ["torchopt MetaAdam", "torchopt FuncOptimizer"])
+def test_parameters_and_states_in_a_graph_can_be_checked(name: str) -> None:
+    d = discriminator()
+    optimizer = OPTIMIZERS[name](d)
+    value = unroll.Minimax().discriminator_loss(d, batch(), batch())
+    if isinstance(optimizer, torchopt.MetaOptimizer):
+        optimizer.step(value)
+    else:
+        optimizer.step(value, tuple(d.parameters()))
+    assert unroll.check_gradients(Loss(d, optimizer, unroll_steps=2), batch(), batch()).ok
+
+
 def test_the_global_generator_does_not_move() -> None:
     d = discriminator(nn.Dropout(0.5))
     loss = Loss(d, torch.optim.SGD(d.parameters(), lr=0.1), unroll_steps=2)

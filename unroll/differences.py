@@ -10,7 +10,7 @@ import torch
 import torchopt
 from torch import Tensor, nn
 from torchopt.base import GradientTransformation
-from torchopt.pytree import tree_map
+from torchopt.pytree import tree_leaves, tree_map
 
 from unroll.derivatives import probe_layers
 from unroll.loss import UnrolledGeneratorLoss
@@ -178,10 +178,15 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
     """Return the loss on float64 copies of D, the optimizer with its state, and the objective."""
     optimizer = unwrap_optimizer(loss.optimizer)
     memo: dict[int, Any] = {}
-    for submodule in loss.discriminator.modules():  # deepcopy refuses tensors in a graph
+    # deepcopy refuses tensors in a graph: a MetaOptimizer's parameters, torchopt's states.
+    for submodule in loss.discriminator.modules():
         for value in [*vars(submodule).values(), *submodule._parameters.values()]:
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = nn.Parameter(value.detach().clone())
+    states = [getattr(optimizer, name, None) for name in ("state_groups", "optim_state")]
+    for value in tree_leaves(cast(Any, states)):
+        if isinstance(value, Tensor):
+            memo[id(value)] = value.detach().clone()
     impl = getattr(optimizer, "impl", optimizer)
     if isinstance(impl, GradientTransformation):  # pure functions, which deepcopy breaks
         memo[id(impl)] = impl
