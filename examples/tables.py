@@ -54,12 +54,15 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"mog": mog}
 def filled(text: str) -> str:
     """Return a page with the table after every `<!-- results: NAME -->` written anew."""
     for name, table in TABLES.items():
-        start, end = f"<!-- results: {name} -->\n", "\n<!-- end -->"
+        start, end = f"<!-- results: {name} -->\n", "<!-- end -->"
         before, found, rest = text.partition(start)
         if found:
+            _, closed, after = rest.partition(end)
+            if not closed:
+                raise ValueError(f"a page has no {end} after {start.strip()}")
             with (ROOT / "docs" / "results" / f"{name}.csv").open(newline="") as file:
                 rows = list(csv.DictReader(file))
-            text = before + start + table(rows) + end + rest.partition(end)[2]
+            text = f"{before}{start}{table(rows)}\n{end}{after}"
     return text
 
 
