@@ -81,7 +81,8 @@ def gradient_terms(
             "gradient_terms: must run with gradients on; it was called under torch.no_grad()."
         )
     check_differentiable(fake, "fake")
-    theta_g = list(generator_parameters)
+    everything = list(generator_parameters)
+    theta_g = [p for p in everything if p.requires_grad]
     with held(loss.discriminator):
         pairs = loss._pairs(fake, real, minibatches, needs_graph=True)
         points, _ = loss._look_ahead(pairs, optimizer_state)
@@ -109,12 +110,17 @@ def gradient_terms(
         value, [*theta_g, *near], retain_graph=True, allow_unused=True, materialize_grads=True
     )
     first, reactions = gradients[: len(theta_g)], gradients[len(theta_g) :]
-    if not far:
-        return first, tuple(map(torch.zeros_like, first))
-    second = torch.autograd.grad(
-        far, theta_g, reactions, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return first, second
+    second = tuple(map(torch.zeros_like, first))
+    if far:
+        second = torch.autograd.grad(
+            far, theta_g, reactions, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+
+    def in_place(found: Iterable[Tensor]) -> tuple[Tensor, ...]:
+        terms = iter(found)
+        return tuple(next(terms) if p.requires_grad else torch.zeros_like(p) for p in everything)
+
+    return in_place(first), in_place(second)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def _layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    _cudnn_enable: bool = True,
+    cudnn_enable: bool = True,  # noqa: ARG001
 ) -> Tensor:
     """PyTorch's third derivative, which a gradient penalty needs, is silently wrong."""
     dims = list(range(-len(normalized_shape), 0))
@@ -95,8 +95,8 @@ _TWICE: dict[Callable[..., Any], Callable[..., Any]] = {
     **{f: _without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }
 _ROOT: dict[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(
-    (torch.sqrt, torch.sqrt_, Tensor.sqrt, Tensor.sqrt_), safe_sqrt
-)
+    (torch.sqrt, Tensor.sqrt), safe_sqrt
+) | dict.fromkeys((torch.sqrt_, Tensor.sqrt_), lambda x: x.copy_(safe_sqrt(x)))
 
 
 def _where_equal(condition: Tensor, x: Tensor, other: Any) -> Tensor:
@@ -129,13 +129,24 @@ def inspect_step(
     module: nn.Module,
     gradients: Mapping[str, Tensor],
     fakes: Sequence[Tensor],
+    reals: Sequence[Tensor],
     forward: Callable[[], object],
 ) -> None:
     """Refuse layers without the derivatives that Eq. 12 needs; warn of detached fakes.
 
     ``gradients`` are D's at theta_D^0, in the graph of ``fakes``.
     """
-    nodes = _graph(gradients.values())
+    inputs = [t.grad_fn for t in (*fakes, *reals) if t.grad_fn is not None]
+    nodes = _graph(gradients.values(), until=inputs)
+    own = {id(p): name for name, p in module.named_parameters()}
+    for node in nodes:
+        name = own.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            raise RuntimeError(
+                f"discriminator: its forward pass uses the parameter {name!r} other than through "
+                "its module (from a plain list, a closure), so the look-ahead cannot put theta_D^k "
+                "in its place. Read it as an attribute, or use nn.ParameterList."
+            )
     if _lacks_derivative(nodes):
         orders = probe_layers(module, forward, _missing_order)
         lowest = min((order for order in orders.values() if order), default=0)
@@ -213,13 +224,17 @@ def _missing_order(layer: Callable[[], Any], inputs: list[Tensor], parameters: l
     return 0
 
 
-def _graph(outputs: Iterable[Tensor]) -> set[Node]:
+def _graph(outputs: Iterable[Tensor], until: Iterable[Node] = ()) -> set[Node]:
+    """Return the autograd nodes behind the outputs, up to and with those of ``until``."""
+    last = set(until)
     stack = [output.grad_fn for output in outputs]
     nodes: set[Node] = set()
     while stack:
         node = stack.pop()
         if node is not None and node not in nodes:
             nodes.add(node)
+            if node in last:
+                continue
             stack.extend(following for following, _ in node.next_functions)
     return nodes
 

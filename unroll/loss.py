@@ -217,7 +217,8 @@ class UnrolledGeneratorLoss(nn.Module):
         for point in chosen:
             constant = self._constant or point.loss is None  # theta_D^0 takes no gradient
             keep = _detached if constant else _unchanged
-            d = At(module, {n: keep(p) for n, p in point.parameters.items()}, point.buffers)
+            theta = {name: keep(p) for name, p in point.parameters.items()}
+            d = At(module, theta, point.buffers, twice=not constant)
             value = self.objective.generator_loss(d, fake, real)
             check_scalar(value, "generator_loss")
             values.append(value)

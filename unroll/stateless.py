@@ -192,6 +192,11 @@ def check_supported(module: nn.Module) -> None:
                 f"discriminator: parameter {name!r} is not initialised yet (a lazy module). Run "
                 "one batch through the discriminator before wrapping it."
             )
+        if parameter.is_complex():
+            raise TypeError(
+                f"discriminator: parameter {name!r} is complex, which the look-ahead does not "
+                "support. Store its real and imaginary parts."
+            )
     if next(module.parameters(), None) is None:
         raise ValueError(
             f"discriminator: must have parameters to look ahead with; {type(module).__name__} has "

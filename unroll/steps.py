@@ -97,12 +97,14 @@ class LookAhead:
         ):
             theta, state = self.optimizer.step(point.parameters, gradients, point.optimizer_state)
             if self.project is not None:
-                theta = self._projected(theta)
-        if self.inspect and point.loss is None and not self.constant:
+                theta = self._projected(theta, inspect=self._inspecting(point))
+        if self._inspecting(point) and any(t.requires_grad for t in tensors((fake, real))):
             for name, own in self.module.parameters.items():  # .data leaves no other trace
-                if not torch.equal(point.parameters[name].nan_to_num(), own.nan_to_num()):
+                if not _same(point.parameters[name], own):
                     raise RuntimeError(mutation_message(name))
-            inspect_step(self.module.module, gradients, tensors(fake), lambda: d(real))
+            inspect_step(
+                self.module.module, gradients, tensors(fake), tensors(real), lambda: d(real)
+            )
         if self.constant:
             theta = {name: self._leaf(name, value) for name, value in theta.items()}
         return Point(theta, d.buffers, state, loss.detach())
@@ -131,10 +133,15 @@ class LookAhead:
             )
         return found
 
-    def _projected(self, theta: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _inspecting(self, point: Point) -> bool:
+        return self.inspect and point.loss is None and not self.constant
+
+    def _projected(self, theta: dict[str, Tensor], *, inspect: bool) -> dict[str, Tensor]:
         assert self.project is not None
         # Clones, so that a projection may write in place, as one of real parameters does.
-        projected = self.project({name: value.clone() for name, value in theta.items()})
+        given = {name: value.clone() for name, value in theta.items()}
+        histories = {name: value.grad_fn for name, value in given.items()}
+        projected = self.project(dict(given))
         if not isinstance(projected, Mapping) or projected.keys() != theta.keys():
             got = list(projected) if isinstance(projected, Mapping) else type(projected).__name__
             raise ValueError(
@@ -152,10 +159,21 @@ class LookAhead:
                     f"project: must keep the shapes of the parameters; {name!r} came with "
                     f"{tuple(theta[name].shape)} and left with {tuple(value.shape)}."
                 )
+            detached = theta[name].requires_grad and not value.requires_grad
+            untracked = inspect and value.grad_fn is histories[name]
+            if not self.constant and (detached or (untracked and not _same(value, theta[name]))):
+                raise ValueError(
+                    f"project: must be differentiable; it changed {name!r} outside autograd (under "
+                    "torch.no_grad(), through .data, or detached). Use p.clamp(...) and the like."
+                )
         return dict(projected)
 
 
-@dataclass(frozen=True)
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.detach().nan_to_num(), b.detach().nan_to_num())
+
+
+@dataclass(frozen=True, eq=False)
 class UnrolledDiscriminator:
     """What K look-ahead steps lead to: callable like D, at theta_D^K.
 

@@ -52,7 +52,7 @@ def _squared_gradient_norm(discriminator: Discriminator, batch: Batch, x: Tensor
     """Return ``||dD/dx||^2`` per sample, where ``x`` takes the place of a tensor of the batch."""
     output = one_tensor(discriminator, batch)
     (gradient,) = torch.autograd.grad(output.sum(), x, create_graph=True)
-    return gradient.square().flatten(1).sum(1)
+    return gradient.square().reshape(len(gradient), -1).sum(1)
 
 
 def _replace(batch: Batch, old: Tensor, new: Tensor) -> Batch:

@@ -131,7 +131,7 @@ class TorchOptim:
         self._buckets: list[_Bucket] = []
         for group in optimizer.param_groups:
             hyper = {
-                key: value.detach() if isinstance(value, Tensor) else value
+                key: value.detach().clone() if isinstance(value, Tensor) else value
                 for key, value in group.items()
                 if key != "params"
             }
