@@ -133,3 +133,24 @@ def test_the_terms_of_a_frozen_parameter_are_zeros() -> None:
     assert not first[0].any()
     assert not second[0].any()
     assert first[1].any()
+
+
+def test_a_detached_look_ahead_does_not_count_as_the_inspected_one() -> None:
+    d = FromAList().to(DEVICE).double()
+    loss = Loss(d, sgd(d), unroll_steps=2)
+    loss.unroll(randn(5, 3), randn(5, 3))
+    with pytest.raises(RuntimeError, match=r"uses the parameter 'layer\.weight' other than"):
+        loss(fakes(), randn(5, 3))
+
+
+def test_a_projection_of_a_partly_frozen_discriminator_is_no_mistake() -> None:
+    d = net()
+    d[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(d[2].parameters(), lr=0.3)
+
+    def clip(theta: Any) -> Any:
+        return {name: p.clamp(-0.1, 0.1) for name, p in theta.items()}
+
+    loss = Loss(d, optimizer, unroll_steps=2, project=clip)
+    assert unroll.check_gradients(loss, fakes(), fakes()).ok
+    assert loss(fakes(), randn(5, 3)).isfinite()

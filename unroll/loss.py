@@ -203,10 +203,10 @@ class UnrolledGeneratorLoss(nn.Module):
             moving=self._trainable & optimizer.names,
             constant=self._constant,
             project=self.project,
-            inspect=not self._inspected,
+            inspected=self._inspected,
         )
         points = ahead.trajectory(pairs)
-        self._inspected |= not self._constant and len(points) > 1
+        self._inspected = ahead.inspected
         return points, optimizer
 
     def _surrogate(self, points: list[Point], fake: Batch, real: Batch) -> Tensor:

@@ -55,7 +55,7 @@ class Point:
     loss: Tensor | None = None  # D's before the step that led here, detached
 
 
-@dataclass(frozen=True)
+@dataclass
 class LookAhead:
     """K steps of D from where it stands, on private copies of all that they change."""
 
@@ -65,7 +65,7 @@ class LookAhead:
     moving: frozenset[str]  # names of the parameters that take steps
     constant: bool  # whether theta_D^1..K are constants: no second term in Eq. 12
     project: Project | None
-    inspect: bool  # whether to look for broken derivatives in the first step
+    inspected: bool  # whether a first step has been searched for broken derivatives
 
     def trajectory(self, batches: Iterable[tuple[Batch, Batch]]) -> list[Point]:
         """Return theta_D^0 = theta_D (Eq. 6), then a point after a step on each (fake, real)."""
@@ -84,6 +84,11 @@ class LookAhead:
 
     def _step(self, point: Point, fake: Batch, real: Batch) -> Point:
         """Return theta_D^{k+1} = theta_D^k + eta df/dtheta_D^k (Eq. 7)."""
+        inspect = (
+            not (self.inspected or self.constant)
+            and point.loss is None
+            and any(t.requires_grad for t in tensors((fake, real)))
+        )
         if self.constant:
             fake, real = (map_tensors(Tensor.detach, batch) for batch in (fake, real))
         d = At(self.module, point.parameters, point.buffers, twice=not self.constant)
@@ -97,14 +102,15 @@ class LookAhead:
         ):
             theta, state = self.optimizer.step(point.parameters, gradients, point.optimizer_state)
             if self.project is not None:
-                theta = self._projected(theta, inspect=self._inspecting(point))
-        if self._inspecting(point) and any(t.requires_grad for t in tensors((fake, real))):
+                theta = self._projected(theta, inspect=inspect)
+        if inspect:
             for name, own in self.module.parameters.items():  # .data leaves no other trace
                 if not _same(point.parameters[name], own):
                     raise RuntimeError(mutation_message(name))
             inspect_step(
                 self.module.module, gradients, tensors(fake), tensors(real), lambda: d(real)
             )
+            self.inspected = True
         if self.constant:
             theta = {name: self._leaf(name, value) for name, value in theta.items()}
         return Point(theta, d.buffers, state, loss.detach())
@@ -133,9 +139,6 @@ class LookAhead:
             )
         return found
 
-    def _inspecting(self, point: Point) -> bool:
-        return self.inspect and point.loss is None and not self.constant
-
     def _projected(self, theta: dict[str, Tensor], *, inspect: bool) -> dict[str, Tensor]:
         assert self.project is not None
         # Clones, so that a projection may write in place, as one of real parameters does.
@@ -159,9 +162,10 @@ class LookAhead:
                     f"project: must keep the shapes of the parameters; {name!r} came with "
                     f"{tuple(theta[name].shape)} and left with {tuple(value.shape)}."
                 )
-            detached = theta[name].requires_grad and not value.requires_grad
+            if self.constant or not theta[name].requires_grad:
+                continue
             untracked = inspect and value.grad_fn is histories[name]
-            if not self.constant and (detached or (untracked and not _same(value, theta[name]))):
+            if not value.requires_grad or (untracked and not _same(value, theta[name])):
                 raise ValueError(
                     f"project: must be differentiable; it changed {name!r} outside autograd (under "
                     "torch.no_grad(), through .data, or detached). Use p.clamp(...) and the like."
