@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, str]
@@ -42,7 +43,7 @@ def mog(rows: Sequence[Row]) -> str:
         full = sum(row["modes"] == "8" for row in seeds)
         columns = ("modes", "percent_high_quality", "reverse_kl_high_quality", "reverse_kl_all")
         cells = [mean(seeds, column) for column in (*columns, "rotations")]
-        seconds = f"{sum(float(row['seconds']) for row in seeds) / len(seeds):.0f}"
+        seconds = f"{median(float(row['seconds']) for row in seeds):.0f}"
         first = [preset, f"{pairs:,}", str(k), f"{full} / {len(seeds)}"]
         lines.append(f"| {' | '.join([*first, *cells, seconds])} |")
     return "\n".join(lines)

@@ -393,21 +393,21 @@ def test_resampled_minibatches_are_the_real_steps_batches(name: str) -> None:
     assert_close(ahead.buffers, dict(d.named_buffers()), 1e-12)
 
 
-class Plain:
+class LightningOptimizer:
     """A wrapper like Lightning's, which keeps the real optimizer in ``.optimizer``."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
 
 
-class Disguised(torch.optim.Optimizer):
+class AcceleratedOptimizer(torch.optim.Optimizer):
     """A wrapper like Accelerate's, which is an optimizer itself."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:  # pyright: ignore
         self.optimizer = optimizer
 
 
-@pytest.mark.parametrize("wrapper", [Plain, Disguised])
+@pytest.mark.parametrize("wrapper", [LightningOptimizer, AcceleratedOptimizer])
 def test_behind_a_wrapper(wrapper: Any) -> None:
     ((fake, real),) = batches(1)
     d, optimizer = pair_of("Adam", torch.float64, 2)

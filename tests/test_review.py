@@ -1,10 +1,16 @@
 """Cases that a review found: each was silently wrong, or a raw error, once."""
 
+import gc
+from collections import deque
+from functools import partial
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+import torchopt
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from torchopt.base import GradientTransformation
 from torchopt.pytree import tree_map
@@ -60,7 +66,7 @@ class FromAList(nn.Module):
 
 def test_a_parameter_in_a_plain_list_is_refused() -> None:
     d = FromAList().to(DEVICE).double()
-    with pytest.raises(RuntimeError, match=r"uses the parameter 'layer\.weight' other than"):
+    with pytest.raises(RuntimeError, match=r"uses D's parameter 'layer\.weight' other than"):
         Loss(d, sgd(d), unroll_steps=2)(fakes(), randn(5, 3))
     assert d.layer.weight.grad is None
 
@@ -139,7 +145,7 @@ def test_a_detached_look_ahead_does_not_count_as_the_inspected_one() -> None:
     d = FromAList().to(DEVICE).double()
     loss = Loss(d, sgd(d), unroll_steps=2)
     loss.unroll(randn(5, 3), randn(5, 3))
-    with pytest.raises(RuntimeError, match=r"uses the parameter 'layer\.weight' other than"):
+    with pytest.raises(RuntimeError, match=r"uses D's parameter 'layer\.weight' other than"):
         loss(fakes(), randn(5, 3))
 
 
@@ -153,4 +159,189 @@ def test_a_projection_of_a_partly_frozen_discriminator_is_no_mistake() -> None:
 
     loss = Loss(d, optimizer, unroll_steps=2, project=clip)
     assert unroll.check_gradients(loss, fakes(), fakes()).ok
+    assert loss(fakes(), randn(5, 3)).isfinite()
+
+
+class Lookahead(torch.optim.Optimizer):
+    """A wrapper with a step of its own, which nobody must look through."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step(closure)
+
+
+def test_a_wrapper_with_a_step_of_its_own_is_refused() -> None:
+    d = net()
+    with pytest.raises(TypeError, match=r"no differentiable form of .*Lookahead is known"):
+        Loss(d, Lookahead(sgd(d)), unroll_steps=1)
+
+
+def test_step_hooks_are_warned_of() -> None:
+    d = net()
+    optimizer = sgd(d)
+    optimizer.register_step_pre_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"optimizer: has step hooks.*project="):
+        Loss(d, optimizer, unroll_steps=1)
+
+
+def test_gradient_hooks_of_parameters_run_in_the_look_ahead() -> None:
+    d, real, fake = net(), randn(5, 3), randn(5, 3)
+    for p in d.parameters():
+        p.register_hook(lambda g: g.clamp(-0.01, 0.01))
+    optimizer = sgd(d)
+    loss = Loss(d, optimizer, unroll_steps=2)
+    ahead = loss.unroll(fake, real).parameters
+    for _ in range(2):
+        optimizer.zero_grad()
+        unroll.Minimax().discriminator_loss(d, fake, real).backward()
+        optimizer.step()
+    for name, p in d.named_parameters():
+        torch.testing.assert_close(ahead[name], p.detach(), rtol=1e-12, atol=0)
+
+
+def test_the_callers_saved_tensor_hooks_are_welcome() -> None:
+    d, real, fake = net(), randn(5, 3), fakes()
+    loss = Loss(d, sgd(d), unroll_steps=2)
+    (plain,) = torch.autograd.grad(loss(fake, real), fake)
+    with torch.autograd.graph.save_on_cpu():
+        (saved,) = torch.autograd.grad(loss(fake, real), fake)
+    whole = torch.utils.checkpoint.checkpoint(partial(loss, real=real), fake, use_reentrant=False)
+    (recomputed,) = torch.autograd.grad(whole, fake)
+    assert torch.equal(plain, saved)
+    assert torch.equal(plain, recomputed)
+
+
+def test_look_aheads_in_several_threads() -> None:
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            d = net()
+            loss = Loss(d, sgd(d), unroll_steps=3)
+            for _ in range(10):
+                loss(fakes(), randn(5, 3)).backward()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+@pytest.mark.parametrize("method", ["discriminator_loss", "generator_loss"])
+def test_a_loss_of_the_modules_own_parameters_is_refused(method: str) -> None:
+    d = net()
+    game = unroll.Minimax()
+
+    def decayed(*batch: Any) -> Tensor:
+        loss: Tensor = getattr(game, method)(*batch)
+        return loss + sum(p.square().sum() for p in d.parameters())
+
+    class Decayed:
+        discriminator_loss = staticmethod(game.discriminator_loss)
+        generator_loss = staticmethod(game.generator_loss)
+
+    objective = Decayed()
+    setattr(objective, method, decayed)
+    with pytest.raises(RuntimeError, match=r"uses D's parameter '.*' other than through"):
+        Loss(d, sgd(d), objective, unroll_steps=1)(fakes(), randn(5, 3))
+
+
+def test_cached_parametrizations_are_evaluated_at_every_step() -> None:
+    d, real, fake = net(), randn(5, 3), fakes()
+    weight_norm(d[0])
+    loss = Loss(d, sgd(d), unroll_steps=3)
+    value = loss(fake, real)
+    with parametrize.cached():
+        assert torch.equal(loss(fake, real), value)
+        assert parametrize._cache_enabled
+
+
+def test_a_saturated_discriminator_is_said_to_be_too_sure_to_check() -> None:
+    d = net()
+    head = d[2]
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.bias.fill_(-20.0)
+    report = unroll.check_gradients(Loss(d, sgd(d), unroll_steps=3), fakes(), randn(5, 3))
+    assert not report.ok
+    assert "too small" in report.suspicions[0]
+
+
+def test_a_root_written_as_a_power_has_a_finite_slope() -> None:
+    def update(updates: Any, state: Any, **_: Any) -> Any:
+        return tree_map(lambda g: -0.1 * g / ((g * g) ** 0.5 + 1e-8), updates), state
+
+    d = net()
+    fake = fakes()
+    impl = GradientTransformation(lambda _: (), update)
+    loss = Loss(d, impl, unroll.Wasserstein(), unroll_steps=1)  # the output bias has no gradient
+    loss(fake, randn(5, 3)).backward()
+    assert fake.grad is not None
+    assert fake.grad.isfinite().all()
+
+
+def test_a_where_of_ones_own_beside_adagrad() -> None:
+    def update(updates: Any, state: Any, **_: Any) -> Any:
+        return tree_map(lambda g: g * (len(torch.where(g > 0)) > 0), updates), state
+
+    d = net()
+    impl = torchopt.chain(GradientTransformation(lambda _: (), update), torchopt.adagrad(0.1))
+    assert unroll.check_gradients(Loss(d, impl, unroll_steps=2), fakes(), randn(5, 3)).ok
+
+
+def test_a_detaching_clip_in_a_partial_is_refused() -> None:
+    d, clip = net(), torchopt.clip_grad_norm(1.0)
+    hidden = GradientTransformation(clip.init, partial(clip.update))
+    with pytest.raises(ValueError, match=r"torchopt\.clip_grad_norm detaches"):
+        Loss(d, torchopt.chain(hidden, torchopt.sgd(0.1)), unroll_steps=1)
+
+
+class Diary(nn.Module):
+    """It writes down what it sees, in containers within containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.last: deque[float] = deque(maxlen=5)
+        self.pages: dict[str, list[float]] = {"means": []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.append(x.mean().item())
+        self.pages["means"].append(x.mean().item())
+        output: Tensor = self.layer(x)
+        return output
+
+
+def test_nested_containers_are_given_back() -> None:
+    d = Diary().to(DEVICE).double()
+    Loss(d, sgd(d), unroll_steps=2)(fakes(), randn(5, 3)).backward()
+    assert not d.last
+    assert d.pages == {"means": []}
+
+
+def test_points_on_the_way_are_not_kept() -> None:
+    alive: list[int] = []
+
+    def count(theta: Any) -> Any:
+        alive.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
+        return theta
+
+    d = net()
+    loss = Loss(d, sgd(d), unroll_steps=20, stop_gradient=True, project=count)
+    loss(fakes(), randn(5, 3))
+    assert alive[-1] <= alive[2] + 20  # the losses, one number a step
+
+
+def test_a_frozen_discriminator_with_an_integer_parameter() -> None:
+    d = net()
+    d.register_parameter("level", nn.Parameter(torch.zeros(2, dtype=torch.int8), False))
+    d.requires_grad_(False)
+    loss = Loss(d, sgd(d), unroll_steps=1)
     assert loss(fakes(), randn(5, 3)).isfinite()

@@ -8,18 +8,21 @@ derivatives of every order.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from unroll.stateless import map_tensors, tensors
+from unroll.stateless import Stateless, map_tensors, tensors
 
 T = TypeVar("T")
 
@@ -96,12 +99,24 @@ _TWICE: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 _ROOT: dict[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(
     (torch.sqrt, Tensor.sqrt), safe_sqrt
-) | dict.fromkeys((torch.sqrt_, Tensor.sqrt_), lambda x: x.copy_(safe_sqrt(x)))
+)
+_ROOT |= dict.fromkeys((torch.sqrt_, Tensor.sqrt_), lambda x: x.copy_(safe_sqrt(x)))
 
 
-def _where_equal(condition: Tensor, x: Tensor, other: Any) -> Tensor:
+def _adagrad_where(condition: Tensor, *args: Any) -> Any:
     """Torchopt's Adagrad returns a constant 0 at a zero accumulator, where its step is g / eps."""
-    return torch.where(condition | (x == other), x, other)
+    if len(args) == 2 and isinstance(args[1], float) and args[1] == 0.0:
+        condition = condition | (args[0] == 0.0)
+    return torch.where(condition, *args)
+
+
+def _power(x: Any, exponent: Any) -> Any:
+    if isinstance(x, Tensor) and isinstance(exponent, float) and exponent == 0.5:
+        return safe_sqrt(x)
+    return torch.pow(x, exponent)
+
+
+_ROOT |= dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _power)
 
 
 class _Replacing(TorchFunctionMode):
@@ -115,38 +130,59 @@ class _Replacing(TorchFunctionMode):
         return self.table.get(func, func)(*args, **(kwargs or {}))
 
 
-def twice_differentiable() -> TorchFunctionMode:
-    """Return a context in which a discriminator's forward pass has right higher derivatives."""
-    return _Replacing(_TWICE)
+class _InDiscriminator(_Replacing):
+    """Activation checkpointing recomputes D with its real parameters: it is refused."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not Stateless.__call__.__code__:
+            if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+                raise RuntimeError(
+                    "discriminator: activation checkpointing inside D recomputes with D's real "
+                    "parameters, which gives a wrong gradient through the look-ahead. Switch "
+                    "torch.utils.checkpoint off in D while the generator's loss is computed."
+                )
+            frame = frame.f_back
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def discriminator_forward(*, twice: bool) -> TorchFunctionMode:
+    """Return the context of D's forward pass; ``twice`` gives it right higher derivatives."""
+    return _InDiscriminator(_TWICE if twice else {})
 
 
 def differentiable_roots(*, adagrad: bool) -> TorchFunctionMode:
     """Return a context in which an optimizer has its right slope at a zero second moment."""
-    return _Replacing(_ROOT | {torch.where: _where_equal} if adagrad else _ROOT)
+    return _Replacing(_ROOT | {torch.where: _adagrad_where} if adagrad else _ROOT)
+
+
+def refuse_own_parameters(module: nn.Module, loss: Tensor, until: Iterable[Tensor]) -> None:
+    """Refuse a loss that D's real parameters reach; ``until`` are the tensors it may depend on."""
+    own = {id(p): name for name, p in module.named_parameters()}
+    for node in _graph([loss], [t.grad_fn for t in until if t.grad_fn is not None]):
+        name = own.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            raise RuntimeError(
+                f"discriminator, objective: the loss uses D's parameter {name!r} other than "
+                "through the discriminator it is given (from a closure, or D keeps it in a plain "
+                "list), so the look-ahead cannot put theta_D^k in its place. Call the "
+                "`discriminator` argument; in D, read parameters as attributes."
+            )
 
 
 def inspect_step(
     module: nn.Module,
     gradients: Mapping[str, Tensor],
     fakes: Sequence[Tensor],
-    reals: Sequence[Tensor],
     forward: Callable[[], object],
 ) -> None:
     """Refuse layers without the derivatives that Eq. 12 needs; warn of detached fakes.
 
     ``gradients`` are D's at theta_D^0, in the graph of ``fakes``.
     """
-    inputs = [t.grad_fn for t in (*fakes, *reals) if t.grad_fn is not None]
-    nodes = _graph(gradients.values(), until=inputs)
-    own = {id(p): name for name, p in module.named_parameters()}
-    for node in nodes:
-        name = own.get(id(getattr(node, "variable", None)))
-        if name is not None:
-            raise RuntimeError(
-                f"discriminator: its forward pass uses the parameter {name!r} other than through "
-                "its module (from a plain list, a closure), so the look-ahead cannot put theta_D^k "
-                "in its place. Read it as an attribute, or use nn.ParameterList."
-            )
+    nodes = _graph(gradients.values(), [t.grad_fn for t in fakes if t.grad_fn is not None])
     if _lacks_derivative(nodes):
         orders = probe_layers(module, forward, _missing_order)
         lowest = min((order for order in orders.values() if order), default=0)

@@ -20,11 +20,10 @@ from unroll.steps import At, Point
 
 TOLERANCE = 1e-5  # of check_gradients; a lost second derivative is seldom below 1e-4
 DIRECTIONS = 3  # for each tensor of fakes
-STEPS = (
-    1e-4,
-    1e-5,
-    1e-6,
-)  # of the central differences; the best one counts, for kinks and round-off
+# Of the central differences, relative to the size of what is perturbed. Where one meets a kink or
+# round-off, the next is tried.
+STEPS = (1e-5, 1e-4, 1e-6, 1e-3)
+ROUND_OFF = 8 * torch.finfo(torch.float64).eps  # of f_K, relative
 
 
 class DifferenceCheck:
@@ -75,6 +74,11 @@ class DifferenceCheck:
                 "no finite slope here (for a torchopt transformation, try eps_root=1e-8)"
             ]
         size = torch.cat([g.flatten() for g in gradients]).norm().item()
+        if 0 < size < ROUND_OFF * abs(value.item()) / max(STEPS) / TOLERANCE:
+            return float("inf"), [
+                f"the gradient (norm {size:.1e}) is too small beside f_K = {value.item():.1e} to "
+                "be checked: D is saturated. Check with a discriminator that is less sure"
+            ]
         errors = [
             _directional_error(lambda: self.f().item(), [fake], [gradient], size)
             for fake, gradient in zip(fakes, gradients, strict=True)
@@ -155,7 +159,8 @@ def _directional_error(
     size: float,
 ) -> float:
     """Return |central difference - derivative| / size along a random direction."""
-    directions = [torch.randn_like(p) for p in points]
+    directions = [torch.randn_like(p) * (p.detach().square().mean().sqrt() or 1.0) for p in points]
+    scale = torch.cat([d.flatten() for d in directions]).square().mean().sqrt().item()
     derivative = sum((g * d).sum().item() for g, d in zip(gradients, directions, strict=True))
     errors = []
     for h in STEPS:
@@ -168,7 +173,8 @@ def _directional_error(
             for p, s in zip(points, saved, strict=True):
                 p.data.copy_(s)
         difference = (values[0] - values[1]) / (2 * h)
-        errors.append(abs(difference - derivative) / max(size, abs(difference), 1e-30))
+        gap = abs(difference - derivative) - ROUND_OFF * max(map(abs, values)) / h
+        errors.append(max(gap, 0.0) / max(size * scale, abs(difference), 1e-300))
         if errors[-1] < TOLERANCE / 10:
             break
     return min(errors)
@@ -194,7 +200,7 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
     module, optimizer, objective, project = copy.deepcopy(originals, memo)
     module.double()
     for part in [*module.modules(), objective, project]:
-        _attributesin_double(part)
+        _attributes_in_double(part)
     if isinstance(optimizer, torch.optim.Optimizer):
         for state in optimizer.state.values():
             state.update({k: double(v) for k, v in state.items() if k != "step"})
@@ -215,7 +221,7 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
     return copied
 
 
-def _attributesin_double(part: Any) -> None:
+def _attributes_in_double(part: Any) -> None:
     for name, value in list(getattr(part, "__dict__", {}).items()):
         if isinstance(value, nn.Module):
             value.double()
@@ -224,7 +230,7 @@ def _attributesin_double(part: Any) -> None:
         elif isinstance(part, nn.Module):
             continue
         elif hasattr(value, "__dict__"):
-            _attributesin_double(value)
+            _attributes_in_double(value)
 
 
 def double(value: Any) -> Any:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torchopt.pytree import tree_map
 
+from unroll.derivatives import refuse_own_parameters
 from unroll.game import check_objective, warn_of_sigmoid
 from unroll.game.objectives import Minimax, Objective
-from unroll.optimizers import InnerOptimizer, inner_optimizer
+from unroll.optimizers import InnerOptimizer, inner_optimizer, warn_of_step_hooks
 from unroll.stateless import Batch, Stateless, check_supported, held, tensors, unwrap
 from unroll.steps import (
     At,
@@ -95,6 +96,7 @@ class UnrolledGeneratorLoss(nn.Module):
         check_supported(module)
         check_objective(objective)
         warn_of_sigmoid(module, objective)
+        warn_of_step_hooks(optimizer)
         parameters = dict(module.named_parameters())
         inner_optimizer(optimizer, parameters)
         if project is not None and not callable(project):
@@ -110,13 +112,19 @@ class UnrolledGeneratorLoss(nn.Module):
         self.stop_gradient = stop_gradient
         self.average = average
         trainable = {name for name, p in parameters.items() if p.requires_grad}
-        self._trainable = frozenset(trainable or parameters)
-        self._inspected = False
+        floating = {name for name, p in parameters.items() if p.is_floating_point()}
+        self._trainable = frozenset(trainable or floating)
         checked_steps(unroll_steps)
+
+    _inspected: bool
+    _inspected_value: bool
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set a plain attribute: nn.Module's own would make D a submodule of its loss."""
         object.__setattr__(self, name, value)
+        if name in ("discriminator", "optimizer", "objective", "project"):
+            object.__setattr__(self, "_inspected", False)
+            object.__setattr__(self, "_inspected_value", False)
 
     def forward(
         self,
@@ -173,15 +181,16 @@ class UnrolledGeneratorLoss(nn.Module):
                 yield pair
 
         with held(self.discriminator):
-            (*before, last), optimizer = self._look_ahead(recorded(), optimizer_state)
+            points, optimizer = self._look_ahead(recorded(), optimizer_state)
+        last = points[-1]
         in_graph = any(t.requires_grad for t in seen) and not self._constant
         keep = _unchanged if in_graph else _detached
-        losses = [point.loss for point in (*before, last) if point.loss is not None]
+        nothing = next(iter(last.parameters.values())).new_empty(0)
         return UnrolledDiscriminator(
             parameters={name: keep(p) for name, p in last.parameters.items()},
             buffers={name: b.detach().clone() for name, b in last.buffers.items()},
             optimizer_state=tree_map(keep, optimizer.export(last.optimizer_state)),
-            losses=torch.stack(losses) if losses else torch.empty(0),
+            losses=torch.stack(last.losses) if last.losses else nothing,
             _module=self.discriminator,
         )
 
@@ -193,7 +202,7 @@ class UnrolledGeneratorLoss(nn.Module):
     def _look_ahead(
         self, pairs: Iterable[tuple[Batch, Batch]], optimizer_state: Any = None
     ) -> tuple[list[Point], InnerOptimizer]:
-        """Return theta_D^0..K and the optimizer that led there. To be called while D is held."""
+        """Return where f is evaluated, and the optimizer that led there; D must be held."""
         module = Stateless(self.discriminator)
         optimizer = inner_optimizer(self.optimizer, module.parameters, optimizer_state)
         ahead = LookAhead(
@@ -205,22 +214,25 @@ class UnrolledGeneratorLoss(nn.Module):
             project=self.project,
             inspected=self._inspected,
         )
-        points = ahead.trajectory(pairs)
+        points = ahead.trajectory(pairs, average=self.average)
         self._inspected = ahead.inspected
         return points, optimizer
 
     def _surrogate(self, points: list[Point], fake: Batch, real: Batch) -> Tensor:
-        """Return f at theta_D^K, or its mean over theta_D^1..K. To be called while D is held."""
-        chosen = points[1:] if self.average and len(points) > 1 else points[-1:]
+        """Return f at theta_D^K, or its mean over theta_D^1..K; D must be held."""
         module = Stateless(self.discriminator)
         values = []
-        for point in chosen:
-            constant = self._constant or point.loss is None  # theta_D^0 takes no gradient
+        for point in points:
+            constant = self._constant or not point.losses  # theta_D^0 takes no gradient
             keep = _detached if constant else _unchanged
             theta = {name: keep(p) for name, p in point.parameters.items()}
             d = At(module, theta, point.buffers, twice=not constant)
             value = self.objective.generator_loss(d, fake, real)
             check_scalar(value, "generator_loss")
+            if not self._inspected_value and value.requires_grad:
+                between = [*tensors((fake, real)), *theta.values(), *point.buffers.values()]
+                refuse_own_parameters(self.discriminator, value, between)
+                self._inspected_value = True
             values.append(value)
         return torch.stack(values).mean() if len(values) > 1 else values[0]
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.utils.checkpoint import CheckpointFunction
 
 Batch = Any  # a tensor, a tuple (positional arguments of D) or a mapping (its keyword arguments)
 
@@ -50,32 +51,6 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
-_NO_CHECKPOINTING = (
-    "discriminator: activation checkpointing inside D recomputes with D's real parameters, which "
-    "gives a wrong gradient through the look-ahead. Switch torch.utils.checkpoint off in D while "
-    "the generator's loss is computed."
-)
-
-
-def _refuse_checkpointing(*_: Any) -> None:
-    raise RuntimeError(_NO_CHECKPOINTING)
-
-
-@contextmanager
-def _no_activation_checkpointing() -> Iterator[None]:
-    """Refuse both kinds of ``torch.utils.checkpoint`` in the discriminator's forward pass."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_NO_CHECKPOINTING))
-        try:  # the caller's own hooks, such as save_on_cpu, are welcome
-            torch.ones((), requires_grad=True).square()
-        except RuntimeError:
-            stack.pop_all().close()
-        # The reentrant kind leaves no other trace where its inputs require no gradient.
-        CheckpointFunction.apply = _refuse_checkpointing
-        stack.callback(delattr, CheckpointFunction, "apply")
-        yield
-
-
 class Stateless:
     """``module`` as a pure function of parameters and buffers.
 
@@ -108,8 +83,7 @@ class Stateless:
         versions = {name: tensor._version for name, tensor in parameters.items()}
         try:
             self._write(swapped)
-            with _no_activation_checkpointing():
-                output = self.module(*args, **kwargs)
+            output = self.module(*args, **kwargs)
             left = {name: self._places[name][0][0][self._places[name][0][1]] for name in buffers}
         finally:
             self._write({**self.parameters, **self.buffers})
@@ -133,7 +107,12 @@ def mutation_message(name: str) -> str:
     )
 
 
-_CONTAINERS = (dict, list, set)
+def _containers(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
+    """Collect the containers in a value, however deep, each with a copy of what it holds."""
+    if isinstance(value, (dict, list, set, deque)) and id(value) not in found:
+        found[id(value)] = (value, value.copy())
+        for item in value.values() if isinstance(value, dict) else value:
+            _containers(item, found)
 
 
 @contextmanager
@@ -144,18 +123,21 @@ def held(module: nn.Module) -> Iterator[None]:
     stands still, compiled parts run uncompiled (they cannot be differentiated twice).
     """
     saved: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    containers: list[tuple[Any, Any]] = []  # parameters, buffers, and lists that D may fill
+    containers: dict[int, tuple[Any, Any]] = {}  # parameters, buffers, lists that D may fill
     for submodule in module.modules():
         attributes = vars(submodule)
         saved.append((attributes, dict(attributes)))
-        containers += [(v, v.copy()) for v in attributes.values() if isinstance(v, _CONTAINERS)]
+        for value in attributes.values():
+            _containers(value, containers)
     spectral_hooks = [
         (hook, hook.n_power_iterations)
         for submodule in module.modules()
         for hook in submodule._forward_pre_hooks.values()
         if isinstance(hook, SpectralNorm)
     ]
+    cache = parametrize._cache_enabled, parametrize._cache
     try:
+        parametrize._cache_enabled, parametrize._cache = 0, {}  # it would hold theta_D^0's weights
         for attributes, _ in saved:
             for name, value in list(attributes.items()):
                 if isinstance(value, Tensor):  # an unregistered tensor, perhaps changed in place
@@ -173,9 +155,11 @@ def held(module: nn.Module) -> Iterator[None]:
         for attributes, before in saved:
             attributes.clear()
             attributes.update(before)
-        for container, content in containers:
+        for container, content in containers.values():
             container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
+            refill = container.update if isinstance(container, (dict, set)) else container.extend
+            refill(content)
+        parametrize._cache_enabled, parametrize._cache = cache
 
 
 def check_supported(module: nn.Module) -> None:

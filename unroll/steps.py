@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unroll.derivatives import inspect_step, twice_differentiable
+from unroll.derivatives import discriminator_forward, inspect_step, refuse_own_parameters
 from unroll.game.objectives import Objective
 from unroll.optimizers import InnerOptimizer
 from unroll.stateless import Batch, Stateless, held, map_tensors, mutation_message, tensors
@@ -40,7 +39,7 @@ class At:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return ``D(*args, **kwargs)``."""
-        with twice_differentiable() if self.twice else nullcontext():
+        with discriminator_forward(twice=self.twice):
             output, self.buffers = self.module(self.parameters, self.buffers, args, kwargs)
         return output
 
@@ -52,7 +51,7 @@ class Point:
     parameters: Mapping[str, Tensor]  # theta_D^k
     buffers: Mapping[str, Tensor]
     optimizer_state: Any
-    loss: Tensor | None = None  # D's before the step that led here, detached
+    losses: tuple[Tensor, ...] = ()  # D's before each step that led here, detached
 
 
 @dataclass
@@ -67,17 +66,21 @@ class LookAhead:
     project: Project | None
     inspected: bool  # whether a first step has been searched for broken derivatives
 
-    def trajectory(self, batches: Iterable[tuple[Batch, Batch]]) -> list[Point]:
-        """Return theta_D^0 = theta_D (Eq. 6), then a point after a step on each (fake, real)."""
+    def trajectory(self, batches: Iterable[tuple[Batch, Batch]], *, average: bool) -> list[Point]:
+        """Step from theta_D^0 = theta_D (Eq. 6) on each (fake, real).
+
+        Returns theta_D^K, or theta_D^1..K with ``average``.
+        """
         point = Point(
             {name: self._leaf(name, p.clone()) for name, p in self.module.parameters.items()},
             self.module.buffers,
             self.optimizer.initial_state(),
         )
-        points = [point]
+        points: list[Point] = []
         for fake, real in batches:
-            points.append(self._step(points[-1], fake, real))
-        return points
+            point = self._step(point, fake, real)
+            points = [*points, point] if average else [point]
+        return points or [point]
 
     def _leaf(self, name: str, value: Tensor) -> Tensor:
         return value.detach().requires_grad_(name in self.moving)
@@ -86,7 +89,7 @@ class LookAhead:
         """Return theta_D^{k+1} = theta_D^k + eta df/dtheta_D^k (Eq. 7)."""
         inspect = (
             not (self.inspected or self.constant)
-            and point.loss is None
+            and not point.losses
             and any(t.requires_grad for t in tensors((fake, real)))
         )
         if self.constant:
@@ -107,13 +110,13 @@ class LookAhead:
             for name, own in self.module.parameters.items():  # .data leaves no other trace
                 if not _same(point.parameters[name], own):
                     raise RuntimeError(mutation_message(name))
-            inspect_step(
-                self.module.module, gradients, tensors(fake), tensors(real), lambda: d(real)
-            )
+            module = self.module.module
+            refuse_own_parameters(module, loss, tensors((fake, real)))
+            inspect_step(module, gradients, tensors(fake), lambda: d(real))
             self.inspected = True
         if self.constant:
             theta = {name: self._leaf(name, value) for name, value in theta.items()}
-        return Point(theta, d.buffers, state, loss.detach())
+        return Point(theta, d.buffers, state, (*point.losses, loss.detach()))
 
     def _gradients(self, loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return df/dtheta_D^k of the moving parameters that the loss depends on."""
@@ -124,7 +127,7 @@ class LookAhead:
                 loss, list(moving.values()), create_graph=not self.constant, allow_unused=True
             )
             pairs = zip(moving, gradients, strict=True)
-            found = {name: gradient for name, gradient in pairs if gradient is not None}
+            found = {name: self._hooked(name, g) for name, g in pairs if g is not None}
         for name, gradient in found.items():
             if gradient.layout != torch.strided:
                 raise TypeError(
@@ -138,6 +141,13 @@ class LookAhead:
                 "`discriminator` argument, not the module itself, and do not detach its output."
             )
         return found
+
+    def _hooked(self, name: str, gradient: Tensor) -> Tensor:
+        """Return the gradient as the hooks of the real parameter leave it."""
+        for hook in (self.module.parameters[name]._backward_hooks or {}).values():
+            replaced = hook(gradient)
+            gradient = gradient if replaced is None else replaced
+        return gradient
 
     def _projected(self, theta: dict[str, Tensor], *, inspect: bool) -> dict[str, Tensor]:
         assert self.project is not None

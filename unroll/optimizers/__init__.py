@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -37,9 +38,15 @@ class InnerOptimizer(Protocol):
         ...
 
 
+_TRANSPARENT = ("LightningOptimizer", "AcceleratedOptimizer")
+
+
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """Return the optimizer inside Lightning's or Accelerate's wrapper."""
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+    """Return the optimizer inside Lightning's or Accelerate's wrapper, which leave its step alone.
+
+    Other wrappers (Lookahead, SAM) take steps of their own and must not be looked through.
+    """
+    while any(cls.__name__ in _TRANSPARENT for cls in type(optimizer).__mro__):
         optimizer = optimizer.optimizer
     return optimizer
 
@@ -91,3 +98,15 @@ def inner_optimizer(
             "optimizer that was built on discriminator.parameters()."
         )
     return inner
+
+
+def warn_of_step_hooks(optimizer: Any) -> None:
+    """Warn of what a look-ahead step cannot repeat of a real one."""
+    optimizer = unwrap_optimizer(optimizer)
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    if any(getattr(optimizer, name, None) for name in hooks):
+        warnings.warn(
+            "optimizer: has step hooks, which do not run in the look-ahead. If one changes "
+            "gradients or parameters, do that in project= or in a torchopt transformation.",
+            stacklevel=3,
+        )

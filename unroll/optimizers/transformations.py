@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import CellType, FunctionType
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torchopt
@@ -49,9 +50,10 @@ class Transformation:
             g is not None and _shape(g) != _shape(e) for g, e in zip(given, expected, strict=True)
         ):
             raise ValueError(
-                "optimizer_state: must be what the transformation's init returned for "
+                "optimizer, optimizer_state: must be what the transformation's init returned for "
                 "tuple(discriminator.parameters()), or an update of it; its structure or its "
-                "shapes differ. Initialise it with transformation.init(tuple(D.parameters()))."
+                "shapes differ. Initialise it with transformation.init(tuple(D.parameters())), or "
+                "step the FuncOptimizer with tuple(D.parameters())."
             )
         # torchopt's momentum drops the trace of a parameter that got no gradient.
         kept = [e if g is None else _apart(g) for g, e in zip(given, expected, strict=True)]
@@ -122,9 +124,21 @@ def _functions(update: Any) -> Iterator[FunctionType]:
         seen.add(id(item))
         if isinstance(item, (tuple, list)):
             stack.extend(item)
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, partial):
+            stack.extend((item.func, item.args, item.keywords))
+        elif isinstance(item, MethodType):
+            stack.extend((item.__func__, vars(item.__self__)))
         elif isinstance(item, FunctionType):
             yield item
-            stack.extend(cell.cell_contents for cell in item.__closure__ or ())
+            stack.extend(cell.cell_contents for _, cell in _cells(item))
+
+
+def _cells(function: FunctionType) -> list[tuple[str, CellType]]:
+    """Return the variables that a function closes over and that have a value."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return [(name, cell) for name, cell in cells if cell != CellType()]
 
 
 def _python_state(functions: Iterable[FunctionType]) -> list[tuple[str, CellType]]:
@@ -132,9 +146,7 @@ def _python_state(functions: Iterable[FunctionType]) -> list[tuple[str, CellType
     return [
         (name, cell)
         for function in functions
-        for name, cell in zip(
-            function.__code__.co_freevars, function.__closure__ or (), strict=True
-        )
+        for name, cell in _cells(function)
         if cell.cell_contents is None or isinstance(cell.cell_contents, (bool, int, float))
     ]
 
