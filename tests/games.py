@@ -113,6 +113,39 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "torch amsgrad": lambda d: torch.optim.Adam(
         d.parameters(), 0.05, betas=(0.9, 0.5), amsgrad=True
     ),
+    "torch NAdam": lambda d: torch.optim.NAdam(d.parameters(), 0.05, weight_decay=0.1),
+    "torch NAdam decoupled": lambda d: torch.optim.NAdam(
+        d.parameters(),
+        0.05,
+        betas=(0.5, 0.9),
+        weight_decay=0.1,
+        decoupled_weight_decay=True,
+        momentum_decay=0.1,
+        maximize=True,
+    ),
+    "torch RAdam": lambda d: torch.optim.RAdam(d.parameters(), 0.05, weight_decay=0.1),
+    "torch RAdam decoupled": lambda d: torch.optim.RAdam(
+        d.parameters(), 0.05, betas=(0.5, 0.9), weight_decay=0.1, decoupled_weight_decay=True
+    ),
+    "torch Adamax": lambda d: torch.optim.Adamax(d.parameters(), 0.05, weight_decay=0.1),
+    "torch RMSprop": lambda d: torch.optim.RMSprop(d.parameters(), 0.02, weight_decay=0.1),
+    "torch RMSprop centered": lambda d: torch.optim.RMSprop(
+        d.parameters(), 0.02, alpha=0.9, centered=True
+    ),
+    "torch RMSprop momentum": lambda d: torch.optim.RMSprop(
+        d.parameters(), 0.02, alpha=0.9, eps=1e-3, momentum=0.7, centered=True, maximize=True
+    ),
+    "torch Adagrad": lambda d: torch.optim.Adagrad(
+        d.parameters(), 0.05, lr_decay=0.1, weight_decay=0.01
+    ),
+    "torch Adagrad initial": lambda d: torch.optim.Adagrad(
+        d.parameters(), 0.3, initial_accumulator_value=0.1
+    ),
+    "torch Adadelta": lambda d: torch.optim.Adadelta(d.parameters(), 10.0, weight_decay=0.01),
+    "torch ASGD": lambda d: torch.optim.ASGD(
+        d.parameters(), 0.3, lambd=0.1, alpha=0.5, t0=1, weight_decay=0.1
+    ),
+    "torch Rprop": lambda d: torch.optim.Rprop(d.parameters(), 0.05, etas=(0.4, 1.3)),
 }
 
 

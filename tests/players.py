@@ -48,6 +48,76 @@ TORCH: dict[str, Build] = {
     "SGD foreach": lambda d: torch.optim.SGD(d.parameters(), lr=LR, momentum=0.9, foreach=True),
     "SGD fused": lambda d: torch.optim.SGD(d.parameters(), lr=LR, momentum=0.9, fused=True),
     "SGD tensor lr": lambda d: torch.optim.SGD(d.parameters(), lr=torch.tensor(LR), momentum=0.9),
+    "NAdam": lambda d: torch.optim.NAdam(d.parameters(), lr=LR),
+    "NAdam weight decay": lambda d: torch.optim.NAdam(
+        d.parameters(), lr=LR, weight_decay=0.1, momentum_decay=0.1, betas=(0.5, 0.9)
+    ),
+    "NAdam decoupled": lambda d: torch.optim.NAdam(
+        d.parameters(), lr=LR, weight_decay=0.2, decoupled_weight_decay=True, maximize=True
+    ),
+    "NAdam foreach": lambda d: torch.optim.NAdam(
+        d.parameters(), lr=LR, foreach=True, weight_decay=0.1
+    ),
+    "NAdam tensor lr": lambda d: torch.optim.NAdam(d.parameters(), lr=torch.tensor(LR)),
+    "RAdam": lambda d: torch.optim.RAdam(d.parameters(), lr=LR),
+    "RAdam betas": lambda d: torch.optim.RAdam(
+        d.parameters(), lr=LR, betas=(0.5, 0.9), eps=1e-3, weight_decay=0.1
+    ),
+    "RAdam decoupled": lambda d: torch.optim.RAdam(
+        d.parameters(), lr=LR, weight_decay=0.2, decoupled_weight_decay=True, maximize=True
+    ),
+    "RAdam foreach": lambda d: torch.optim.RAdam(d.parameters(), lr=LR, foreach=True),
+    "RAdam tensor lr": lambda d: torch.optim.RAdam(d.parameters(), lr=torch.tensor(LR)),
+    "Adamax": lambda d: torch.optim.Adamax(d.parameters(), lr=LR),
+    "Adamax weight decay": lambda d: torch.optim.Adamax(
+        d.parameters(), lr=LR / 3, weight_decay=0.1, betas=(0.5, 0.7), eps=1e-3, maximize=True
+    ),
+    "Adamax foreach": lambda d: torch.optim.Adamax(d.parameters(), lr=LR, foreach=True),
+    "Adamax tensor lr": lambda d: torch.optim.Adamax(d.parameters(), lr=torch.tensor(LR)),
+    "RMSprop": lambda d: torch.optim.RMSprop(d.parameters(), lr=LR / 10),
+    "RMSprop centered": lambda d: torch.optim.RMSprop(
+        d.parameters(), lr=LR, centered=True, alpha=0.9, weight_decay=0.1
+    ),
+    "RMSprop momentum": lambda d: torch.optim.RMSprop(
+        d.parameters(), lr=LR / 10, momentum=0.9, eps=1e-3, maximize=True
+    ),
+    "RMSprop foreach": lambda d: torch.optim.RMSprop(
+        d.parameters(), lr=LR / 10, momentum=0.5, centered=True, alpha=0.9, foreach=True
+    ),
+    "RMSprop tensor lr": lambda d: torch.optim.RMSprop(d.parameters(), lr=torch.tensor(LR / 10)),
+    "Adagrad": lambda d: torch.optim.Adagrad(d.parameters(), lr=LR),
+    "Adagrad decays": lambda d: torch.optim.Adagrad(
+        d.parameters(), lr=LR, lr_decay=0.3, weight_decay=0.1
+    ),
+    "Adagrad initial": lambda d: torch.optim.Adagrad(
+        d.parameters(), lr=10 * LR, initial_accumulator_value=0.2, eps=1e-3, maximize=True
+    ),
+    "Adagrad foreach": lambda d: torch.optim.Adagrad(
+        d.parameters(), lr=LR, lr_decay=0.3, foreach=True
+    ),
+    "Adagrad fused": lambda d: torch.optim.Adagrad(d.parameters(), lr=LR, fused=True),
+    "Adagrad tensor lr": lambda d: torch.optim.Adagrad(d.parameters(), lr=torch.tensor(LR)),
+    "Adadelta": lambda d: torch.optim.Adadelta(d.parameters()),
+    "Adadelta weight decay": lambda d: torch.optim.Adadelta(
+        d.parameters(), lr=3.0, rho=0.7, eps=1e-4, weight_decay=0.1, maximize=True
+    ),
+    "Adadelta foreach": lambda d: torch.optim.Adadelta(d.parameters(), foreach=True),
+    "Adadelta tensor lr": lambda d: torch.optim.Adadelta(d.parameters(), lr=torch.tensor(1.5)),
+    "ASGD": lambda d: torch.optim.ASGD(d.parameters(), lr=LR),
+    "ASGD averaging": lambda d: torch.optim.ASGD(
+        d.parameters(), lr=LR, lambd=0.1, alpha=0.5, t0=2, weight_decay=0.1, maximize=True
+    ),
+    "ASGD foreach": lambda d: torch.optim.ASGD(
+        d.parameters(), lr=LR, lambd=0.1, t0=2, foreach=True
+    ),
+    "ASGD tensor lr": lambda d: torch.optim.ASGD(d.parameters(), lr=torch.tensor(LR), lambd=0.1),
+    "Rprop": lambda d: torch.optim.Rprop(d.parameters(), lr=LR / 10),
+    "Rprop settings": lambda d: torch.optim.Rprop(
+        d.parameters(), lr=LR, etas=(0.3, 1.5), step_sizes=(1e-3, 2e-2), maximize=True
+    ),
+    "Rprop foreach": lambda d: torch.optim.Rprop(
+        d.parameters(), lr=LR / 10, foreach=True, maximize=True
+    ),
 }
 TORCHOPT: dict[str, Build] = {
     "torchopt.Adam": lambda d: torchopt.Adam(d.parameters(), lr=LR, weight_decay=0.1),

@@ -1,14 +1,11 @@
 """``torch.optim``'s optimizers, as they stand, in a form that can be differentiated.
 
-A rule maps a parameter ``p``, its gradient ``g``, the optimizer's state ``s`` for it and its param
-group's hyper-parameters ``h`` to the new parameter and state, without changing any of them. Rules
-work element by element, so they run on flat vectors of many parameters. Step counts are Python
-floats, so that bias corrections have double precision, as in the plain optimizer.
+Parameters that take the same step are one flat vector, on which a rule (:mod:`rules`) runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -16,63 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unroll.derivatives import safe_sqrt
+from unroll.optimizers.rules import RULES, Rule
 
 Tensors = Mapping[str, Tensor]
-State = dict[str, Any]
-Rule = Callable[[Tensor, Tensor, State, Mapping[str, Any]], tuple[Tensor, State]]
-
-
-def adam(p: Tensor, g: Tensor, s: State, h: Mapping[str, Any]) -> tuple[Tensor, State]:
-    """Adam (Kingma and Ba 2015), AdamW (Loshchilov and Hutter 2019) and AMSGrad."""
-    (beta1, beta2), lr, weight_decay = h["betas"], h["lr"], h["weight_decay"]
-    step = s.get("step", 0.0) + 1.0
-    g = -g if h["maximize"] else g
-    if weight_decay and h["decoupled_weight_decay"]:
-        p = p * (1 - lr * weight_decay)
-    elif weight_decay:
-        g = g + weight_decay * p
-    m = beta1 * s["exp_avg"] + (1 - beta1) * g if s else (1 - beta1) * g
-    v = beta2 * s["exp_avg_sq"] + (1 - beta2) * g * g if s else (1 - beta2) * g * g
-    state = {"step": step, "exp_avg": m, "exp_avg_sq": v}
-    if h["amsgrad"]:
-        v = torch.maximum(s["max_exp_avg_sq"], v) if s else v
-        state["max_exp_avg_sq"] = v
-    denominator = safe_sqrt(v) / (1 - beta2**step) ** 0.5 + h["eps"]
-    return p - lr / (1 - beta1**step) * m / denominator, state
-
-
-def sgd(p: Tensor, g: Tensor, s: State, h: Mapping[str, Any]) -> tuple[Tensor, State]:
-    """Stochastic gradient descent with momentum, dampening, Nesterov's form and weight decay."""
-    momentum, state = h["momentum"], s
-    g = -g if h["maximize"] else g
-    if h["weight_decay"]:
-        g = g + h["weight_decay"] * p
-    if momentum:
-        last = s.get("momentum_buffer")
-        buffer = g if last is None else momentum * last + (1 - h["dampening"]) * g
-        state = {"momentum_buffer": buffer}
-        g = g + momentum * buffer if h["nesterov"] else buffer
-    return p - h["lr"] * g, state
-
-
-RULES: dict[type[torch.optim.Optimizer], Rule] = {
-    torch.optim.Adam: adam,
-    torch.optim.AdamW: adam,
-    torch.optim.SGD: sgd,
-}
+SCALARS = ("step", "mu_product", "eta", "mu")  # of the state: one number for all elements
 
 
 def _rule(optimizer: torch.optim.Optimizer) -> Rule:
     """Return the update equation of an optimizer, or refuse it by name."""
     for base in type(optimizer).__mro__:
-        if base in RULES and type(optimizer).step is base.step:
+        if base in RULES and _own_step(type(optimizer)) is _own_step(base):
             return RULES[base]
     known = ", ".join(f"torch.optim.{cls.__name__}" for cls in RULES)
     raise TypeError(
         f"optimizer: no differentiable form of {type(optimizer).__module__}."
         f"{type(optimizer).__name__} is known. Use one of {known}, or a torchopt transformation."
     )
+
+
+def _own_step(cls: type[torch.optim.Optimizer]) -> Any:
+    """Return a class's step without the profiler's hook, which torch adds at the first instance."""
+    step: Any = cls.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
 @dataclass(frozen=True)
@@ -132,19 +94,21 @@ class TorchOptim:
         for group in optimizer.param_groups:
             hyper = {
                 key: value.detach().clone() if isinstance(value, Tensor) else value
-                for key, value in group.items()
+                for key, value in (group | _from_defaults(optimizer)).items()
                 if key != "params"
             }
             alike: dict[Any, list[tuple[str, dict[str, Any]]]] = {}
             for p in group["params"]:
                 if id(p) in names:
-                    state = {k: _live(k, v) for k, v in optimizer.state.get(p, {}).items()}
-                    numbers = [(k, v) for k, v in state.items() if not isinstance(v, Tensor)]
-                    key = (p.dtype, p.device, tuple(state), tuple(numbers))
+                    given = optimizer.state.get(p, {})
+                    state = {k: _live(k, v) for k, v in given.items()}
+                    numbers = tuple((k, v) for k, v in state.items() if not isinstance(v, Tensor))
+                    key = (p.dtype, p.device, _scalar_dtype(given), tuple(state), numbers)
                     alike.setdefault(key, []).append((names[id(p)], state))
-            for members in alike.values():
+            for (_, _, scalar_dtype, *_), members in alike.items():
                 bucket_names, states = zip(*members, strict=True)
-                self._buckets.append(_Bucket(bucket_names, hyper, _join(states)))
+                bucket_hyper = hyper | {"scalar_dtype": scalar_dtype}
+                self._buckets.append(_Bucket(bucket_names, bucket_hyper, _join(states)))
         self.names = frozenset(name for bucket in self._buckets for name in bucket.names)
 
     def initial_state(self) -> list[_Bucket]:
@@ -173,7 +137,22 @@ class TorchOptim:
 
 
 def _live(key: str, value: Any) -> Any:
-    """Return a state entry apart from the user's; step counts become Python floats."""
+    """Return a state entry apart from the user's; what all elements share as a Python float."""
     if not isinstance(value, Tensor):
         return value
-    return float(value) if key == "step" else value.detach().clone()
+    return float(value) if key in SCALARS else value.detach().clone()
+
+
+def _scalar_dtype(state: Mapping[str, Any]) -> torch.dtype:
+    """Return the precision in which torch keeps NAdam's product of momenta and ASGD's rates."""
+    for key in ("mu_product", "eta"):
+        if isinstance(state.get(key), Tensor):
+            dtype: torch.dtype = state[key].dtype
+            return dtype
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def _from_defaults(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what Adagrad reads from its defaults, whatever a param group says."""
+    keys = optimizer.defaults.keys() & {"initial_accumulator_value"}
+    return {key: optimizer.defaults[key] for key in keys}
