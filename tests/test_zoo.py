@@ -2,21 +2,23 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.utils.checkpoint import checkpoint
 
 from tests.players import batches, train
 from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
-from tests.zoo import ZOO, Animal, conv, mlp
-from unroll import R1, Minimax, UnrolledGeneratorLoss
+from tests.zoo import ZOO, Animal
+from tests.zoo_layers import mlp
+from tests.zoo_refused import REFUSED, Checkpointed
+from unroll import UnrolledGeneratorLoss
 
 
 def sgd(d: nn.Module) -> torch.optim.Optimizer:
@@ -29,8 +31,30 @@ def adam(d: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(d.parameters(), lr=0.01, betas=(0.5, 0.9), eps=1e-3)
 
 
-CASES = [(name, sgd) for name in ZOO] + [(name, adam) for name in ZOO if ZOO[name].adam]
-IDS = [f"{name}-{optimizer.__name__}" for name, optimizer in CASES]
+# What the look-ahead does not do right yet.
+INEXACT = {"embedding bag": "PyTorch's embedding_bag has no second derivative"}
+UNREAL = dict.fromkeys(
+    ("gradient inside D", "penalty of one's own"),
+    "a gradient in the batch itself is a total one: theta_D^k depends on the same tensor",
+)
+
+
+def _unsupported(reason: str) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(reason=reason, raises=(AssertionError, NotImplementedError))
+
+
+def cases(unsupported: dict[str, str]) -> list[Any]:
+    """Return every animal with SGD, and some with Adam too."""
+    pairs = [(name, sgd) for name in ZOO] + [(name, adam) for name in ZOO if ZOO[name].adam]
+    return [
+        pytest.param(
+            name,
+            build,
+            id=f"{name}-{build.__name__}",
+            marks=[_unsupported(unsupported[name])] if name in unsupported else [],
+        )
+        for name, build in pairs
+    ]
 
 
 def housed(
@@ -47,7 +71,7 @@ def housed(
     return animal, d, optimizer, fake, real
 
 
-@pytest.mark.parametrize(("name", "build"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "build"), cases(INEXACT))
 def test_the_gradient_is_exact(name: str, build: Callable[[nn.Module], Any]) -> None:
     """Central differences along random directions, under one seed for dropout's draws."""
     animal, d, optimizer, fake, real = housed(name, build)
@@ -70,7 +94,7 @@ def test_the_gradient_is_exact(name: str, build: Callable[[nn.Module], Any]) -> 
     assert not changes(before, d, optimizer)
 
 
-@pytest.mark.parametrize(("name", "build"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "build"), cases(UNREAL))
 def test_the_steps_are_real(name: str, build: Callable[[nn.Module], Any]) -> None:
     """The look-ahead takes the steps of a copy whose power iterations stand still."""
     animal, d, optimizer, fake, real = housed(name, build)
@@ -83,17 +107,24 @@ def test_the_steps_are_real(name: str, build: Callable[[nn.Module], Any]) -> Non
     pairs = [(animal.feed(fake.detach()), animal.feed(real))] * animal.steps
     with sdpa_kernel(SDPBackend.MATH):
         train(copied, copied_optimizer, pairs, animal.objective)
-    wanted = dict(copied.named_parameters())
+    wanted, start = (dict(unwrapped(module).named_parameters()) for module in (copied, d))
     assert list(ahead.parameters) == list(wanted)
     moved = False
     for parameter_name, parameter in wanted.items():
         got = ahead.parameters[parameter_name]
         error = (got - parameter).norm() / parameter.norm().clamp_min(1e-3)
         assert error <= 1e-12, f"{parameter_name}: off by {error:.1e}"
-        moved |= not torch.equal(parameter, dict(d.named_parameters())[parameter_name])
+        moved |= not torch.equal(parameter, start[parameter_name])
     assert moved
-    for buffer_name, buffer in copied.named_buffers():
+    for buffer_name, buffer in unwrapped(copied).named_buffers():
         torch.testing.assert_close(ahead.buffers[buffer_name], buffer, rtol=1e-12, atol=1e-12)
+
+
+def unwrapped(d: nn.Module) -> nn.Module:
+    """Return the module whose names the look-ahead uses."""
+    inner = d.module if isinstance(d, nn.DataParallel) else getattr(d, "_orig_mod", d)
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 def _copied(
@@ -114,108 +145,29 @@ def _copied(
     return copied, copied_optimizer
 
 
-class Checkpointed(nn.Module):
-    """Activation checkpointing inside D, of its first layers or of its middle."""
-
-    def __init__(self, *, reentrant: bool, first: bool = False) -> None:
-        super().__init__()
-        self.reentrant, self.first = reentrant, first
-        self.before, self.body = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 6), nn.Tanh())
-        self.head = nn.Linear(6, 1)
-        self.to(DEVICE, torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x if self.first else self.before(x)
-        hidden = checkpoint(self.body, x, use_reentrant=self.reentrant)
-        output: Tensor = self.head(hidden)
-        return output
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        slope: Tensor = 2 * x * grad
-        return slope
-
-
-class Fused(nn.Module):
-    """A layer like a fused kernel: its gradient has no gradient."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = _Once.apply(x)
-        return output
-
-
-def _d64(d: nn.Module) -> nn.Module:
-    return d.to(DEVICE, torch.float64)
-
-
-REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
-    "BatchNorm1d + R1": (
-        lambda: _d64(mlp(nn.BatchNorm1d(6))),
-        Minimax() + R1(1.0),
-        r"discriminator: .*derivative.*\b1 \(BatchNorm1d\).*GroupNorm",
-    ),
-    "BatchNorm2d + R1": (
-        lambda: _d64(conv(nn.BatchNorm2d(4))),
-        Minimax() + R1(1.0),
-        r"discriminator: .*derivative.*\b1 \(BatchNorm2d\).*GroupNorm",
-    ),
-    "InstanceNorm2d + R1": (
-        lambda: _d64(conv(nn.InstanceNorm2d(4))),
-        Minimax() + R1(1.0),
-        r"discriminator: .*derivative.*\b1 \(InstanceNorm2d\).*GroupNorm",
-    ),
-    "fused layer": (
-        lambda: _d64(mlp(Fused())),
-        Minimax(),
-        r"discriminator: .*derivative.*\b1 \(Fused\).*stop_gradient=True",
-    ),
-    "activation checkpointing": (
-        lambda: Checkpointed(reentrant=False),
-        Minimax(),
-        r"discriminator: activation checkpointing.*Switch torch\.utils\.checkpoint off",
-    ),
-    "activation checkpointing, reentrant": (
-        lambda: Checkpointed(reentrant=True),
-        Minimax(),
-        r"(?i)checkpoint",
-    ),
-}
-
-
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused_by_name(kind: str) -> None:
-    build, objective, message = REFUSED[kind]
-    d = build()
-    optimizer = sgd(d)
-    if "Norm2d" in kind:
-        fake, real = randn(5, 2, 6, 6), randn(5, 2, 6, 6)
-    else:
-        ((fake, real),) = batches(1)
-    loss = UnrolledGeneratorLoss(d, optimizer, objective, unroll_steps=3)
+    refusal = REFUSED[kind]
+    d = refusal.make()
+    optimizer = torch.optim.SGD(list(d.parameters()) or [randn(1)], lr=0.1)
+    fake, real = randn(5, *refusal.shape).requires_grad_(), randn(5, *refusal.shape)
+    loss: UnrolledGeneratorLoss | None = None
     before = snapshot(d, optimizer)
     for _ in range(2):  # a refusal is not forgotten
-        with pytest.raises(RuntimeError, match=message):
-            loss(fake.clone().requires_grad_(), real)
+        with pytest.raises(refusal.error, match=refusal.message):
+            loss = loss or UnrolledGeneratorLoss(d, optimizer, refusal.objective, unroll_steps=3)
+            loss(refusal.feed(fake), refusal.feed(real))
     assert not changes(before, d, optimizer)
 
 
 @pytest.mark.parametrize("kind", ["BatchNorm1d + R1", "fused layer"])
 def test_refused_layers_work_with_the_first_term_alone(kind: str) -> None:
     """The way out that the message names."""
-    build, objective, _ = REFUSED[kind]
-    d = build()
+    refusal = REFUSED[kind]
+    d = refusal.make()
     ((fake, real),) = batches(1)
-    loss = UnrolledGeneratorLoss(d, sgd(d), objective, unroll_steps=3, stop_gradient=True)
+    loss = UnrolledGeneratorLoss(d, sgd(d), refusal.objective, unroll_steps=3, stop_gradient=True)
     fake.requires_grad_()
     loss(fake, real).backward()
     assert fake.grad is not None
@@ -231,8 +183,8 @@ def test_activation_checkpointing_is_right_or_refused(
 ) -> None:
     """Never silently wrong, and never a gradient in D: also without a second term."""
     k, stop_gradient = options
-    d = Checkpointed(reentrant=reentrant, first=first)
-    plain = Checkpointed(reentrant=reentrant, first=first)
+    d = Checkpointed(reentrant=reentrant, first=first).to(DEVICE, torch.float64)
+    plain = Checkpointed(reentrant=reentrant, first=first).to(DEVICE, torch.float64)
     plain.load_state_dict(d.state_dict())
     ((fake, real),) = batches(1)
     got, wanted = fake.clone().requires_grad_(), fake.clone().requires_grad_()
@@ -248,3 +200,103 @@ def test_activation_checkpointing_is_right_or_refused(
         loss(wanted, real).backward()
         torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-12, atol=0)
     assert not changes(before, d)
+
+
+class Quantised(nn.Module):
+    """A quantised branch, whose rounding has no derivative, beside one in floating point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        branch = nn.Sequential(nn.Linear(4, 4))
+        self.branch = torch.ao.quantization.quantize_dynamic(branch, {nn.Linear})
+        self.body = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = (torch.tanh(self.body(x)) + self.branch(x)).sum(1)
+        return output
+
+
+@pytest.mark.xfail(reason="quantised layers are not recognised")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("everything", [False, True])
+def test_quantised_layers_are_refused_by_name(everything: bool) -> None:
+    d = Quantised().branch if everything else Quantised()
+    optimizer = torch.optim.SGD(list(d.parameters()) or [randn(1)], lr=0.1)
+    with pytest.raises(TypeError, match=r"discriminator: .*quantised.*before"):
+        UnrolledGeneratorLoss(d, optimizer, unroll_steps=2)
+
+
+def test_the_refusal_of_synchronised_batch_norm_passes_through(tmp_path: Path) -> None:
+    """Among several processes it runs on accelerators only, and PyTorch says so."""
+    d = mlp(nn.SyncBatchNorm(6)).double()
+    optimizer = sgd(d)
+    fake, real = randn(5, 4).cpu().requires_grad_(), randn(5, 4).cpu()
+    loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2)
+    before = snapshot(d, optimizer)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
+    )
+    try:
+        with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
+            loss(fake, real)
+    finally:
+        distributed.destroy_process_group()
+    assert not changes(before, d, optimizer)
+
+
+@pytest.mark.parametrize(
+    "name", ["tanh", "BatchNorm1d", "spectral norm", "attributes set by forward"]
+)
+def test_a_discriminator_that_the_generators_other_losses_use_too(name: str) -> None:
+    """Feature matching through the real D in the same graph: gradients add up, on both sides."""
+    animal, d, optimizer, fake, real = housed(name, adam)
+    loss = UnrolledGeneratorLoss(d, optimizer, animal.objective, unroll_steps=3)
+    optimizer.zero_grad()
+    d.eval()  # a forward pass of one's own then leaves the buffers alone
+    generator = nn.Linear(4, 4).to(fake)
+
+    def matching(x: Tensor) -> Tensor:
+        value: Tensor = (d(x).mean() - d(real).mean()).square()
+        return value
+
+    def gradients(*terms: Callable[[Tensor], Tensor]) -> tuple[list[Any], list[Any]]:
+        x = generator(fake)
+        torch.stack([term(x) for term in terms]).sum().backward()
+        found = [[p.grad for p in module.parameters()] for module in (generator, d)]
+        for module in (generator, d):
+            module.zero_grad()
+        return found[0], found[1]
+
+    alone, untouched = gradients(lambda x: loss(x, real))
+    assert untouched == [None] * len(untouched)
+    other, of_d = gradients(matching)
+    for terms in ([matching, lambda x: loss(x, real)], [lambda x: loss(x, real), matching]):
+        total, of_d_too = gradients(*terms)
+        for a, b, c in zip(alone, other, total, strict=True):
+            torch.testing.assert_close(a + b, c, rtol=1e-12, atol=1e-15)
+        for a, b in zip(of_d, of_d_too, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=str
+)
+@pytest.mark.parametrize("name", ["tanh", "GroupNorm", "LayerNorm", "attention, weights", "GRU"])
+def test_the_steps_are_real_in_lower_precision(name: str, dtype: torch.dtype, bound: float) -> None:
+    """The K steps of D in its own precision, to that precision; the gradient is finite."""
+    animal = ZOO[name]
+    d = animal.make().to(dtype)
+    fake, real = (randn(5, *animal.shape).to(dtype) for _ in range(2))
+    optimizer = sgd(d)
+    loss = UnrolledGeneratorLoss(d, optimizer, animal.objective, unroll_steps=3)
+    fake.requires_grad_()
+    ahead = loss.unroll(fake, real)
+    (gradient,) = torch.autograd.grad(loss(fake, real), fake)
+    assert gradient.dtype == dtype
+    assert gradient.isfinite().all()
+    start = {name: p.detach().clone() for name, p in d.named_parameters()}
+    train(d, optimizer, [(fake.detach(), real)] * 3, animal.objective)
+    wanted = torch.cat([(p - start[n]).flatten() for n, p in d.named_parameters()])
+    got = torch.cat([(ahead.parameters[n] - start[n]).flatten() for n in start])
+    assert ahead.parameters.keys() == start.keys()
+    assert (got - wanted).norm() <= bound * wanted.norm()

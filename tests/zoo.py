@@ -3,18 +3,42 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, prune
 
+from tests import zoo_networks as nets
 from tests.settings import DEVICE
+from tests.zoo_layers import (
+    Annealed,
+    Averaging,
+    Blur,
+    CachedWeights,
+    Collections,
+    ComplexWeights,
+    Cubed,
+    Excitation,
+    Noise,
+    Remembering,
+    StandardisedConvolution,
+    StochasticDepth,
+    Tied,
+    TiedConvolution,
+    Unused,
+    both,
+    conv,
+    equalised,
+    evaluated,
+    mlp,
+)
+from tests.zoo_networks import Attention, Recurrent
+from tests.zoo_networks import Conditional as Conditional
+from tests.zoo_networks import Projection as Projection
 from unroll import R1, R2, GradientPenalty, Minimax, Objective, RelativisticPairing, Wasserstein
 
 Batch = Any
-Layer = Callable[[nn.Module], nn.Module]
 MINIMAX = Minimax()
 
 
@@ -39,270 +63,6 @@ class Animal:
             return self.build().to(DEVICE, torch.float64)
 
 
-def mlp(*middle: nn.Module, width: int = 6) -> nn.Module:
-    """Return a small D with layers of interest in its middle."""
-    return nn.Sequential(nn.Linear(4, width), *middle, nn.Tanh(), nn.Linear(width, 1))
-
-
-def conv(*middle: nn.Module) -> nn.Module:
-    """Return a small convolutional D for (2, 6, 6) with layers of interest in its middle."""
-    head = nn.Linear(4 * 9, 1)
-    return nn.Sequential(nn.Conv2d(2, 4, 3, 2, 1), *middle, nn.SiLU(), nn.Flatten(), head)
-
-
-def evaluated(d: nn.Module) -> nn.Module:
-    """Return D in evaluation mode, with statistics of its own."""
-    for buffer in d.buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5)
-    return d.eval()
-
-
-def both(wrap: Layer) -> nn.Module:
-    """Return a D whose linear layers are all wrapped."""
-    return nn.Sequential(wrap(nn.Linear(4, 6)), nn.Tanh(), wrap(nn.Linear(6, 1)))
-
-
-class Attention(nn.Module):
-    """Self-attention over a sequence of tokens, in one of several forms."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.embed, self.head = nn.Linear(3, 8), nn.Linear(8, 1)
-        if kind == "raw":
-            self.mix: nn.Module = nn.Linear(8, 24)
-        elif kind == "encoder":
-            self.mix = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.1, batch_first=True)
-        else:
-            self.mix = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.embed(x)
-        if self.kind == "raw":
-            query, key, value = (t.unsqueeze(1) for t in self.mix(tokens).chunk(3, -1))
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True).squeeze(1)
-        elif self.kind == "encoder":
-            mixed = self.mix(tokens)
-        else:
-            mixed, _ = self.mix(tokens, tokens, tokens, need_weights=self.kind == "weights")
-        output: Tensor = self.head(torch.tanh(mixed).mean(1))
-        return output
-
-
-class Recurrent(nn.Module):
-    """A recurrent layer over a sequence."""
-
-    def __init__(self, layer: nn.RNNBase, width: int) -> None:
-        super().__init__()
-        self.layer, self.head = layer, nn.Linear(width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.head(self.layer(x)[0][:, -1])
-        return output
-
-
-class Conditional(nn.Module):
-    """Labels by an embedding that is concatenated."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.body = nn.Embedding(7, 3), mlp()
-        self.join = nn.Linear(7, 4)
-
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        output: Tensor = self.body(self.join(torch.cat([x, self.embed(label)], 1)))
-        return output
-
-
-class Projection(nn.Module):
-    """The projection discriminator (Miyato and Koyama 2018)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
-        self.head, self.embed = nn.Linear(6, 1), nn.Embedding(7, 6)
-
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        features = self.features(x)
-        output: Tensor = self.head(features).squeeze(1) + (self.embed(label) * features).sum(1)
-        return output
-
-
-class TwoScales(nn.Module):
-    """A multi-scale PatchGAN: a list of score maps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scales = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(3, 1, 2))
-            for _ in range(2)
-        )
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [scale(F.avg_pool2d(x, 2**i)) for i, scale in enumerate(self.scales)]
-
-
-class Summed:
-    """An objective of one's own for a D with many outputs."""
-
-    def discriminator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
-        """Sum the hinge-like losses of all maps."""
-        pairs = zip(d(fake), d(real), strict=True)
-        losses = [F.softplus(f).mean() + F.softplus(-r).mean() for f, r in pairs]
-        return torch.stack(losses).sum()
-
-    def generator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
-        """Sum over the maps."""
-        return torch.stack([F.softplus(-f).mean() for f in d(fake)]).sum()
-
-
-class MinibatchDeviation(nn.Module):
-    """The standard deviation over the batch as a feature (Karras et al. 2018)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features, self.head = nn.Linear(4, 5), nn.Linear(6, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = torch.tanh(self.features(x))
-        deviation = (features.var(0, unbiased=False) + 1e-8).sqrt().mean().expand(len(x), 1)
-        output: Tensor = self.head(torch.cat([features, deviation], 1))
-        return output
-
-
-class Tied(nn.Module):
-    """One tensor under two names and once more by hand; one layer used twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.twice = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-        self.second.weight = self.first.weight
-        self.again = self.twice
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.second(torch.tanh(self.first(x))))
-        x = torch.tanh(self.again(torch.tanh(self.twice(x))))
-        return (F.linear(x, self.first.weight.T)).sum(1)
-
-
-class Autoencoder(nn.Module):
-    """EBGAN's energy, decoded with the encoder's own weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        decoded = F.linear(torch.tanh(self.encoder(x)), self.encoder.weight.T)
-        return -(decoded - x).square().mean(1)
-
-
-class Unused(nn.Module):
-    """A parameter that no output depends on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.spare = mlp(), nn.Linear(3, 3)
-        self.scale = nn.Parameter(torch.tensor(0.5))  # 0-d
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.body(x) * self.scale
-        return output
-
-
-class Collections(nn.Module):
-    """Parameters in a ParameterList and a ParameterDict."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList([torch.randn(4, 4) / 2 for _ in range(3)])
-        self.biases = nn.ParameterDict({"bias": torch.zeros(4), "gain": torch.ones(4)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        for weight in self.weights:
-            x = torch.tanh(x @ weight + self.biases["bias"])
-        output: Tensor = (x * self.biases["gain"]).sum(1)
-        return output
-
-
-class Averaging(nn.Module):
-    """Buffers that the forward pass changes, by assignment and in place, and uses."""
-
-    mean: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 1)
-        self.register_buffer("mean", torch.zeros(6))
-        self.register_buffer("count", torch.zeros((), dtype=torch.long))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.body(x)
-        self.count += 1
-        self.mean = 0.9 * self.mean + 0.1 * hidden.detach().mean(0)
-        output: Tensor = self.head(torch.tanh(hidden)) / self.count.sqrt()
-        return output
-
-
-class Annealed(nn.Module):
-    """A buffer that is saved for backward and then changed in place."""
-
-    noise: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = mlp()
-        self.register_buffer("noise", torch.ones(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.noise.mul_(0.9)
-        output: Tensor = self.body(x * self.noise) * (1 + self.noise.mean())
-        return output
-
-
-class Fourier(nn.Module):
-    """A branch on the spectrum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(2 * 6 * 4, 1)
-        self.gain = nn.Parameter(torch.ones(6, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        spectrum = torch.fft.rfft2(x) * self.gain
-        output: Tensor = self.head(torch.log1p(spectrum.abs().square()).flatten(1))
-        return output
-
-
-class Resampling(nn.Module):
-    """Interpolation and every kind of pooling."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(16, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
-        x = F.max_pool2d(torch.tanh(self.first(x)), 2)
-        x = F.pixel_unshuffle(F.avg_pool2d(x, 2)[..., :2, :2], 2)
-        output: Tensor = self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
-        return output
-
-
-class EqualisedRate(nn.Module):
-    """A parametrization: the weight is scaled at run time (Karras et al. 2018)."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * 0.7
-
-
-def _equalised(layer: nn.Module) -> nn.Module:
-    parametrize.register_parametrization(layer, "weight", EqualisedRate())
-    return layer
-
-
 def _frozen_backbone() -> nn.Module:
     d = mlp()
     d.get_submodule("0").requires_grad_(False)
@@ -317,12 +77,44 @@ def _labels(x: Tensor) -> Tensor:
     return torch.arange(len(x), device=x.device) % 3
 
 
+def labelled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return samples and labels."""
+    return x, _labels(x)
+
+
 def _named(x: Tensor) -> dict[str, Tensor]:
     return {"label": _labels(x), "x": x}
 
 
 def _expanded(x: Tensor) -> Tensor:
     return x[:, :, :1].expand(-1, -1, 6, 6) + x
+
+
+def _pruned() -> nn.Module:
+    d = mlp()
+    layer = d.get_submodule("0")
+    prune.l1_unstructured(layer, "weight", 0.4)
+    return d
+
+
+def _hooked() -> nn.Module:
+    """Hooks that change what goes in and what comes out, and one that reads gradients."""
+    d = mlp()
+    d.get_submodule("0").register_forward_pre_hook(lambda _, args: (torch.sin(args[0]),))
+    d.get_submodule("1").register_forward_hook(lambda _, __, output: 1.5 * output + 0.1)
+    d.get_submodule("2").register_full_backward_hook(lambda *_: None)
+    return d
+
+
+def _lazy() -> nn.Module:
+    d = nn.Sequential(nn.LazyLinear(6), nn.LazyBatchNorm1d(), nn.Tanh(), nn.LazyLinear(1))
+    d(torch.zeros(2, 4))
+    return d
+
+
+def compiled(d: nn.Module) -> nn.Module:
+    """Return D behind ``torch.compile``, without the wait for a real backend."""
+    return cast(nn.Module, torch.compile(d, backend="aot_eager"))
 
 
 IMAGE = (2, 6, 6)
@@ -345,33 +137,31 @@ ZOO: dict[str, Animal] = {
     "LayerNorm": Animal(lambda: mlp(nn.LayerNorm(6)), adam=True),
     "LayerNorm, conv": Animal(lambda: conv(nn.LayerNorm([4, 3, 3])), IMAGE),
     "RMSNorm": Animal(lambda: mlp(nn.RMSNorm(6))),
-    "spectral norm": Animal(lambda: both(nn.utils.parametrizations.spectral_norm), steps=5),
+    "spectral norm": Animal(lambda: both(parametrizations.spectral_norm), steps=5),
     "spectral norm, conv": Animal(
         lambda: nn.Sequential(
-            nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 3, 2)),
+            parametrizations.spectral_norm(nn.Conv2d(2, 4, 3, 2)),
             nn.SiLU(),
             nn.Flatten(),
-            nn.utils.parametrizations.spectral_norm(nn.Linear(16, 1)),
+            parametrizations.spectral_norm(nn.Linear(16, 1)),
         ),
         IMAGE,
         steps=5,
         adam=True,
     ),
     "spectral norm, hooks": Animal(lambda: both(nn.utils.spectral_norm), steps=5),
-    "weight norm": Animal(lambda: both(nn.utils.parametrizations.weight_norm)),
+    "weight norm": Animal(lambda: both(parametrizations.weight_norm)),
     "weight norm, one norm": Animal(
-        lambda: both(lambda m: nn.utils.parametrizations.weight_norm(m, dim=-1))
+        lambda: both(lambda m: parametrizations.weight_norm(m, dim=-1))
     ),
-    "weight norm, last dim": Animal(
-        lambda: both(lambda m: nn.utils.parametrizations.weight_norm(m, dim=1))
-    ),
+    "weight norm, last dim": Animal(lambda: both(lambda m: parametrizations.weight_norm(m, dim=1))),
     "weight norm, hooks": Animal(lambda: both(nn.utils.weight_norm), adam=True),
     "orthogonal": Animal(
         lambda: nn.Sequential(
-            nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 1)
+            parametrizations.orthogonal(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 1)
         )
     ),
-    "equalised learning rate": Animal(lambda: both(_equalised)),
+    "equalised learning rate": Animal(lambda: both(equalised)),
     "dropout": Animal(lambda: mlp(nn.Dropout(0.3))),
     "dropout, eval": Animal(lambda: mlp(nn.Dropout(0.3)).eval()),
     "dropout2d": Animal(lambda: conv(nn.Dropout2d(0.3)), IMAGE),
@@ -386,17 +176,17 @@ ZOO: dict[str, Animal] = {
     ),
     "GRU": Animal(lambda: Recurrent(nn.GRU(3, 5, batch_first=True), 5), TOKENS),
     "RNN": Animal(lambda: Recurrent(nn.RNN(3, 5, batch_first=True), 5), TOKENS),
-    "conditional, tuple": Animal(Conditional, feed=lambda x: (x, _labels(x)), adam=True),
+    "conditional, tuple": Animal(Conditional, feed=labelled, adam=True),
     "conditional, mapping": Animal(Conditional, feed=_named),
-    "projection": Animal(Projection, feed=lambda x: (x, _labels(x))),
+    "projection": Animal(Projection, feed=labelled),
     "projection, mapping, R1": Animal(Projection, feed=_named, objective=Minimax() + R1(1.0)),
     "PatchGAN": Animal(
         lambda: nn.Sequential(nn.Conv2d(2, 3, 3, 2), nn.LeakyReLU(0.2), nn.Conv2d(3, 1, 1)), IMAGE
     ),
-    "many outputs": Animal(TwoScales, IMAGE, objective=Summed()),
-    "minibatch deviation": Animal(MinibatchDeviation),
+    "many outputs": Animal(nets.TwoScales, IMAGE, objective=nets.Summed()),
+    "minibatch deviation": Animal(nets.MinibatchDeviation),
     "tied": Animal(Tied, adam=True),
-    "autoencoder": Animal(Autoencoder),
+    "autoencoder": Animal(nets.Autoencoder),
     "unused parameters": Animal(Unused, adam=True),
     "frozen backbone": Animal(_frozen_backbone, adam=True),
     "parameter collections": Animal(Collections),
@@ -409,8 +199,8 @@ ZOO: dict[str, Animal] = {
     ),
     "expanded input": Animal(lambda: conv(), IMAGE, feed=_expanded),
     "non-contiguous input": Animal(lambda: conv(), IMAGE, feed=lambda x: x.transpose(2, 3)),
-    "spectrum": Animal(Fourier, IMAGE),
-    "resampling": Animal(Resampling, IMAGE),
+    "spectrum": Animal(nets.Fourier, IMAGE),
+    "resampling": Animal(nets.Resampling, IMAGE),
     "R1": Animal(lambda: mlp(), objective=Minimax() + R1(2.0), adam=True),
     "RpGAN + R1 + R2": Animal(
         lambda: mlp(), objective=RelativisticPairing() + R1(1.0) + R2(1.0), adam=True
@@ -425,10 +215,10 @@ ZOO: dict[str, Animal] = {
     ),
     "RMSNorm + R1": Animal(lambda: mlp(nn.RMSNorm(6)), objective=Minimax() + R1(2.0)),
     "weight norm + R1": Animal(
-        lambda: both(nn.utils.parametrizations.weight_norm), objective=Minimax() + R1(2.0)
+        lambda: both(parametrizations.weight_norm), objective=Minimax() + R1(2.0)
     ),
     "spectral norm + R1": Animal(
-        lambda: both(nn.utils.parametrizations.spectral_norm), objective=Minimax() + R1(2.0)
+        lambda: both(parametrizations.spectral_norm), objective=Minimax() + R1(2.0)
     ),
     "attention + R1": Animal(
         lambda: Attention("no weights"), TOKENS, objective=Minimax() + R1(2.0)
@@ -436,4 +226,166 @@ ZOO: dict[str, Animal] = {
     "BatchNorm, eval + R1": Animal(
         lambda: evaluated(mlp(nn.BatchNorm1d(6))), objective=Minimax() + R1(2.0)
     ),
-}  # fmt: skip
+    # Activations
+    "smooth activations": Animal(
+        lambda: mlp(
+            nn.GELU(), nn.Mish(), nn.Softplus(), nn.ELU(), nn.CELU(), nn.SELU(), nn.Hardswish()
+        )
+    ),
+    "gated activation, softmax": Animal(
+        lambda: nn.Sequential(
+            nn.Linear(4, 6), nn.GLU(), nn.Softmax(1), nn.LogSigmoid(), nn.Linear(3, 1)
+        )
+    ),
+    "PReLU": Animal(lambda: conv(nn.PReLU(4)), IMAGE, adam=True),
+    "RReLU, random slopes": Animal(lambda: conv(nn.RReLU()), IMAGE),
+    "function of one's own": Animal(lambda: mlp(Cubed())),
+    # Normalisation
+    "InstanceNorm1d, no affine": Animal(
+        lambda: nn.Sequential(
+            nn.Conv1d(4, 4, 2), nn.InstanceNorm1d(4), nn.Tanh(), nn.Flatten(), nn.Linear(8, 1)
+        ),
+        TOKENS,
+    ),
+    "InstanceNorm2d, no affine": Animal(lambda: conv(nn.InstanceNorm2d(4)), IMAGE, adam=True),
+    "BatchNorm3d": Animal(
+        lambda: nn.Sequential(
+            nn.Conv3d(1, 2, 2), nn.BatchNorm3d(2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 1)
+        ),
+        (1, 3, 3, 3),
+    ),
+    "SyncBatchNorm, one process": Animal(lambda: mlp(nn.SyncBatchNorm(6))),
+    "LocalResponseNorm": Animal(lambda: conv(nn.LocalResponseNorm(2)), IMAGE),
+    "weight standardisation": Animal(
+        lambda: nn.Sequential(
+            StandardisedConvolution(2, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(64, 1)
+        ),
+        IMAGE,
+    ),
+    "spectral norm, transposed conv": Animal(
+        lambda: nn.Sequential(
+            parametrizations.spectral_norm(nn.ConvTranspose2d(2, 3, 2)),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(147, 1),
+        ),
+        IMAGE,
+        steps=5,
+    ),
+    "spectral norm, eval": Animal(lambda: both(parametrizations.spectral_norm).eval(), steps=5),
+    "spectral norm, several iterations": Animal(
+        lambda: both(lambda m: parametrizations.spectral_norm(m, n_power_iterations=3)),
+        steps=5,
+        adam=True,
+    ),
+    "cached parametrization": Animal(CachedWeights),
+    "pruned": Animal(_pruned),
+    # Convolutions and pictures
+    "transposed conv": Animal(
+        lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 3, 2), nn.Tanh(), nn.Conv2d(3, 1, 3)), IMAGE
+    ),
+    "grouped, dilated conv": Animal(
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, groups=2, dilation=2), nn.Tanh(), nn.Conv2d(4, 1, 1)
+        ),
+        IMAGE,
+    ),
+    "circular padding": Animal(
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), nn.SiLU(), nn.Conv2d(4, 1, 1)
+        ),
+        IMAGE,
+    ),
+    "gated causal Conv1d": Animal(
+        lambda: nn.Sequential(
+            nn.ConstantPad1d((1, 0), 0.0), nn.Conv1d(4, 6, 2), nn.GLU(1), nn.Conv1d(3, 1, 1)
+        ),
+        TOKENS,
+    ),
+    "max pooling": Animal(
+        lambda: conv(nn.MaxPool2d(2), nn.Upsample((3, 3), mode="bicubic")), IMAGE
+    ),
+    "adaptive and power pooling": Animal(
+        lambda: conv(nn.LPPool2d(2, 2), nn.AdaptiveMaxPool2d(2), nn.UpsamplingNearest2d((3, 3))),
+        IMAGE,
+    ),
+    "pixel shuffles": Animal(
+        lambda: nn.Sequential(
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(8, 4, 1),
+            nn.Tanh(),
+            nn.PixelShuffle(2),
+            nn.Conv2d(1, 1, 2),
+        ),
+        IMAGE,
+    ),
+    "blur pool": Animal(
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1), nn.SiLU(), Blur(3), nn.Flatten(), nn.Linear(27, 1)
+        ),
+        IMAGE,
+    ),
+    "squeeze and excitation": Animal(lambda: conv(Excitation(4)), IMAGE),
+    "spatial transformer": Animal(nets.Spatial, IMAGE),
+    "patches": Animal(nets.Patches, IMAGE),
+    "tied conv": Animal(TiedConvolution, IMAGE, adam=True),
+    # Sequences and sets
+    "vision transformer": Animal(nets.VisionTransformer, IMAGE, adam=True),
+    "cross-attention": Animal(nets.CrossAttention, TOKENS),
+    "LSTM cells": Animal(nets.Cells, TOKENS),
+    "LSTM, projected": Animal(
+        lambda: Recurrent(nn.LSTM(3, 5, batch_first=True, proj_size=2), 2), TOKENS
+    ),
+    "GRU, dropout": Animal(
+        lambda: Recurrent(nn.GRU(3, 4, 2, batch_first=True, dropout=0.3), 4), TOKENS
+    ),
+    "minibatch discrimination": Animal(nets.MinibatchDiscrimination),
+    "message passing": Animal(nets.MessagePassing),
+    "order statistics": Animal(nets.Sorted),
+    "linear algebra": Animal(nets.LogDeterminant),
+    "bilinear, einsum": Animal(nets.Bilinear),
+    # Conditions
+    "embedding, padding index": Animal(
+        lambda: nets.Labelled(nn.Embedding(4, 4, padding_idx=0)),
+        feed=labelled,
+        adam=True,
+    ),
+    "embedding bag": Animal(
+        lambda: nets.Labelled(nn.EmbeddingBag(4, 4, mode="mean")),
+        feed=lambda x: (x, torch.stack([_labels(x), _labels(x) + 1], 1)),
+    ),
+    "named outputs, a flag": Animal(
+        nets.Named, feed=lambda x: {"x": x, "slope": 1.5}, objective=nets.Auxiliary()
+    ),
+    # What the forward pass does
+    "noise": Animal(lambda: nn.Sequential(Noise(), mlp(Noise())), adam=True),
+    "stochastic depth": Animal(StochasticDepth),
+    "alpha dropout": Animal(lambda: mlp(nn.AlphaDropout(0.2), nn.FeatureAlphaDropout(0.2))),
+    "dropout, in place": Animal(lambda: mlp(nn.Dropout(0.3, inplace=True), nn.BatchNorm1d(6))),
+    "attributes set by forward": Animal(Remembering, adam=True),
+    "forward hooks": Animal(_hooked),
+    "gradient through torch.func": Animal(lambda: nets.InnerGradient(functional=True)),
+    "gradient inside D": Animal(lambda: nets.InnerGradient(functional=False), adam=True),
+    "penalty of one's own": Animal(lambda: mlp(), objective=nets.OwnPenalty()),
+    "complex weights as real ones": Animal(ComplexWeights),
+    "lazy, run once": Animal(_lazy),
+    # Wrappers
+    "compiled": Animal(lambda: compiled(mlp())),
+    "compiled part": Animal(
+        lambda: nn.Sequential(compiled(nn.Sequential(nn.Linear(4, 6), nn.Tanh())), nn.Linear(6, 1))
+    ),
+    "DataParallel": Animal(lambda: nn.DataParallel(mlp(nn.BatchNorm1d(6)))),
+    # Under a penalty
+    "conv, max pooling + R1": Animal(
+        lambda: conv(nn.MaxPool2d(2), nn.Upsample((3, 3))), IMAGE, objective=Minimax() + R1(2.0)
+    ),
+    "vision transformer + R1": Animal(nets.VisionTransformer, IMAGE, objective=Minimax() + R1(2.0)),
+    "GRU + WGAN-GP": Animal(
+        lambda: Recurrent(nn.GRU(3, 5, batch_first=True), 5),
+        TOKENS,
+        objective=Wasserstein() + GradientPenalty(1.0),
+    ),
+    "minibatch deviation + R1 + R2": Animal(
+        nets.MinibatchDeviation, objective=RelativisticPairing() + R1(1.0) + R2(1.0)
+    ),
+}
