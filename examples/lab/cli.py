@@ -1,8 +1,16 @@
 """The flags that every experiment has."""
 
 import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from lab import records, runs
 from lab.records import RESULTS
 
 
@@ -14,10 +22,18 @@ def positive(text: str) -> int:
     return number
 
 
-def add_run_flags(parser: argparse.ArgumentParser, experiment: str) -> None:
+def add_run_flags(
+    parser: argparse.ArgumentParser, experiment: str, *, seeds: int = 1, figures: bool = False
+) -> None:
     """Add what concerns the runs and not the method: seeds, device, processes, files."""
     add = parser.add_argument_group("the runs").add_argument
-    add("--seeds", type=positive, default=1, metavar="N", help="runs of each setting (default: 1)")
+    add(
+        "--seeds",
+        type=positive,
+        default=seeds,
+        metavar="N",
+        help="runs of each setting (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="the first seed, others follow (default: 0)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
     add(
@@ -47,3 +63,56 @@ def add_run_flags(parser: argparse.ArgumentParser, experiment: str) -> None:
         metavar="FILE",
         help=f"append one row a finished run to FILE (default: docs/results/{experiment}.csv)",
     )
+    if figures:
+        add(
+            "--figures",
+            type=Path,
+            nargs="?",
+            const=RESULTS.parent / "figures",
+            metavar="FOLDER",
+            help="where the figures go (default: --out; without FOLDER: docs/figures)",
+        )
+
+
+def carry_out(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    build: Callable[[dict[str, Any]], Sequence[Any]],
+    train: Callable[..., Any],
+    rows: Callable[[Any, dict[str, Any]], Iterable[dict[str, Any]]],
+    *,
+    length: str = "pairs",
+) -> list[Any]:
+    """Train what the command line asks for, and record each run as it finishes.
+
+    Args:
+        parser: Where wrong arguments are reported, before any work.
+        args: The command line.
+        build: Given the command line's values, returns the configurations.
+        train: Called with a configuration and the line of its progress bar.
+        rows: Given a configuration and its log, returns the rows of its record.
+        length: The setting that a resumed run may have more of.
+    """
+    try:
+        torch.empty(0, device=args.device)
+        configs = build({name: value for name, value in vars(args).items() if value is not None})
+        for config in configs:
+            if args.resume and config.checkpoint(args.out).exists():
+                runs.check(config.checkpoint(args.out), asdict(config), length=length)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        parser.error(str(error))
+
+    settings = {"command": sys.argv, **runs.provenance(), "runs": [asdict(c) for c in configs]}
+    records.write_json(args.out / "config.json", settings)
+    task = partial(train, folder=args.out, resume=args.resume)
+    slowest_first = sorted(configs, key=lambda config: -config.unroll_steps)
+    try:
+        for config in runs.run_all(task, slowest_first, args.workers, args.device):
+            log = runs.read_log(config.checkpoint(args.out))
+            for row in rows(config, log) if args.record is not None else ():
+                names = [*asdict(config), "seed", "torch", "revision"]
+                key = [name for name in dict.fromkeys(names) if name in row]
+                records.append(args.record, row, key=key)
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted: the same command with --resume continues.")
+    return list(configs)

@@ -60,7 +60,7 @@ def heat_maps(
     for ax, title in zip(axes[0], [*columns, "data"], strict=True):
         ax.set_title(title)
     figure.supxlabel(caption, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def animation(
@@ -136,7 +136,7 @@ def curves(
         ax.margins(x=0)
     handles, names = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names))
-    _save(figure, path)
+    save(figure, path)
 
 
 def _show(ax: Axes, samples: Tensor, extent: float, peak: float) -> AxesImage:
@@ -147,6 +147,7 @@ def _show(ax: Axes, samples: Tensor, extent: float, peak: float) -> AxesImage:
     return ax.imshow(density(samples, extent), "Greens", norm, origin="lower", extent=box)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure and forget it."""
     write_atomically(path, partial(figure.savefig, dpi=120, format=path.suffix[1:]))
     plt.close(figure)

@@ -30,6 +30,23 @@ class Stateful(Protocol):
         ...
 
 
+class Randomness(Protocol):
+    """What every random number of a training comes from: a `torch.Generator`, or several."""
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the numbers are drawn."""
+        ...
+
+    def get_state(self) -> torch.Tensor:
+        """Return the state."""
+        ...
+
+    def set_state(self, new_state: torch.Tensor, /) -> object:
+        """Put it back."""
+        ...
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a draft beside `path` and put it in place when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +77,7 @@ def save(
     path: Path,
     settings: Mapping[str, Any],
     parts: Mapping[str, Stateful],
-    rng: torch.Generator,
+    rng: Randomness,
     log: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint from which a run continues to bit-identical numbers.
@@ -77,7 +94,7 @@ def save(
     write_atomically(path, lambda draft: torch.save(content, draft))
 
 
-def load(path: Path, parts: Mapping[str, Stateful], rng: torch.Generator) -> dict[str, Any]:
+def load(path: Path, parts: Mapping[str, Stateful], rng: Randomness) -> dict[str, Any]:
     """Restore every part and the generator from a checkpoint, and return its log."""
     content = torch.load(path, map_location=rng.device, weights_only=True)
     rng.set_state(content["rng"].cpu())
@@ -110,13 +127,14 @@ def iterate(
     path: Path,
     settings: Mapping[str, Any],
     parts: Mapping[str, Stateful],
-    rng: torch.Generator,
+    rng: Randomness,
     evaluate: Callable[[int, Sequence[Mapping[str, Any]]], tuple[dict[str, Any], Any]],
     *,
     length: int,
     every: int,
     resume: bool,
     bar: Mapping[str, Any],
+    counts: str = "pairs",
 ) -> Iterator[int]:
     """Count the iterations of a training loop; evaluate and save between them.
 
@@ -127,16 +145,17 @@ def iterate(
         rng: The generator that every random number of the training comes from.
         evaluate: Given the iterations done and the earlier rows, returns a row of metrics and
             a snapshot for the figures. It must not draw from `rng`.
-        length: Iterations in all: pairs of one D and one G update.
+        length: Iterations in all.
         every: Iterations between evaluations.
         resume: Whether to start from the checkpoint, if there is one.
         bar: What the progress bar is to look like.
+        counts: What an iteration is, as a column of the rows: a pair of one D and one G update.
     """
     log: dict[str, Any] = {"history": [], "snapshots": []}
     if resume and path.exists():
         log = load(path, parts, rng)
     history, snapshots = log["history"], log["snapshots"]
-    done, earlier = (history[-1]["pairs"], history[-1]["seconds"]) if history else (0, 0.0)
+    done, earlier = (history[-1][counts], history[-1]["seconds"]) if history else (0, 0.0)
     if done < length:
         log["provenance"] = provenance()
     if done % every and done < length:  # the last evaluation of a shorter run was off the schedule
@@ -146,7 +165,7 @@ def iterate(
     def look(iteration: int) -> None:
         row, snapshot = evaluate(iteration, history)
         seconds = round(earlier + time.perf_counter() - started, 1)
-        history.append({"pairs": iteration, **row, "seconds": seconds})
+        history.append({counts: iteration, **row, "seconds": seconds})
         snapshots.append(snapshot)
 
     if not history:

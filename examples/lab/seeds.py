@@ -1,0 +1,123 @@
+"""Many seeds trained side by side, as one network of independent ones.
+
+Tiny networks cost nearly the same alone and in twenties. A batch is `(seeds, features, samples)`, a
+layer multiplies every seed's samples by that seed's weights, and the game is the sum of the seeds'
+games: the gradient of every seed, and so every step of Adam or SGD, is what it would be alone.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import unroll
+from lab.networks import ACTIVATIONS
+
+
+class Generators:
+    """A generator of random numbers for each seed, with the state of all as one tensor."""
+
+    def __init__(self, seeds: Sequence[int], device: str | torch.device) -> None:
+        self.device = torch.device(device)
+        self._each = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def draw(self, sample: Callable[[torch.Generator], Tensor]) -> Tensor:
+        """Return what `sample` draws for each seed, stacked."""
+        return torch.stack([sample(rng) for rng in self._each])
+
+    def get_state(self) -> Tensor:
+        """Return the states, one a row."""
+        return torch.stack([rng.get_state() for rng in self._each])
+
+    def set_state(self, states: Tensor) -> None:
+        """Put them back."""
+        for rng, state in zip(self._each, states, strict=True):
+            rng.set_state(state.clone())
+
+
+class Linears(nn.Module):
+    """An `nn.Linear` for each seed, with its usual initialisation."""
+
+    def __init__(self, inputs: int, outputs: int, rngs: Generators, *, bias: bool = True) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+
+        def uniform(*shape: int) -> nn.Parameter:
+            def draw(rng: torch.Generator) -> Tensor:
+                drawn = torch.rand(*shape, generator=rng, device=rng.device)
+                return bound * (2 * drawn - 1)
+
+            return nn.Parameter(rngs.draw(draw))
+
+        self.weight = uniform(outputs, inputs)
+        self.bias = uniform(outputs, 1) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return every seed's weights times its samples."""
+        return self.weight @ x if self.bias is None else torch.baddbmm(self.bias, self.weight, x)
+
+
+def perceptrons(
+    sizes: Sequence[int],
+    activation: str,
+    rngs: Generators,
+    *,
+    last_bias: bool = True,
+) -> nn.Sequential:
+    """Return a perceptron for each seed, initialised as PyTorch does, linear at the end."""
+    layers: list[nn.Module] = []
+    for number, (inputs, outputs) in enumerate(pairwise(sizes), start=2):
+        bias = last_bias or number < len(sizes)
+        layers += [Linears(inputs, outputs, rngs, bias=bias), ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers[:-1])
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The sum of the games of all seeds.
+
+    Args:
+        game: One seed's. Its losses must be means over logits.
+        seeds: How many are trained together.
+    """
+
+    game: unroll.Objective
+    seeds: int
+
+    def discriminator_loss(
+        self, discriminator: Callable[[Any], Any], fake: Any, real: Any
+    ) -> Tensor:
+        """Return the sum of the losses of all D's."""
+        return self.seeds * self.game.discriminator_loss(discriminator, fake, real)
+
+    def generator_loss(self, discriminator: Callable[[Any], Any], fake: Any, real: Any) -> Tensor:
+        """Return the sum of the losses of all G's."""
+        return self.seeds * self.game.generator_loss(discriminator, fake, real)
+
+    @torch.no_grad()
+    def losses(self, discriminator: nn.Module, fake: Tensor, real: Tensor) -> list[float]:
+        """Return D's loss of each seed."""
+        pairs = zip(discriminator(fake), discriminator(real), strict=True)
+        return [self.game.discriminator_loss(_itself, *logits).item() for logits in pairs]
+
+
+def _itself(logits: Tensor) -> Tensor:
+    return logits
+
+
+def histories(log: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """Return the history of each seed, from the log of a run whose rows have a list "each"."""
+    rows = log["history"]
+    return [
+        [{**{k: v for k, v in row.items() if k != "each"}, **row["each"][seed]} for row in rows]
+        for seed in range(len(rows[0]["each"]))
+    ]
+
+
+def of_seed(earlier: Sequence[Mapping[str, Any]], seed: int) -> list[Mapping[str, Any]]:
+    """Return one seed's metrics in the earlier rows of a run."""
+    return [row["each"][seed] for row in earlier]
