@@ -393,6 +393,16 @@ def test_accumulated_look_aheads_are_those_of_the_parts() -> None:
     assert difference(*one_part) > 1e-6
 
 
+def test_look_aheads_leave_what_d_has_accumulated() -> None:
+    before, after = DIFFS[ACCUMULATION]
+    own, collected, left = (
+        d_gradient(run(p, batches=1))
+        for p in (edit(before, "(g_loss / 4).backward()", "pass"), before, after)
+    )
+    assert torch.equal(left, own)
+    assert not torch.allclose(collected, own)
+
+
 # Mixed precision
 
 
