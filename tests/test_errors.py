@@ -253,6 +253,11 @@ ROWS: dict[str, Row] = {
         r"optimizer: .*SparseAdam.*Use one of",
         optimizer=lambda d: torch.optim.SparseAdam(list(d.parameters())),
     ),
+    "Adafactor": Row(
+        TypeError,
+        r"optimizer: .*torch\.optim\..*Adafactor.*Use one of.*torch\.optim\.Rprop",
+        optimizer=lambda d: torch.optim.Adafactor(d.parameters()),
+    ),
     "an optimizer with a step of its own": Row(
         TypeError,
         r"optimizer: .*test_errors\.Custom.*Use one of",
@@ -274,6 +279,23 @@ ROWS: dict[str, Row] = {
         ValueError,
         r"optimizer: .*use_accelerated_op=True.*use_accelerated_op=False",
         optimizer=lambda _: torchopt.adam(0.1, use_accelerated_op=True),
+    ),
+    "scale_by_accelerated_adam": Row(
+        ValueError,
+        r"optimizer: .*inexact derivative.*use_accelerated_op=False",
+        optimizer=lambda _: torchopt.transform.scale_by_accelerated_adam(),
+    ),
+    "register_hook": Row(
+        ValueError,
+        r"optimizer: torchopt\.register_hook changes gradients.*Leave it out",
+        optimizer=lambda _: torchopt.chain(
+            torchopt.register_hook(torchopt.hook.zero_nan_hook), torchopt.adam(0.1)
+        ),
+    ),
+    "adamw with a mask": Row(
+        ValueError,
+        r"optimizer: torchopt's flat masks .*fail in torchopt's own step.*Build it as",
+        optimizer=lambda _: torchopt.adamw(0.1, mask=lambda p: [True for _ in p]),
     ),
     "objective a class": Row(
         TypeError,
@@ -484,7 +506,8 @@ def test_refusals(name: str) -> None:
 CONSTRUCTION = [
     name
     for name, row in ROWS.items()
-    if row.call is None and name.split()[0] in {"K", "D", "optimizer", "LBFGS", "SparseAdam"}
+    if row.call is None
+    and name.split()[0] in {"K", "D", "optimizer", "LBFGS", "SparseAdam", "Adafactor"}
     if not name.startswith("D changes its parameters")
 ]
 

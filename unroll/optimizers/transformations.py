@@ -33,9 +33,9 @@ class Transformation:
         self.names = frozenset(names[id(p)] for group in groups for p in group if id(p) in names)
         self._impl, self._single = impl, single
         self._groups = [[(names.get(id(p)), p.detach()) for p in group] for group in groups]
-        self._states = [self._started(g, s) for g, s in zip(self._groups, states, strict=True)]
         functions = list(_functions(impl.update))
         _refuse_inexact(functions)
+        self._states = [self._started(g, s) for g, s in zip(self._groups, states, strict=True)]
         self._adagrad = any(f.__module__ == "torchopt.transform.scale_by_rss" for f in functions)
         self._cells = _python_state(functions)
         self._cell_values = [cell.cell_contents for _, cell in self._cells]
@@ -163,4 +163,19 @@ def _refuse_inexact(functions: Iterable[FunctionType]) -> None:
             raise ValueError(
                 "optimizer: torchopt's use_accelerated_op=True has an inexact derivative (off by "
                 "4e-6). Build the optimizer with use_accelerated_op=False."
+            )
+        if function.__module__ == "torchopt.hook":
+            raise ValueError(
+                "optimizer: torchopt.register_hook changes gradients on their way back, so what "
+                "reached the generator would not be the gradient of its loss. Leave it out: a zero "
+                "second moment gives no NaN here."
+            )
+        if function.__qualname__.startswith("_masked.") and any(
+            getattr(cell.cell_contents, "__name__", None) == "tree_map_flat"
+            for _, cell in _cells(function)
+        ):
+            raise ValueError(
+                "optimizer: torchopt's flat masks (adamw(mask=...), masked.flat) fail in "
+                "torchopt's own step too. Build it as torchopt.chain(scale_by_adam(), masked("
+                "add_decayed_weights(0.01), mask), scale(-lr)), all of torchopt.transform."
             )
