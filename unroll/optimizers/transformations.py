@@ -37,6 +37,7 @@ class Transformation:
         _refuse_inexact(functions)
         self._states = [self._started(g, s) for g, s in zip(self._groups, states, strict=True)]
         self._adagrad = any(f.__module__ == "torchopt.transform.scale_by_rss" for f in functions)
+        self._masked = any(f.__qualname__.startswith("_masked.") for f in functions)
         self._cells = _python_state(functions)
         self._cell_values = [cell.cell_contents for _, cell in self._cells]
 
@@ -81,11 +82,16 @@ class Transformation:
             for group, old in zip(self._groups, states, strict=True):
                 theta = tuple(p if name is None else parameters[name] for name, p in group)
                 grads = tuple(None if name is None else gradients.get(name) for name, _ in group)
+                without = [n for (n, _), g in zip(group, grads, strict=True) if g is None]
+                if without and self._masked:
+                    raise ValueError(
+                        "optimizer: torchopt's masked cannot take a step, here or in training, "
+                        f"where parameters have no gradient; {without} have none. Give the "
+                        "optimizer the other parameters alone, or take the mask out."
+                    )
                 with differentiable_roots(adagrad=self._adagrad):
                     updates, new = self._impl.update(grads, old, params=theta, inplace=False)
-                if any(
-                    g is None for g in grads
-                ):  # momentum forgets the trace of a skipped parameter
+                if without:  # momentum forgets the trace of a skipped parameter
                     new = tree_map(lambda n, o: o if n is None else n, new, old, none_is_leaf=True)
                 theta = torchopt.apply_updates(theta, updates, inplace=False)
                 moved |= {name: p for (name, _), p in zip(group, theta, strict=True) if name}
