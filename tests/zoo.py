@@ -154,7 +154,12 @@ ZOO: dict[str, Animal] = {
     "weight norm, one norm": Animal(
         lambda: both(lambda m: parametrizations.weight_norm(m, dim=-1))
     ),
-    "weight norm, last dim": Animal(lambda: both(lambda m: parametrizations.weight_norm(m, dim=1))),
+    "weight norm, last dim": Animal(
+        # Of the head, each column would be one number, whose norm has no slope to speak of.
+        lambda: nn.Sequential(
+            parametrizations.weight_norm(nn.Linear(4, 6), dim=1), nn.Tanh(), nn.Linear(6, 1)
+        )
+    ),
     "weight norm, hooks": Animal(lambda: both(nn.utils.weight_norm), adam=True),
     "orthogonal": Animal(
         lambda: nn.Sequential(
