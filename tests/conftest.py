@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import unroll
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
@@ -14,7 +16,15 @@ def _seeded() -> Iterator[None]:
     assert torch.get_default_dtype() == torch.float32, "a test left another default dtype behind"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--checkpoint", action="store_true", help="every loss with checkpoint=True")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--checkpoint"):
+        defaults = unroll.UnrolledGeneratorLoss.__init__.__kwdefaults__
+        assert defaults is not None
+        defaults["checkpoint"] = True
     torch.set_num_threads(1)  # the networks of the tests are too small to share
     config.addinivalue_line("markers", "data: reads the data sets in the folder named UNROLL_DATA")
 

@@ -16,4 +16,4 @@ from unroll.game.penalties import R1 as R1
 from unroll.game.penalties import R2 as R2
 from unroll.game.penalties import GradientPenalty as GradientPenalty
 from unroll.loss import UnrolledGeneratorLoss as UnrolledGeneratorLoss
-from unroll.steps import UnrolledDiscriminator as UnrolledDiscriminator
+from unroll.steps.discriminator import UnrolledDiscriminator as UnrolledDiscriminator

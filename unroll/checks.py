@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ from unroll.stateless import (
     map_tensors,
     tensors,
 )
-from unroll.steps import check_differentiable
 
 
 def gradient_terms(
@@ -80,7 +79,6 @@ def gradient_terms(
         raise RuntimeError(
             "gradient_terms: must run with gradients on; it was called under torch.no_grad()."
         )
-    check_differentiable(fake, "fake")
     everything = list(generator_parameters)
     theta_g = [p for p in everything if p.requires_grad]
     with held(loss.discriminator):
@@ -98,8 +96,7 @@ def gradient_terms(
             return near[-1]
 
         held_points = [
-            replace(
-                point,
+            point._replace(
                 parameters={name: cut(p) for name, p in point.parameters.items()},
                 buffers={name: cut(b) for name, b in point.buffers.items()},
             )

@@ -172,6 +172,31 @@ def refuse_own_parameters(module: nn.Module, loss: Tensor, until: Iterable[Tenso
             )
 
 
+def refuse_other_tensors(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> None:
+    """Refuse a step in whose graph stand leaves that a recomputation would not give gradients."""
+    ids = {id(t) for t in known}
+    for node in _graph(outputs):
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in ids:
+            raise RuntimeError(
+                "checkpoint: the look-ahead uses a tensor that requires a gradient and is no part "
+                f"of the batch (shape {tuple(leaf.shape)}; in the objective or in project=), whose "
+                "gradient a recomputed step would lose. Pass it in the batch, detach it, or set "
+                "checkpoint=False."
+            )
+
+
+def refuse_layers(module: nn.Module) -> None:
+    """Refuse layers whose second derivative is wrong in a way that no graph shows."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.SyncBatchNorm) and layer.training:
+            raise RuntimeError(
+                f"discriminator: {name or 'itself'} (SyncBatchNorm) has no right second derivative "
+                "in training mode. Use BatchNorm, whose statistics are those of each rank, or "
+                "GroupNorm, or set stop_gradient=True for the first term alone."
+            )
+
+
 def inspect_step(
     module: nn.Module,
     gradients: Mapping[str, Tensor],

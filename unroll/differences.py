@@ -15,8 +15,10 @@ from torchopt.pytree import tree_leaves, tree_map
 from unroll.derivatives import probe_layers
 from unroll.loss import UnrolledGeneratorLoss
 from unroll.optimizers import inner_optimizer, unwrap_optimizer
+from unroll.randomness import random_state, set_random_state
 from unroll.stateless import Batch, Stateless, held, tensors
-from unroll.steps import At, Point
+from unroll.steps.discriminator import At
+from unroll.steps.lookahead import Point
 
 TOLERANCE = 1e-5  # of check_gradients; a lost second derivative is seldom below 1e-4
 DIRECTIONS = 3  # for each tensor of fakes
@@ -36,23 +38,24 @@ class DifferenceCheck:
         minibatches: Sequence[tuple[Batch, Batch]] | None,
     ) -> None:
         self.loss, self.batch, self.minibatches = loss, batch, minibatches
-        self.random_state = _random_state()
+        self.device = next(loss.discriminator.parameters()).device
+        self.random_state = random_state(self.device)
         self.held: tuple[list[Point], Any] | None = None  # theta_D^1..K under stop_gradient
 
     def f(self) -> Tensor:
         """Return f_K."""
         fake, real = self.batch
-        _set_random_state(self.random_state)
+        set_random_state(self.random_state, self.device)
         with held(self.loss.discriminator):
             points, after = self.held or self.points()
-            _set_random_state(after)
+            set_random_state(after, self.device)
             return self.loss._surrogate(points, fake, real)
 
     def points(self) -> tuple[list[Point], Any]:
         """Return theta_D^0..K, and the random state after the look-ahead."""
         pairs = self.loss._pairs(*self.batch, self.minibatches, needs_graph=False)
         points, _ = self.loss._look_ahead(pairs)
-        return points, _random_state()
+        return points, random_state(self.device)
 
     def run(self, fakes: Sequence[Tensor]) -> tuple[float, list[str]]:
         """Return the relative error and what explains it."""
@@ -131,11 +134,12 @@ class DifferenceCheck:
 def _second_derivative_error(
     layer: Callable[[], Any], inputs: list[Tensor], parameters: list[Tensor]
 ) -> float:
-    points, state = inputs + parameters, _random_state()
+    points = inputs + parameters
+    state = random_state(points[0].device)
     weights: list[Tensor] = []
 
     def gradient_along_itself() -> Tensor:
-        _set_random_state(state)
+        set_random_state(state, points[0].device)
         outputs = [t for t in tensors(layer()) if t.requires_grad]
         value = torch.stack([(t + t.square()).sum() for t in outputs]).sum()
         gradients = torch.autograd.grad(value, points, create_graph=True, materialize_grads=True)
@@ -215,7 +219,9 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
         unroll_steps=loss.unroll_steps,
         stop_gradient=loss.stop_gradient,
         average=loss.average,
+        checkpoint=loss.checkpoint,
         project=project,
+        sync=False,  # the copies are this rank's alone
     )
     copied._trainable = loss._trainable
     return copied
@@ -239,12 +245,3 @@ def double(value: Any) -> Any:
         value = value.detach().clone()
         return value.double() if value.is_floating_point() else value
     return value
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
-
-
-def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    torch.cuda.set_rng_state_all(state[1])

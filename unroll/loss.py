@@ -13,19 +13,18 @@ from torchopt.pytree import tree_map
 from unroll.derivatives import refuse_own_parameters
 from unroll.game import check_objective, warn_of_sigmoid
 from unroll.game.objectives import Minimax, Objective
-from unroll.optimizers import InnerOptimizer, inner_optimizer, warn_of_step_hooks
+from unroll.optimizers import inner_optimizer, warn_of_step_hooks
 from unroll.stateless import Batch, Stateless, check_supported, held, tensors, unwrap
-from unroll.steps import (
-    At,
-    LookAhead,
-    Point,
+from unroll.steps.checks import (
     Project,
-    UnrolledDiscriminator,
     check_differentiable,
     check_scalar,
     checked_steps,
     minibatches_checked,
 )
+from unroll.steps.discriminator import At, UnrolledDiscriminator
+from unroll.steps.lookahead import LookAhead, Point
+from unroll.steps.ranks import agreed, resolved_sync
 
 
 class UnrolledGeneratorLoss(nn.Module):
@@ -42,7 +41,9 @@ class UnrolledGeneratorLoss(nn.Module):
     through, so that the generator learns how the discriminator would react to it. Nothing that
     the caller holds changes: D, its buffers and gradients, the optimizer and its state.
 
-    Time and memory grow linearly with K. The wrapper owns no parameters, buffers or submodules.
+    Time grows linearly with K, and memory too: by the activations of a step of D, or with
+    ``checkpoint`` by D's parameters and optimizer state. The wrapper owns no parameters, buffers or
+    submodules.
 
     Args:
         discriminator: Any ``nn.Module``. It may be wrapped by ``torch.compile``.
@@ -57,14 +58,23 @@ class UnrolledGeneratorLoss(nn.Module):
         stop_gradient: Keep the first term of Eq. 12 only: theta_D^K is a constant. Default False.
         average: Return the mean of f_1, ..., f_K in place of f_K (App. B.2); f_0 where K = 0.
             Default False.
+        checkpoint: Keep of each step what it starts from, and compute it again in the backward
+            pass: activations are those of one step whatever K is, for one more evaluation of D's
+            gradient a step. f_K is then differentiable once. Default False.
         project: Called after every look-ahead step with a mapping from parameter names to tensors;
             returns the mapping with the projected ones (WGAN's clipping, a weight normalisation).
             It is differentiated through. Default: none.
+        sync: Average D's gradients over all ranks of ``torch.distributed`` in every step, so that
+            the ranks play one game over the global batch (for objectives that are means over
+            samples, and equal batches; BatchNorm and RelativisticAverage stay those of a rank).
+            Wrap G in DistributedDataParallel, too. Default None: where D is wrapped in it.
 
     Raises:
-        TypeError: The optimizer, the discriminator or ``unroll_steps`` is of an unsupported type.
-        ValueError: ``unroll_steps`` is negative, D has no parameters or uninitialised ones, or the
-            optimizer holds none of them or cannot be differentiated.
+        TypeError: The optimizer, the discriminator, ``unroll_steps`` or ``sync`` is of an
+            unsupported type.
+        ValueError: ``unroll_steps`` is negative, D has no parameters or uninitialised ones, the
+            optimizer holds none of them or cannot be differentiated, or ``sync`` is True without a
+            process group.
 
     Example:
         >>> import torch, unroll
@@ -84,7 +94,9 @@ class UnrolledGeneratorLoss(nn.Module):
         unroll_steps: int,
         stop_gradient: bool = False,
         average: bool = False,
+        checkpoint: bool = False,
         project: Project | None = None,
+        sync: bool | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(discriminator, nn.Module):
@@ -111,6 +123,8 @@ class UnrolledGeneratorLoss(nn.Module):
         self.unroll_steps = unroll_steps
         self.stop_gradient = stop_gradient
         self.average = average
+        self.checkpoint = checkpoint
+        self.sync, self._group = resolved_sync(discriminator, sync)
         trainable = {name for name, p in parameters.items() if p.requires_grad}
         floating = {name for name, p in parameters.items() if p.is_floating_point()}
         self._trainable = frozenset(trainable or floating)
@@ -122,7 +136,7 @@ class UnrolledGeneratorLoss(nn.Module):
     def __setattr__(self, name: str, value: object) -> None:
         """Set a plain attribute: nn.Module's own would make D a submodule of its loss."""
         object.__setattr__(self, name, value)
-        if name in ("discriminator", "optimizer", "objective", "project"):
+        if name in ("discriminator", "optimizer", "objective", "project", "checkpoint"):
             object.__setattr__(self, "_inspected", False)
             object.__setattr__(self, "_inspected_value", False)
 
@@ -149,12 +163,10 @@ class UnrolledGeneratorLoss(nn.Module):
         Raises:
             ValueError: ``fake`` has no path to a generator while gradients are on, ``minibatches``
                 holds fewer than K pairs, or a loss is not 0-d or not a function of D.
-            RuntimeError: Called in inference mode, D changes its parameters in place, or a layer
-                has no second derivative.
+            RuntimeError: Called in inference mode, D changes its parameters in place, a layer has
+                no second derivative, or with ``sync`` the ranks disagree on K.
         """
         needs_graph = torch.is_grad_enabled() and not self.stop_gradient
-        if needs_graph:
-            check_differentiable(fake, "fake")
         pairs = self._pairs(fake, real, minibatches, needs_graph=needs_graph)
         with held(self.discriminator):
             points, _ = self._look_ahead(pairs, optimizer_state)
@@ -181,16 +193,16 @@ class UnrolledGeneratorLoss(nn.Module):
                 yield pair
 
         with held(self.discriminator):
-            points, optimizer = self._look_ahead(recorded(), optimizer_state)
-        last = points[-1]
+            points, ahead = self._look_ahead(recorded(), optimizer_state)
+        last, losses = points[-1], ahead.losses
         in_graph = any(t.requires_grad for t in seen) and not self._constant
         keep = _unchanged if in_graph else _detached
         nothing = next(iter(last.parameters.values())).new_empty(0)
         return UnrolledDiscriminator(
             parameters={name: keep(p) for name, p in last.parameters.items()},
             buffers={name: b.detach().clone() for name, b in last.buffers.items()},
-            optimizer_state=tree_map(keep, optimizer.export(last.optimizer_state)),
-            losses=torch.stack(last.losses) if last.losses else nothing,
+            optimizer_state=tree_map(keep, ahead.optimizer.export(last.optimizer_state)),
+            losses=torch.stack(losses) if losses else nothing,
             _module=self.discriminator,
         )
 
@@ -201,8 +213,8 @@ class UnrolledGeneratorLoss(nn.Module):
 
     def _look_ahead(
         self, pairs: Iterable[tuple[Batch, Batch]], optimizer_state: Any = None
-    ) -> tuple[list[Point], InnerOptimizer]:
-        """Return where f is evaluated, and the optimizer that led there; D must be held."""
+    ) -> tuple[list[Point], LookAhead]:
+        """Return where f is evaluated, and what led there; D must be held."""
         module = Stateless(self.discriminator)
         optimizer = inner_optimizer(self.optimizer, module.parameters, optimizer_state)
         ahead = LookAhead(
@@ -211,19 +223,22 @@ class UnrolledGeneratorLoss(nn.Module):
             objective=self.objective,
             moving=self._trainable & optimizer.names,
             constant=self._constant,
+            checkpoint=self.checkpoint,
             project=self.project,
+            sync=self.sync,
+            group=self._group,
             inspected=self._inspected,
         )
         points = ahead.trajectory(pairs, average=self.average)
         self._inspected = ahead.inspected
-        return points, optimizer
+        return points, ahead
 
     def _surrogate(self, points: list[Point], fake: Batch, real: Batch) -> Tensor:
         """Return f at theta_D^K, or its mean over theta_D^1..K; D must be held."""
         module = Stateless(self.discriminator)
         values = []
         for point in points:
-            constant = self._constant or not point.losses  # theta_D^0 takes no gradient
+            constant = self._constant or point.loss is None  # theta_D^0 takes no gradient
             keep = _detached if constant else _unchanged
             theta = {name: keep(p) for name, p in point.parameters.items()}
             d = At(module, theta, point.buffers, twice=not constant)
@@ -241,7 +256,8 @@ class UnrolledGeneratorLoss(nn.Module):
         return (
             f"{type(self.discriminator).__name__}, {type(self.optimizer).__name__}, "
             f"{self.objective}, unroll_steps={self.unroll_steps}, "
-            f"stop_gradient={self.stop_gradient}, average={self.average}"
+            f"stop_gradient={self.stop_gradient}, average={self.average}, "
+            f"checkpoint={self.checkpoint}, sync={self.sync}"
         )
 
     def _pairs(
@@ -257,10 +273,20 @@ class UnrolledGeneratorLoss(nn.Module):
                 "UnrolledGeneratorLoss: the look-ahead differentiates and so cannot run in "
                 "torch.inference_mode(). Use torch.no_grad() for a value without a graph."
             )
-        steps = checked_steps(self.unroll_steps)
-        if minibatches is None:
-            return repeat((fake, real), steps)
-        return minibatches_checked(minibatches, steps, needs_graph=needs_graph)
+
+        def drawn() -> Iterable[tuple[Batch, Batch]]:
+            if needs_graph:
+                check_differentiable(fake, "fake")
+            steps = checked_steps(self.unroll_steps)
+            if minibatches is None:
+                return repeat((fake, real), steps)
+            return minibatches_checked(minibatches, steps, needs_graph=needs_graph)
+
+        if not self.sync:
+            return drawn()
+        settings = {"a graph is needed": not self._constant, "checkpoint": self.checkpoint}
+        device = next(self.discriminator.parameters()).device
+        return agreed(lambda: list(drawn()), settings, device, self._group)
 
 
 def _unchanged(tensor: Any) -> Any:

@@ -40,15 +40,21 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     return batch
 
 
+def unwrap_once(module: nn.Module) -> nn.Module | None:
+    """Return what ``torch.compile``'s or a data-parallel wrapper holds, None for other modules."""
+    if isinstance(module, torch._dynamo.OptimizedModule):
+        inner: nn.Module = module._orig_mod
+    elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = module.module
+    else:
+        return None
+    return inner
+
+
 def unwrap(module: nn.Module) -> nn.Module:
-    """Return the user's own module inside ``torch.compile``'s and data-parallel wrappers."""
-    while True:
-        if isinstance(module, torch._dynamo.OptimizedModule):
-            module = module._orig_mod
-        elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            module = module.module
-        else:
-            return module
+    """Return the user's own module inside all wrappers."""
+    inner = unwrap_once(module)
+    return module if inner is None else unwrap(inner)
 
 
 class Stateless:
@@ -169,6 +175,11 @@ def check_supported(module: nn.Module) -> None:
             raise TypeError(
                 f"discriminator: a torch.jit module ({name or 'the discriminator itself'}) cannot "
                 "run with parameters other than its own. Pass the nn.Module it was made from."
+            )
+        if any(c.__module__.startswith("torch.distributed.fsdp") for c in type(submodule).__mro__):
+            raise TypeError(
+                f"discriminator: {name or 'the discriminator itself'} is sharded by FSDP, whose "
+                "gathering hooks have no second derivative. Wrap D in DistributedDataParallel."
             )
     for name, parameter in module.named_parameters():
         if isinstance(parameter, (UninitializedParameter, UninitializedBuffer)):

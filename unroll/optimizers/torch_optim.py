@@ -6,9 +6,8 @@ Parameters that take the same step are one flat vector, on which a rule (:mod:`r
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +36,7 @@ def _own_step(cls: type[torch.optim.Optimizer]) -> Any:
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
-@dataclass(frozen=True)
-class _Bucket:
+class _Bucket(NamedTuple):
     """Parameters that take the same step, as one flat vector: a few large operations are fast."""
 
     names: tuple[str, ...]

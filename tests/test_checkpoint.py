@@ -1,0 +1,346 @@
+"""``checkpoint=True``: the plain gradient, from steps that are run twice and not kept."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchopt
+from torch import Tensor, nn
+
+from tests.players import OPTIMIZERS, batches, deep, small, train
+from tests.settings import DEVICE, randn
+from tests.snapshot import changes, snapshot
+from tests.zoo import ZOO
+from unroll import NonSaturating, UnrolledGeneratorLoss, gradient_terms
+
+ANIMALS = [
+    "BatchNorm1d", "spectral norm", "weight norm", "weight norm, hooks", "dropout", "dropout2d",
+    "attention, no weights", "transformer layer", "LSTM", "conditional, mapping", "projection",
+    "many outputs", "tied", "unused parameters", "frozen backbone", "changing buffers",
+    "changing buffers, in place", "RpGAN + R1 + R2", "LayerNorm + R1",
+]  # fmt: skip
+TRAINED = [
+    "Adam", "Adam amsgrad", "Adam tensor lr", "SGD nesterov", "torchopt.SGD dampening",
+    "torchopt.RMSprop centered", "torchopt.Optimizer of a chain", "torchopt.MetaAdam",
+    "torchopt.FuncOptimizer",
+]  # fmt: skip
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def both(
+    d: nn.Module, optimizer: Any, run: Callable[[UnrolledGeneratorLoss], Any], **options: Any
+) -> tuple[Any, Any]:
+    """Return what ``run`` does with the plain loss and with the checkpointed one."""
+    results = []
+    for checkpoint in (False, True):
+        torch.manual_seed(5)
+        loss = UnrolledGeneratorLoss(d, optimizer, checkpoint=checkpoint, **options)
+        results.append((run(loss), torch.get_rng_state()))
+    (plain, state), (recomputed, other_state) = results
+    assert torch.equal(state, other_state), "the random numbers went apart"
+    return plain, recomputed
+
+
+def assert_close(got: Any, wanted: Any) -> None:
+    for a, b in zip(got, wanted, strict=True):
+        error = (a - b).norm() / b.norm().clamp_min(1e-4)
+        assert error <= 1e-12, f"off by {error:.1e}"
+
+
+def drawn_twice(loss: UnrolledGeneratorLoss, *batch: Any, **options: Any) -> Tensor:
+    """Return f_K; a number is drawn between the two passes, and one after them."""
+    value: Tensor = loss(*batch, **options)
+    torch.rand(1)
+    return value
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("name", ANIMALS)
+def test_every_kind_of_discriminator(name: str, average: bool) -> None:
+    animal = ZOO[name]
+    d = animal.make()
+    optimizer = torch.optim.Adam(d.parameters(), lr=0.01, betas=(0.5, 0.9))
+    draws = randn(4, 5, *animal.shape)
+    train(d, optimizer, [(animal.feed(draws[0]), animal.feed(draws[1]))], animal.objective)
+    before = snapshot(d, optimizer)
+
+    def run(loss: UnrolledGeneratorLoss) -> list[Tensor]:
+        fake, real = leaf(draws[2]), leaf(draws[3])
+        value = drawn_twice(loss, animal.feed(fake), animal.feed(real))
+        return [value, *torch.autograd.grad(value, (fake, real))]
+
+    plain, recomputed = both(
+        d, optimizer, run, objective=animal.objective, unroll_steps=4, average=average
+    )
+    assert torch.equal(plain[0], recomputed[0])
+    assert_close(recomputed[1:], plain[1:])
+    assert plain[1].norm() > 0
+    assert not changes(before, d, optimizer)
+
+
+@pytest.mark.parametrize("warm", [0, 2])
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_kind_of_optimizer(name: str, warm: int) -> None:
+    d = small()
+    optimizer = OPTIMIZERS[name](d)
+    train(d, optimizer, batches(warm, seed=1))
+    pairs = batches(4)
+
+    def run(loss: UnrolledGeneratorLoss) -> list[Tensor]:
+        fakes = [leaf(fake) for fake, _ in pairs]
+        resampled = zip(fakes[1:], [real for _, real in pairs[1:]], strict=True)
+        value = drawn_twice(loss, fakes[0], pairs[0][1], minibatches=resampled)
+        return [value, *torch.autograd.grad(value, fakes)]
+
+    plain, recomputed = both(
+        d,
+        optimizer,
+        run,
+        unroll_steps=3,
+        project=lambda theta: {name: p.clamp(-0.5, 0.5) for name, p in theta.items()},
+    )
+    assert_close(recomputed, plain)
+
+
+def test_a_bare_transformation_with_its_state() -> None:
+    d, transformation = deep(), torchopt.chain(torchopt.sgd(0.1, momentum=0.9), torchopt.adam(0.1))
+    state = transformation.init(tuple(d.parameters()))
+    ((fake, real),) = batches(1)
+
+    def run(loss: UnrolledGeneratorLoss) -> list[Tensor]:
+        x = leaf(fake)
+        value = drawn_twice(loss, x, real, optimizer_state=state)
+        return [value, *torch.autograd.grad(value, x)]
+
+    plain, recomputed = both(d, transformation, run, unroll_steps=3)
+    assert_close(recomputed, plain)
+
+
+def test_the_two_terms_and_the_discriminator_ahead() -> None:
+    d, generator = small(), nn.Linear(3, 4).to(DEVICE, torch.float64)
+    ((_, real),) = batches(1)
+    z = randn(5, 3)
+
+    def run(loss: UnrolledGeneratorLoss) -> list[Tensor]:
+        fake = generator(z)
+        first, second = gradient_terms(loss, fake, real, generator.parameters())
+        ahead = loss.unroll(fake, real)
+        reaction = ahead(real).sum() + sum(p.square().sum() for p in ahead.parameters.values())
+        third = torch.autograd.grad(reaction, generator.parameters())
+        return [*first, *second, *third, ahead.losses, *map(Tensor.double, ahead.buffers.values())]
+
+    plain, recomputed = both(
+        d, torch.optim.SGD(d.parameters(), lr=0.1, momentum=0.5), run, unroll_steps=3
+    )
+    assert_close(recomputed, plain)
+
+
+@pytest.mark.parametrize("options", [{"stop_gradient": True}, {"unroll_steps": 0}], ids=str)
+def test_where_there_is_nothing_to_recompute(options: dict[str, Any]) -> None:
+    d = small()
+    ((fake, real),) = batches(1)
+
+    def run(loss: UnrolledGeneratorLoss) -> list[Tensor]:
+        x = leaf(fake)
+        value = loss(x, real)
+        return [value, *torch.autograd.grad(value, x)]
+
+    optimizer = torch.optim.SGD(d.parameters(), lr=0.1)
+    plain, recomputed = both(d, optimizer, run, **{"unroll_steps": 3, **options})
+    assert all(map(torch.equal, plain, recomputed))
+    with torch.no_grad():
+        value = UnrolledGeneratorLoss(d, optimizer, unroll_steps=3, checkpoint=True)(fake, real)
+    assert not value.requires_grad
+
+
+class Counted(NonSaturating):
+    """The game, which counts D's losses."""
+
+    calls = 0
+
+    def discriminator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
+        type(self).calls += 1
+        return super().discriminator_loss(discriminator, fake, real)
+
+
+def test_every_step_runs_twice() -> None:
+    d = small()
+    loss = UnrolledGeneratorLoss(
+        d, torch.optim.Adam(d.parameters()), Counted(), unroll_steps=4, checkpoint=True
+    )
+    ((fake, real),) = batches(1)
+    for _ in range(2):  # the first call also searches its graph for broken derivatives
+        Counted.calls = 0
+        value = loss(leaf(fake), real)
+        assert Counted.calls == 4
+        value.backward()
+        assert Counted.calls == 8
+
+
+class Saved:
+    """A tensor that some graph holds."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def held_bytes(loss: UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> int:
+    """Return the size of the storages that the graph of f_K holds, without the batch's."""
+    saved: weakref.WeakSet[Saved] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> Saved:
+        item = Saved(tensor.detach())
+        saved.add(item)
+        return item
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda item: item.tensor):
+        value = loss(leaf(fake), real)
+    gc.collect()
+    storages = {item.tensor.untyped_storage().data_ptr(): item.tensor for item in saved}
+    assert value.requires_grad
+    return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+
+@pytest.mark.parametrize(("name", "copies"), [("SGD", 1), ("SGD momentum", 2), ("Adam", 3)])
+def test_a_step_keeps_the_parameters_and_the_optimizers_state_only(name: str, copies: int) -> None:
+    d = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    d.to(DEVICE, torch.float64)
+    optimizer = OPTIMIZERS[name](d)
+    train(d, optimizer, batches(1, seed=1))
+    fake, real = randn(500, 4), randn(500, 4)  # activations are far larger than parameters
+    theta = sum(p.numel() * p.element_size() for p in d.parameters())
+
+    def held(k: int, checkpoint: bool) -> int:
+        loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=k, checkpoint=checkpoint)
+        loss(leaf(fake), real)  # what the first call searches for must not count
+        return held_bytes(loss, fake, real)
+
+    slope = (held(12, True) - held(2, True)) / 10
+    assert slope <= copies * theta + 64  # and D's loss
+    assert (held(12, False) - held(2, False)) / 10 > 100 * slope
+
+
+def test_what_happens_between_the_passes_does_not_matter() -> None:
+    d = small()
+    optimizer = torch.optim.Adam(d.parameters(), lr=0.1)
+    train(d, optimizer, batches(1, seed=1))
+    ((fake, real),) = batches(1)
+
+    def run(loss: UnrolledGeneratorLoss) -> list[Tensor]:
+        x = leaf(fake)
+        value = loss(x, real)
+        kept = copy.deepcopy((d.state_dict(), optimizer.state_dict()))
+        optimizer.param_groups[0]["lr"] = 0.7
+        train(d, optimizer, batches(1, seed=2))
+        d.eval()
+        found = torch.autograd.grad(value, x)
+        assert not d.training
+        d.train()
+        d.load_state_dict(kept[0])
+        optimizer.load_state_dict(kept[1])
+        return [value, *found]
+
+    plain, recomputed = both(d, optimizer, run, unroll_steps=3)
+    assert_close(recomputed, plain)
+
+
+def test_autocast_is_replayed() -> None:
+    d = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 1)).to(DEVICE)
+    ((fake, real),) = batches(1, torch.float32)
+
+    def run(loss: UnrolledGeneratorLoss) -> list[Tensor]:
+        x = leaf(fake)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            value = loss(x, real)
+        return [value, *torch.autograd.grad(value, x)]
+
+    optimizer = torch.optim.Adam(d.parameters(), lr=0.1)
+    plain, recomputed = both(d, optimizer, run, unroll_steps=3)
+    assert torch.equal(plain[0], recomputed[0])
+    torch.testing.assert_close(plain[1], recomputed[1], rtol=1e-6, atol=1e-8)
+
+
+def checkpointed(**options: Any) -> UnrolledGeneratorLoss:
+    d = small()
+    optimizer = torch.optim.SGD(d.parameters(), lr=0.1)
+    return UnrolledGeneratorLoss(d, optimizer, unroll_steps=2, checkpoint=True, **options)
+
+
+def test_the_graph_may_be_kept_and_used_again() -> None:
+    ((fake, real),) = batches(1)
+    x = leaf(fake)
+    value = checkpointed()(x, real)
+    (once,) = torch.autograd.grad(value, x, retain_graph=True)
+    (again,) = torch.autograd.grad(value, x)
+    assert torch.equal(once, again)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    ((fake, real),) = batches(1)
+    x = leaf(fake)
+    with pytest.raises(RuntimeError, match=r"^checkpoint: f_K has first derivatives only.*False"):
+        torch.autograd.grad(checkpointed()(x, real), x, create_graph=True)
+
+
+def test_a_batch_that_is_changed_before_the_backward_pass_is_noticed() -> None:
+    ((fake, real),) = batches(1)
+    value = checkpointed()(leaf(fake), real)
+    real.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+class Scaled:
+    """A game with a tensor of its own that is being trained."""
+
+    def __init__(self) -> None:
+        self.scale = randn(1).requires_grad_()
+
+    def discriminator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
+        return (discriminator(fake) * self.scale - discriminator(real)).square().mean()
+
+    def generator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
+        loss: Tensor = discriminator(fake).mean()
+        return loss
+
+
+def test_a_tensor_whose_gradient_would_be_lost_is_refused() -> None:
+    ((fake, real),) = batches(1)
+    loss, bound = checkpointed(objective=Scaled()), randn(1).requires_grad_()
+    message = r"^checkpoint: .* no part of the batch \(shape \(1,\).*checkpoint=False"
+    with pytest.raises(RuntimeError, match=message):
+        loss(leaf(fake), real)
+    loss = checkpointed(project=lambda theta: {n: p * bound for n, p in theta.items()})
+    with pytest.raises(RuntimeError, match=message):
+        loss(leaf(fake), real)
+    loss = checkpointed(objective=Scaled())
+    loss.checkpoint = False
+    loss(leaf(fake), real).backward()
+    assert loss.objective.scale.grad.abs() > 0
+
+
+def test_an_error_in_the_backward_pass_leaves_d_as_it_was() -> None:
+    class Fails(Counted):
+        def discriminator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
+            value = super().discriminator_loss(discriminator, fake, real)
+            if type(self).calls > 2:
+                raise ZeroDivisionError("in the second run")
+            return value
+
+    Fails.calls = 0
+    ((fake, real),) = batches(1)
+    loss = checkpointed(objective=Fails())
+    before = snapshot(loss.discriminator, loss.optimizer)
+    value = loss(leaf(fake), real)
+    state = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError, match="in the second run"):
+        value.backward()
+    assert not changes(before, loss.discriminator, loss.optimizer)
+    assert torch.equal(state, torch.get_rng_state())

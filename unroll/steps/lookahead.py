@@ -1,0 +1,173 @@
+"""The K look-ahead steps of the discriminator, Eq. 6 to 8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unroll.derivatives import (
+    inspect_step,
+    refuse_layers,
+    refuse_other_tensors,
+    refuse_own_parameters,
+)
+from unroll.game.objectives import Objective
+from unroll.optimizers import InnerOptimizer
+from unroll.stateless import Batch, Stateless, map_tensors, mutation_message, tensors
+from unroll.steps.checks import Project, check_scalar, projected, same
+from unroll.steps.discriminator import At
+from unroll.steps.ranks import averaged
+from unroll.steps.recompute import recomputed
+
+
+class Point(NamedTuple):
+    """Where the look-ahead stands after k steps."""
+
+    parameters: Mapping[str, Tensor]  # theta_D^k
+    buffers: Mapping[str, Tensor]
+    optimizer_state: Any
+    loss: Tensor | None = None  # D's before the step that led here, detached
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Cast every theta_D^k at each use: the cache holds leaves only, and adds up in half."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+@dataclass
+class LookAhead:
+    """K steps of D from where it stands, on private copies of all that they change."""
+
+    module: Stateless
+    optimizer: InnerOptimizer
+    objective: Objective
+    moving: frozenset[str]  # names of the parameters that take steps
+    constant: bool  # whether theta_D^1..K are constants: no second term in Eq. 12
+    checkpoint: bool  # whether steps are computed again in the backward pass
+    project: Project | None
+    sync: bool  # whether gradients are averaged over the ranks of ``group``
+    group: Any
+    inspected: bool  # whether a first step has been searched for broken derivatives
+    losses: list[Tensor] = field(default_factory=list)  # D's before each step, detached
+
+    def trajectory(self, batches: Iterable[tuple[Batch, Batch]], *, average: bool) -> list[Point]:
+        """Step from theta_D^0 = theta_D (Eq. 6) on each (fake, real).
+
+        Returns theta_D^K, or theta_D^1..K with ``average``.
+        """
+        parameters = {name: p.detach().clone() for name, p in self.module.parameters.items()}
+        buffers = {name: b.detach().clone() for name, b in self.module.buffers.items()}
+        point = Point(parameters, buffers, self.optimizer.initial_state())
+        points: list[Point] = []
+        with _without_autocast_cache():
+            for fake, real in batches:
+                point = self._advance(point, fake, real)
+                assert point.loss is not None
+                self.losses.append(point.loss)
+                points = [*points, point] if average else [point]
+        return points or [point]
+
+    def _advance(self, point: Point, fake: Batch, real: Batch) -> Point:
+        if self.constant:
+            fake, real = map_tensors(Tensor.detach, (fake, real))
+        if self.checkpoint and not self.constant:
+            return recomputed(self._step, self.module.module, point, fake, real)
+        return self._step(point, fake, real, graph=not self.constant)
+
+    def _step(self, point: Point, fake: Batch, real: Batch, *, graph: bool) -> Point:
+        """Return theta_D^{k+1} = theta_D^k + eta df/dtheta_D^k (Eq. 7)."""
+        theta = {n: p if p.requires_grad else self._leaf(n, p) for n, p in point.parameters.items()}
+        inspect = (
+            not (self.inspected or self.constant)
+            and point.loss is None
+            and any(t.requires_grad for t in tensors((fake, real)))
+        )
+        if inspect:
+            refuse_layers(self.module.module)
+        d = At(self.module, theta, point.buffers, twice=not self.constant)
+        with torch.enable_grad():
+            loss = self.objective.discriminator_loss(d, fake, real)
+            check_scalar(loss, "discriminator_loss")
+            gradients = self._gradients(loss, theta, create_graph=graph or inspect)
+        with (
+            torch.set_grad_enabled(graph or inspect),
+            torch.autocast(loss.device.type, enabled=False),  # optimizers keep full precision
+        ):
+            moved, state = self.optimizer.step(theta, gradients, point.optimizer_state)
+            if self.project is not None:
+                moved = projected(self.project, moved, inspect=inspect)
+        if inspect:
+            module = self.module.module
+            for name, own in self.module.parameters.items():  # .data leaves no other trace
+                if not same(theta[name], own):
+                    raise RuntimeError(mutation_message(name))
+            refuse_own_parameters(module, loss, tensors((fake, real)))
+            if self.checkpoint:
+                known = tensors((theta, point, fake, real))
+                refuse_other_tensors(tensors((moved, state, loss)), known)
+            inspect_step(module, gradients, tensors(fake), lambda: d(real))
+            self.inspected = True
+        following = Point(moved, d.buffers, state, loss.detach())
+        return following if graph else self._without_graph(following)
+
+    def _leaf(self, name: str, value: Tensor) -> Tensor:
+        return value.detach().requires_grad_(name in self.moving)
+
+    def _without_graph(self, point: Point) -> Point:
+        """Return a point that requires gradients just where its graph would have."""
+
+        def leaf(t: Tensor, moves: bool) -> Tensor:
+            return t.detach().requires_grad_(moves and not self.constant and t.is_floating_point())
+
+        return Point(
+            {name: leaf(p, name in self.moving) for name, p in point.parameters.items()},
+            {name: leaf(b, b.requires_grad) for name, b in point.buffers.items()},
+            map_tensors(lambda t: leaf(t, True), point.optimizer_state),
+            point.loss,
+        )
+
+    def _gradients(
+        self, loss: Tensor, parameters: Mapping[str, Tensor], *, create_graph: bool
+    ) -> dict[str, Tensor]:
+        """Return df/dtheta_D^k of the moving parameters that the loss depends on."""
+        found: dict[str, Tensor] = {}
+        moving = {name: p for name, p in parameters.items() if name in self.moving}
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(
+                loss, list(moving.values()), create_graph=create_graph, allow_unused=True
+            )
+            pairs = zip(moving, gradients, strict=True)
+            found = {name: self._hooked(name, g) for name, g in pairs if g is not None}
+        for name, gradient in found.items():
+            if gradient.layout != torch.strided:
+                raise TypeError(
+                    f"discriminator: the gradient of {name!r} is sparse, which the look-ahead "
+                    "cannot differentiate. Build the layer with sparse=False."
+                )
+        if self.sync:
+            found = averaged(found, moving, self.group)
+        if not found:
+            raise ValueError(
+                "objective: discriminator_loss must depend on the parameters of the discriminator "
+                "it is given; its loss depends on none that the optimizer trains. Call the "
+                "`discriminator` argument, not the module itself, and do not detach its output."
+            )
+        return found
+
+    def _hooked(self, name: str, gradient: Tensor) -> Tensor:
+        """Return the gradient as the hooks of the real parameter leave it."""
+        for hook in (self.module.parameters[name]._backward_hooks or {}).values():
+            replaced = hook(gradient)
+            gradient = gradient if replaced is None else replaced
+        return gradient

@@ -1,0 +1,98 @@
+"""The look-ahead of many ranks: one game over the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from unroll.stateless import unwrap_once
+
+
+def resolved_sync(discriminator: nn.Module, sync: object) -> tuple[bool, Any]:
+    """Return whether gradients are averaged over ranks, and over which group (None: the world)."""
+    if sync is not None and not isinstance(sync, bool):
+        raise TypeError(
+            f"sync: must be True, False or None; got {sync!r}. None averages over ranks where the "
+            "discriminator is wrapped in DistributedDataParallel."
+        )
+    module: nn.Module | None = discriminator
+    while module is not None:
+        if isinstance(module, DistributedDataParallel):
+            return sync is not False, module.process_group
+        module = unwrap_once(module)
+    if sync and not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "sync: must not be True without a process group; torch.distributed is not initialised. "
+            "Call torch.distributed.init_process_group first, or leave sync out."
+        )
+    return bool(sync), None
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    """The mean over ranks: linear and symmetric, so that its adjoint is itself."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total / dist.get_world_size(group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _MeanOverRanks.apply(grad, ctx.group), None
+
+
+def averaged(
+    gradients: Mapping[str, Tensor], moving: Mapping[str, Tensor], group: Any
+) -> dict[str, Tensor]:
+    """Return the gradients of all ranks, averaged, in one collective.
+
+    A parameter that got a gradient on some ranks only counts as zero on the others.
+    """
+    dtype = reduce(torch.promote_types, [p.dtype for p in moving.values()])
+    parts = [gradients.get(name, torch.zeros_like(p)).reshape(-1) for name, p in moving.items()]
+    present = torch.tensor([float(name in gradients) for name in moving], device=parts[0].device)
+    flat = torch.cat([part.to(dtype) for part in [*parts, present]])
+    *means, counts = torch.split(
+        _MeanOverRanks.apply(flat, group), [p.numel() for p in [*parts, present]]
+    )
+    return {
+        name: mean.view(p.shape).to(p.dtype)
+        for (name, p), mean, count in zip(moving.items(), means, counts.tolist(), strict=True)
+        if count
+    }
+
+
+def agreed(
+    draw: Callable[[], list[Any]], settings: Mapping[str, bool], device: torch.device, group: Any
+) -> list[Any]:
+    """Return what ``draw`` does, after all ranks have said that they will take the same steps."""
+    pairs: list[Any] = []
+    failure: Exception | None = None
+    try:
+        pairs = draw()
+    except Exception as error:  # told to the other ranks first, which would wait for this one
+        failure = error
+    mine = torch.tensor([len(pairs), failure is not None, *settings.values()], device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    if failure is not None:
+        raise failure
+    rows = [rank.tolist() for rank in everyone]
+    if any(row != rows[0] for row in rows):
+        names = ["unroll_steps", "failed", *settings]
+        said = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+        differing = "; ".join(f"{k}: {v}" for k, v in said.items() if len(set(v)) > 1)
+        raise RuntimeError(
+            "sync: all ranks must take the same look-ahead steps; by rank, these differ: "
+            f"{differing}. Give every rank the same unroll_steps, minibatches and options, or set "
+            "sync=False."
+        )
+    return pairs

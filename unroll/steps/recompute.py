@@ -1,0 +1,114 @@
+"""A look-ahead step that keeps its inputs only and runs again in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from unroll.randomness import random_state, replayed
+from unroll.stateless import Batch, held, map_tensors, tensors
+
+_PLACEHOLDER = torch.empty(0)
+P = TypeVar("P")
+
+
+class Step(Protocol[P]):
+    """A step from one point of the look-ahead to the next; ``graph`` keeps its graph."""
+
+    def __call__(self, point: P, fake: Batch, real: Batch, *, graph: bool) -> P:
+        """Return the next point; without a graph, it requires gradients where it would have one."""
+        ...
+
+
+def recomputed(step: Step[P], module: nn.Module, point: P, fake: Batch, real: Batch) -> P:
+    """Return ``step(point, fake, real)`` with the same gradient, in the memory of its inputs."""
+    given = (point, fake, real)
+    run = _Run(step, module, given)
+    outputs = _Recompute.apply(run, *tensors(given))
+    following: P = _filled(run.result, outputs)
+    return following
+
+
+class _Run:
+    """What the second run needs besides tensors: random numbers, modes, autocast."""
+
+    def __init__(self, step: Step[Any], module: nn.Module, given: tuple[Any, Batch, Batch]) -> None:
+        self.step, self.module = step, module
+        self.given = _emptied(given)
+        self.result: Any = None
+        self.device = next(module.parameters()).device
+        self.random_state = random_state(self.device)
+        self.training = [submodule.training for submodule in module.modules()]
+        kind = self.device.type
+        self.autocast = (
+            kind,
+            torch.get_autocast_dtype(kind),
+            torch.is_autocast_enabled(kind),
+            torch.is_autocast_cache_enabled(),
+        )
+
+    def first(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        result = self.step(*_filled(self.given, inputs), graph=False)
+        self.result = _emptied(result)
+        return tensors(result)
+
+    def again(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        with (
+            replayed(self.random_state, self.device),
+            held(self.module),
+            torch.autocast(*self.autocast),
+        ):
+            for submodule, training in zip(self.module.modules(), self.training, strict=True):
+                submodule.training = training
+            return tensors(self.step(*_filled(self.given, inputs), graph=True))
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: _Run, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.run = run
+        ctx.save_for_backward(*inputs)
+        found = run.first(_leaves(inputs, ctx.needs_input_grad[1:]))
+        outputs = tuple(t.detach() for t in found)
+        constants = [o for o, t in zip(outputs, found, strict=True) if not t.requires_grad]
+        ctx.mark_non_differentiable(*constants)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "checkpoint: f_K has first derivatives only, because its graph is not kept; "
+                "create_graph=True asked for more. Set checkpoint=False for this loss."
+            )
+        needed = ctx.needs_input_grad[1:]
+        inputs = _leaves(ctx.saved_tensors, needed)
+        with torch.enable_grad():
+            outputs = ctx.run.again(inputs)
+        pairs = zip(outputs, grads, strict=True)
+        seeded = [(o, g) for o, g in pairs if o.requires_grad and g is not None]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in seeded],
+                [i for i in inputs if i.requires_grad],
+                [g for _, g in seeded],
+                allow_unused=True,
+            )
+        )
+        return None, *(next(found) if need else None for need in needed)
+
+
+def _leaves(values: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    return [v.detach().requires_grad_(need) for v, need in zip(values, needed, strict=True)]
+
+
+def _emptied(value: Any) -> Any:
+    return map_tensors(lambda _: _PLACEHOLDER, value)
+
+
+def _filled(value: Any, with_: Sequence[Tensor]) -> Any:
+    iterator = iter(with_)
+    return map_tensors(lambda _: next(iterator), value)
