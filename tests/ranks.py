@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from unroll import NonSaturating, UnrolledGeneratorLoss
@@ -110,7 +110,7 @@ def _rank(rank: int, world: int, plays: list[Play], folder: str) -> None:
 
 def played(plays: list[Play], world: int, folder: Path) -> list[list[Any]]:
     """Return what each rank got in each play: gradients, or the text of an error."""
-    context: Any = mp.spawn(_rank, (world, plays, str(folder)), nprocs=world, join=False)
+    context: Any = spawn(_rank, (world, plays, str(folder)), nprocs=world, join=False)
     deadline = time.monotonic() + 240
     try:
         while not context.join(timeout=10):
