@@ -1,0 +1,339 @@
+"""The correctness matrix: f_K's gradient under every optimizer and discriminator of the tests.
+
+python -m tests.matrix                  compute it; fail if a cell is off by more than 1e-6
+python -m tests.matrix --record         write docs/results/{correctness,optimizers}.csv, or go on
+python -m tests.matrix --only dropout   only discriminators with that in their name, again
+
+A cell is the largest error of the gradient in the fakes of K = 3 look-ahead steps, along random
+directions and relative to the largest of them, after two real steps, in float64, against Ridders'
+extrapolated central differences of the value under ``torch.no_grad()``; or the exception that
+refuses the pair. For every optimizer, its look-ahead is compared with its real steps, too.
+"""
+
+import argparse
+import csv
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchopt
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchopt.base import GradientTransformation
+
+from tests.architectures import ARCHITECTURES, Architecture
+from tests.games import OPTIMIZERS as GAME_OPTIMIZERS
+from tests.oracles import central_difference
+from tests.players import OPTIMIZERS, Build, batches, called, deep, train
+from tests.settings import randn
+from tests.zoo import ZOO, Animal
+from tests.zoo_refused import REFUSED, Refusal
+from unroll import Objective, UnrolledGeneratorLoss
+
+K, SEED, SAMPLES, DIRECTIONS, BOUND = 3, 0, 5, 2, 1e-6
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+Row = dict[str, str]
+
+
+def _animal(architecture: Architecture) -> Animal:
+    """Return a paper's discriminator at the width at which it is checked."""
+
+    def feed(x: Tensor) -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            return architecture.feed(x, *map(_double, architecture.draw(len(x))))
+
+    build: Callable[[], nn.Module] = lambda: architecture.discriminator(architecture.width)  # noqa: E731
+    return Animal(build, (3, 32, 32), feed, architecture.objective)
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+def _first(names: Iterable[str], key: Callable[[str], str]) -> list[str]:
+    """Return the first name of each key."""
+    return list({key(name): name for name in reversed([*names])}.values())[::-1]
+
+
+def public_name(optimizer: Any, name: str) -> str:
+    """Return the public name of what an entry of a table builds."""
+    if isinstance(optimizer, GradientTransformation):
+        return f"torchopt.{name.split()[0]}"
+    module = "torch.optim" if isinstance(optimizer, torch.optim.Optimizer) else "torchopt"
+    return f"{module}.{type(optimizer).__name__}"
+
+
+# All entries of torch.optim, the first of each function of torchopt and of each of its wrappers.
+COLUMNS = {
+    name: GAME_OPTIMIZERS[name]
+    for name in _first(
+        GAME_OPTIMIZERS,
+        lambda n: (
+            n if n.startswith("torch ") else re.sub("(Optimizer|Meta|Func|[a-z]+).*", r"\1", n)
+        ),
+    )
+}
+CLASSES = {name: public_name(build(deep()), name) for name, build in COLUMNS.items()}
+# The papers' discriminators take a while: one entry of each class of torch.optim, and an Adam.
+FEW = [n for n in _first(COLUMNS, CLASSES.__getitem__) if n.startswith("torch ") or n == "adam"]
+DISCRIMINATORS: dict[str, Animal | Refusal] = (
+    {name: _animal(architecture) for name, architecture in ARCHITECTURES.items()} | ZOO | REFUSED
+)
+
+
+def warmed(d: nn.Module, optimizer: Any, pairs: list[Any], objective: Objective) -> dict[str, Any]:
+    """Take real steps; return the keyword arguments that carry a bare transformation's state."""
+    if not isinstance(optimizer, GradientTransformation):
+        train(d, optimizer, pairs, objective)
+        return {}
+    theta = tuple(d.parameters())
+    state: Any = optimizer.init(theta)
+    for fake, real in pairs:
+        loss = objective.discriminator_loss(called(d), fake, real)
+        moving = [p for p in theta if p.requires_grad]
+        found = iter(torch.autograd.grad(loss, moving, allow_unused=True))
+        gradients = tuple(next(found) if p.requires_grad else None for p in theta)
+        updates, state = optimizer.update(gradients, state, params=theta, inplace=False)
+        for p, value in zip(
+            theta, torchopt.apply_updates(theta, updates, inplace=False), strict=True
+        ):
+            p.data.copy_(value)
+    return {"optimizer_state": state}
+
+
+def tamed(optimizer: Any, d: nn.Module, factor: float) -> Any:
+    """Return an optimizer like a fresh one, of ``factor`` times its learning rate."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
+        return optimizer
+    scale = torchopt.transform.scale(factor)
+    if isinstance(optimizer, GradientTransformation):
+        return torchopt.chain(optimizer, scale)
+    chain = torchopt.chain(optimizer.impl, scale)
+    if isinstance(optimizer, torchopt.FuncOptimizer):
+        return torchopt.FuncOptimizer(chain)
+    if isinstance(optimizer, torchopt.MetaOptimizer):
+        return torchopt.MetaOptimizer(d, chain)
+    return torchopt.Optimizer(d.parameters(), chain)
+
+
+def relative_error(optimizer_name: str, discriminator_name: str) -> float:
+    """Return how far f_K's gradient is from central differences."""
+    animal: Animal | Refusal = DISCRIMINATORS[discriminator_name]
+    torch.manual_seed(SEED)
+    d = animal.make()
+    optimizer, samples = COLUMNS[optimizer_name](d), SAMPLES
+    if discriminator_name in ARCHITECTURES:
+        optimizer, samples = tamed(optimizer, d, 0.01), 2
+
+    def batch() -> Tensor:
+        return randn(samples, *animal.shape)
+
+    fake, real = batch(), animal.feed(batch() + 0.5)
+    with sdpa_kernel(SDPBackend.MATH):  # the other kernels cannot do R1 in a real step
+        pairs = [(animal.feed(batch()), animal.feed(batch() + 0.5)) for _ in range(2)]
+        state = {} if isinstance(animal, Refusal) else warmed(d, optimizer, pairs, animal.objective)
+    loss = UnrolledGeneratorLoss(d, optimizer, animal.objective, unroll_steps=K)
+
+    def f(x: Tensor) -> Tensor:
+        torch.manual_seed(SEED)  # dropout's draws
+        value: Tensor = loss(animal.feed(x), real, **state)
+        return value
+
+    fake.requires_grad_()
+    (gradient,) = torch.autograd.grad(f(fake), fake)
+    deviations, differences = [0.0], [0.0]
+    for v in randn(DIRECTIONS, *fake.shape):
+
+        def along(t: float, v: Tensor = v) -> float:
+            return f(fake + t * v).item()
+
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            difference = central_difference(along, 1e-4, 12, accuracy=1e-8)
+        differences.append(abs(difference))
+        deviations.append(abs(difference - (gradient * v).sum().item()))
+    return max(deviations) / max(differences)
+
+
+def cell(optimizer_name: str, discriminator_name: str) -> Row:
+    """Return a row of the record: an error, or what refuses the pair."""
+    animal = DISCRIMINATORS[discriminator_name]
+    row = {
+        "optimizer": optimizer_name,
+        "class": CLASSES[optimizer_name],
+        "discriminator": discriminator_name,
+        "relative_error": "",
+        "refusal": "",
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            row["relative_error"] = f"{relative_error(optimizer_name, discriminator_name):.1e}"
+        except Exception as error:
+            row["refusal"] = type(error).__name__
+            if not (
+                isinstance(animal, Refusal)
+                and isinstance(error, animal.error)
+                and re.search(animal.message, str(error))
+            ):
+                row["refusal"] = f"unexpected {type(error).__name__}: {error}"
+    return row
+
+
+def wrong(row: Row) -> bool:
+    """Return whether a cell is neither exact nor refused by name."""
+    if row["refusal"]:
+        return row["refusal"].startswith("unexpected")
+    return row["discriminator"] in REFUSED or not float(row["relative_error"]) < BOUND
+
+
+def steps_error(name: str, dtype: torch.dtype) -> float:
+    """Return how far 1 and 3 look-ahead steps end from real ones, after 0, 1 and 50 of those."""
+    errors: list[float] = []
+    for warm in (0, 1, 50):
+        torch.manual_seed(SEED)
+        d = deep(dtype)
+        optimizer = OPTIMIZERS[name](d)
+        train(d, optimizer, batches(warm, dtype, seed=1))
+        ((fake, real),) = batches(1, dtype)
+        ahead = {
+            k: UnrolledGeneratorLoss(d, optimizer, unroll_steps=k).unroll(fake, real)
+            for k in (1, 3)
+        }
+        for k in (1, 2, 3):
+            train(d, optimizer, [(fake, real)])
+            for n, p in d.named_parameters() if k in ahead else ():
+                error = (ahead[k].parameters[n] - p).norm() / p.norm()
+                errors.append(error.item())
+    return max(errors)
+
+
+def _refused() -> dict[str, Build]:
+    clip = torchopt.clip_grad_norm(1.0)
+    return {
+        "torch.optim.LBFGS": lambda d: torch.optim.LBFGS(d.parameters()),
+        "torch.optim.SparseAdam": lambda d: torch.optim.SparseAdam(d.parameters()),
+        "torch.optim.Adafactor": lambda d: torch.optim.Adafactor(d.parameters()),
+        "torch.optim.Muon": lambda d: torch.optim.Muon([p for p in d.parameters() if p.dim() == 2]),
+        "torchopt.clip_grad_norm": lambda _: torchopt.chain(clip, torchopt.sgd(0.1)),
+        "use_accelerated_op": lambda _: torchopt.adam(0.1, use_accelerated_op=True),
+    }
+
+
+def optimizer_row(name: str) -> Row:
+    """Return how exactly the look-ahead takes an optimizer's real steps, or what refuses it."""
+    row = {"optimizer": name, "class": name, "float32": "", "float64": "", "refusal": ""}
+    if name in _refused():
+        d = deep()
+        try:
+            UnrolledGeneratorLoss(d, _refused()[name](d), unroll_steps=1)
+        except (TypeError, ValueError) as error:
+            row["refusal"] = type(error).__name__
+        return row
+    row["class"] = public_name(OPTIMIZERS[name](deep()), name)
+    for dtype in (torch.float32, torch.float64):
+        row[str(dtype).removeprefix("torch.")] = f"{steps_error(name, dtype):.1e}"
+    return row
+
+
+def inexact(row: Row) -> bool:
+    """Return whether an optimizer is neither as its real steps nor refused."""
+    if row["refusal"]:
+        return False
+    return not (float(row["float32"] or "nan") <= 1e-6 and float(row["float64"] or "nan") <= 1e-12)
+
+
+def _rows_of_discriminator(discriminator_name: str) -> list[Row]:
+    torch.set_num_threads(1)
+    columns = FEW if discriminator_name in ARCHITECTURES else COLUMNS
+    return [cell(name, discriminator_name) for name in columns]
+
+
+def _rows_of_optimizer(name: str) -> list[Row]:
+    torch.set_num_threads(1)
+    return [optimizer_row(name)]
+
+
+def versions() -> Row:
+    """Return what the numbers depend on; a revision with changed sources ends in "+"."""
+    git = ["git", "-C", str(RESULTS)]
+
+    def output(*command: str) -> str:
+        return subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout
+
+    dirty = bool(output("status", "--porcelain", "--", ":/unroll", ":/tests").strip())
+    revision = output("rev-parse", "--short=10", "HEAD").strip() + "+" * dirty
+    settings = {"seed": str(SEED), "unroll_steps": str(K)}
+    return settings | {"torch": torch.__version__, "revision": revision}
+
+
+class Record:
+    """A CSV file of rows, which stay while the library has not changed since their revision."""
+
+    def __init__(self, path: Path | None, key: str, names: Sequence[str], *, again: bool) -> None:
+        self.path, self.versions, self.rows = path, versions(), list[Row]()
+        if path is not None and path.exists():
+            with path.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            kept = {revision for revision in {r["revision"] for r in rows} if _same(revision)}
+            fresh = set(names) if again else set[str]()
+            self.rows = [r for r in rows if r["revision"] in kept and r[key] not in fresh]
+        done = {row[key] for row in self.rows}
+        self.missing = [name for name in names if name not in done]
+
+    def extend(self, rows: Sequence[Row]) -> None:
+        """Add the rows of one discriminator or optimizer, and write."""
+        self.rows += [row | self.versions for row in rows]
+        if self.path is not None:
+            draft = self.path.with_suffix(".draft")
+            with draft.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(self.rows[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(self.rows)
+            draft.replace(self.path)
+
+
+def _same(revision: str) -> bool:
+    command = ["git", "-C", str(RESULTS), "diff", "--quiet", revision, "HEAD", "--", ":/unroll"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def main() -> None:
+    """Compute what is missing, and judge everything."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--record", action="store_true", help="write to docs/results/")
+    parser.add_argument("--only", default="", help="part of a discriminator's name")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; at most one a core")
+    options = parser.parse_args()
+    again = bool(options.only)
+    names = [name for name in DISCRIMINATORS if options.only in name]
+    optimizers = [] if options.only else [*OPTIMIZERS, *_refused()]
+    folder = RESULTS if options.record else None
+    cells = Record(folder and folder / "correctness.csv", "discriminator", names, again=again)
+    parity = Record(folder and folder / "optimizers.csv", "optimizer", optimizers, again=False)
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for done, rows in enumerate(pool.map(_rows_of_discriminator, cells.missing), start=1):
+            cells.extend(rows)
+            print(f"{done}/{len(cells.missing)} {rows[0]['discriminator']}", flush=True)
+        for rows in pool.map(_rows_of_optimizer, parity.missing):
+            parity.extend(rows)
+    failures = [row for row in cells.rows if wrong(row)] + [r for r in parity.rows if inexact(r)]
+    for row in failures:
+        print(row)
+    print(f"{len(cells.rows)} cells, {len(parity.rows)} optimizers, {len(failures)} wrong")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
