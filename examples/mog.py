@@ -9,7 +9,6 @@ generator rotates through the modes; with K=10 it spreads over all of them.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import figures, records, runs
-from lab.cli import add_run_flags
+from lab import cli, figures, records, runs
 from lab.mixtures import CEILING, CURVES, TABLE, mode_metrics, ring, rotation
 from lab.networks import ACTIVATIONS, Scale, perceptron
 from torch import Tensor, nn
@@ -164,13 +162,13 @@ def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
     return config
 
 
-def record_row(config: Config, log: dict[str, Any]) -> dict[str, Any]:
+def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what is kept of a finished run: its settings, its last metrics, their provenance."""
     settings, result = asdict(config), log["history"][-1]
     batch_size, device = settings.pop("batch_size"), settings.pop("device")
     size = {"player_updates": result["player_updates"], "batch_size": batch_size}
     row = {"experiment": "mog", **settings, **size, **result, "device": device}
-    return {**row, **log["provenance"]}
+    return [row | log["provenance"]]
 
 
 def report(folder: Path, configs: Sequence[Config]) -> None:
@@ -279,41 +277,27 @@ def arguments() -> argparse.ArgumentParser:
         "single updates, two a pair (default: the preset's)",
     )
     add("--samples", type=int, metavar="N", help="samples behind every metric (default: 2500)")
-    add_run_flags(parser, "mog")
+    cli.add_run_flags(parser, "mog")
     return parser
+
+
+def build(given: Mapping[str, Any]) -> list[Config]:
+    """Return the runs that the command line asks for."""
+    known = {name: value for name, value in given.items() if name in Config.__match_args__}
+    base = replace(PRESETS[given["preset"]], **known)
+    first = given["seed"]
+    return [
+        replace(base, unroll_steps=k, seed=seed)
+        for k in dict.fromkeys(given["steps"])
+        for seed in range(first, first + given["seeds"])
+    ]
 
 
 def main() -> None:
     """Train what the command line asks for, record it and draw it."""
     parser = arguments()
     args = parser.parse_args()
-    given = {k: v for k, v in vars(args).items() if k in Config.__match_args__ and v is not None}
-    try:
-        torch.empty(0, device=args.device)
-        base = replace(PRESETS[args.preset], **given)
-        seeds = range(args.seed, args.seed + args.seeds)
-        configs = [
-            replace(base, unroll_steps=k, seed=seed)
-            for k in dict.fromkeys(args.steps)
-            for seed in seeds
-        ]
-        for config in configs:
-            if args.resume and config.checkpoint(args.out).exists():
-                runs.check(config.checkpoint(args.out), asdict(config), length="pairs")
-    except (AssertionError, RuntimeError, ValueError) as error:
-        parser.error(str(error))
-
-    settings = {"command": sys.argv, **runs.provenance(), "runs": list(map(asdict, configs))}
-    records.write_json(args.out / "config.json", settings)
-    task = partial(train, folder=args.out, resume=args.resume)
-    slowest_first = sorted(configs, key=lambda config: -config.unroll_steps)
-    try:
-        for config in runs.run_all(task, slowest_first, args.workers, args.device):
-            if args.record is not None:
-                row = record_row(config, runs.read_log(config.checkpoint(args.out)))
-                records.append(args.record, row, key=[*asdict(config), "torch", "revision"])
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted: the same command with --resume continues.")
+    configs = cli.carry_out(parser, args, build, train, record_rows)
     report(args.out, configs)
 
 

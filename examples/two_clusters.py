@@ -204,19 +204,8 @@ def landmarks(
 
 def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what is kept of finished runs: settings, last metrics, provenance."""
-    settings = asdict(config)
-    rows = []
-    for number, history in enumerate(seeds.histories(log)):
-        shared = {k: v for k, v in settings.items() if k not in ("device", "first_seed", "seeds")}
-        size = {
-            "seed": config.first_seed + number,
-            "seeds_together": config.seeds,
-            "pairs": config.epochs * config.generator_steps,
-            "batch_size": SAMPLES,
-        }
-        row = {"experiment": "two_clusters", **shared, **size, **history[-1]}
-        rows.append(row | {"device": config.device} | log["provenance"])
-    return rows
+    size = {"pairs": config.epochs * config.generator_steps, "batch_size": SAMPLES}
+    return seeds.record_rows("two_clusters", config, log, size)
 
 
 def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
@@ -224,13 +213,7 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
     figures = args.figures or args.out
     logs = {c.label: runs.read_log(c.checkpoint(args.out)) for c in configs}
     each = {label: seeds.histories(log) for label, log in logs.items()}
-    series = [
-        {"setting": label, "seed": configs[0].first_seed + seed} | row
-        for label, all_seeds in each.items()
-        for seed, history in enumerate(all_seeds)
-        for row in history
-    ]
-    records.write(args.out / "metrics.csv", series)
+    records.write(args.out / "metrics.csv", seeds.series(logs, configs[0].first_seed))
     columns = {"covers": "covers both", "around_first": "around 0", "around_second": "around 4"}
     print(records.table(each, columns | {"d_loss": "D's loss"}))
 

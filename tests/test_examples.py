@@ -1,11 +1,15 @@
 """The experiments run from the command line, and resume to the same numbers."""
 
 import csv
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TIMINGS = {"seconds"}
@@ -57,6 +61,148 @@ def test_mog_refuses_bad_arguments_before_any_work(
     assert refused.returncode == 2
     assert arguments[1].lstrip("-") in refused.stderr
     assert not (tmp_path / "out").exists()
+
+
+SIDE_BY_SIDE = {
+    "two_clusters.py": ("--epochs", "--games", "Rp", "--unroll-steps", "2"),
+    "five_gaussians.py": ("--iterations", "--games", "JS", "--unroll-steps", "2", "--normalise"),
+    "mog_nonuniform.py": (
+        "--iterations",
+        "--unroll-steps",
+        "2",
+        "--weights",
+        "0.06",
+        "--gradients",
+        "full",
+    ),
+}
+
+
+@pytest.mark.parametrize("script", SIDE_BY_SIDE)
+def test_experiments_with_seeds_side_by_side_resume_to_the_same_numbers(
+    script: str, tmp_path: Path
+) -> None:
+    length, *settings = SIDE_BY_SIDE[script]
+    common = (*settings, "--seeds", "2", "--workers", "1")
+    record, whole, parts = tmp_path / "record.csv", tmp_path / "whole", tmp_path / "parts"
+    once = run(script, *common, length, "6", "--out", whole, "--record", record)
+    assert once.returncode == 0, once.stderr
+    assert {row["seed"] for row in rows(record)} == {"0", "1"}
+    assert len(list(whole.glob("*.png"))) >= 2
+    assert run(script, *common, length, "3", "--out", parts).returncode == 0
+    again = run(script, *common, length, "6", "--out", parts, "--resume", "--record", record)
+    assert again.returncode == 0, again.stderr
+    assert rows(whole / "metrics.csv")[-1] == rows(parts / "metrics.csv")[-1]
+    assert len(rows(record)) == len({tuple(row.values()) for row in rows(record)})
+
+
+def trained(folder: Path) -> dict[str, Tensor]:
+    """Return the parameters of all networks in the checkpoint of a run."""
+    (path,) = folder.glob("checkpoints/*.pt")
+    parts = torch.load(path, weights_only=True)["parts"]
+    return {f"{part}.{name}": p for part in "gd" for name, p in parts[part].items()}
+
+
+@pytest.mark.parametrize("script", SIDE_BY_SIDE)
+def test_a_seed_trains_among_others_as_it_does_alone(script: str, tmp_path: Path) -> None:
+    length, *settings = SIDE_BY_SIDE[script]
+    common = (*settings, length, "3", "--workers", "1")
+    for name, first, count in (("three", "0", "3"), ("one", "1", "1")):
+        seeds = ("--seed", first, "--seeds", count)
+        finished = run(script, *common, *seeds, "--out", tmp_path / name)
+        assert finished.returncode == 0, finished.stderr
+    together, alone = trained(tmp_path / "three"), trained(tmp_path / "one")
+    assert together.keys() == alone.keys()
+    for name, parameters in alone.items():
+        assert (parameters[0] - together[name][1]).abs().max() < 1e-5, name
+        assert (parameters[0] - together[name][0]).abs().max() > 1e-2, f"{name}: one for all seeds"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("two_clusters.py", ("--unroll-steps", "-1")),
+        ("two_clusters.py", ("--epochs", "0")),
+        ("two_clusters.py", ("--games", "LS")),
+        ("five_gaussians.py", ("--unroll-steps", "-1")),
+        ("five_gaussians.py", ("--iterations", "0")),
+        ("five_gaussians.py", ("--width", "0")),
+        ("mog_nonuniform.py", ("--unroll-steps", "-1")),
+        ("mog_nonuniform.py", ("--iterations", "0")),
+        ("mog_nonuniform.py", ("--weights", "0.5")),
+    ],
+)
+def test_they_refuse_bad_arguments_before_any_work(
+    script: str, arguments: tuple[str, str], tmp_path: Path
+) -> None:
+    refused = run(script, *arguments, "--out", tmp_path / "out")
+    assert refused.returncode == 2
+    flag, value = arguments
+    assert flag in refused.stderr
+    assert value in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def example(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module(name)
+
+
+def test_the_plateaus_of_two_clusters_are_the_best_losses_at_a_collapsed_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    two_clusters = example("two_clusters", monkeypatch)
+    for name, game in two_clusters.GAMES.items():
+        values = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # f at each cluster
+        optimizer = torch.optim.Adam([values], lr=0.1)
+        where = torch.tensor([0, 1]).repeat(50)  # of the real samples, by turns
+        for _ in range(1000):
+            loss = game.discriminator_loss(lambda i, f=values: f[i], torch.zeros_like(where), where)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert abs(loss.item() - two_clusters.PLATEAU[name]) < 1e-3
+    assert round(two_clusters.PLATEAU["JS"], 4) == 0.4774
+
+
+def test_two_clusters_tells_collapsed_from_covered(monkeypatch: pytest.MonkeyPatch) -> None:
+    two_clusters = example("two_clusters", monkeypatch)
+
+    def look(first: int, second: int, loss: float, earlier: list[dict[str, int]]) -> dict[str, int]:
+        places = [0.2] * first + [4.2] * second + [2.0] * (100 - first - second)
+        row = {"d_loss": loss, **two_clusters.counts(torch.tensor([places]))}
+        found: dict[str, int] = two_clusters.landmarks(10 * len(earlier), row, earlier, "JS")
+        return found
+
+    history: list[dict[str, int]] = []
+    for state in ((95, 0, 0.47), (95, 0, 0.6), (90, 1, 0.4774), (40, 25, 0.69), (100, 0, 0.48)):
+        history.append(look(*state, history))
+    assert [row["collapsed"] for row in history] == [1, 2, 2, 2, 3]
+    assert [row["on_plateau"] for row in history] == [1, 1, 1, 1, 2]
+    assert [row["covers"] for row in history] == [0, 0, 0, 1, 0]
+    assert [row["covered_at"] for row in history] == [-1, -1, -1, 30, 30]
+
+
+def test_the_weights_have_the_deviations_that_they_are_named_by(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mog_nonuniform = example("mog_nonuniform", monkeypatch)
+    for deviation in mog_nonuniform.WEIGHTS:
+        weights = torch.tensor(mog_nonuniform.weights(deviation))
+        assert abs(weights.sum().item() - 1) < 1e-6
+        assert abs(weights.std(unbiased=False).item() - deviation) < 5e-4
+
+
+def test_the_normalised_layer_is_the_last_of_d(monkeypatch: pytest.MonkeyPatch) -> None:
+    five_gaussians = example("five_gaussians", monkeypatch)
+    seeds = importlib.import_module("lab.seeds")
+    rngs = seeds.Generators([0, 1], "cpu")
+    d = seeds.perceptrons([2, 8, 8, 1], "leaky_relu", rngs, last_bias=False)
+    names = [name for name, _ in d.named_parameters()]
+    assert names[-1] == five_gaussians.LAST
+    normalised = five_gaussians.normalised(dict(d.named_parameters()))
+    assert torch.allclose(normalised[names[-1]].norm(dim=-1), torch.ones(2, 1))
+    assert all(normalised[name] is p for name, p in d.named_parameters() if name != names[-1])
 
 
 def test_the_tables_of_the_pages_follow_from_the_records() -> None:

@@ -7,7 +7,7 @@ games: the gradient of every seed, and so every step of Adam or SGD, is what it 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -121,3 +121,34 @@ def histories(log: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
 def of_seed(earlier: Sequence[Mapping[str, Any]], seed: int) -> list[Mapping[str, Any]]:
     """Return one seed's metrics in the earlier rows of a run."""
     return [row["each"][seed] for row in earlier]
+
+
+def series(logs: Mapping[str, Mapping[str, Any]], first_seed: int) -> list[dict[str, Any]]:
+    """Return the rows of all settings and seeds over training."""
+    return [
+        {"setting": label, "seed": first_seed + number} | row
+        for label, log in logs.items()
+        for number, history in enumerate(histories(log))
+        for row in history
+    ]
+
+
+def record_rows(
+    experiment: str, config: Any, log: Mapping[str, Any], size: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Return what is kept of finished runs: settings, last metrics, provenance, a row a seed.
+
+    Args:
+        experiment: Its name.
+        config: Its settings, with `first_seed`, `seeds` and `device`.
+        log: What `runs.iterate` wrote.
+        size: `pairs` and `batch_size`.
+    """
+    apart = ("device", "first_seed", "seeds", *size)
+    settings = {name: value for name, value in asdict(config).items() if name not in apart}
+    rows = []
+    for number, history in enumerate(histories(log)):
+        seed = {"seed": config.first_seed + number, "seeds_together": config.seeds}
+        row = {"experiment": experiment, **settings, **seed, **size, **history[-1]}
+        rows.append(row | {"device": config.device} | log["provenance"])
+    return rows
