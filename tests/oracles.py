@@ -1,4 +1,4 @@
-"""References that share no code with ``unroll``: differences, a naive loop, plain optimizers."""
+"""References that share no code with ``unroll``: differences, naive loops, losses, optimizers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import torch
 import torchopt
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import logsigmoid
+
+import unroll
+from unroll.game.penalties import Sum
 
 Parameters = dict[str, Tensor]
 Step = Callable[[Parameters, Parameters, Any], tuple[Parameters, Any]]
@@ -160,3 +164,225 @@ def transformed(transformation: Any, state: Any = None) -> Step:
         return dict(zip(theta, moved, strict=True)), state
 
     return step
+
+
+# --- every optimizer of torch.optim, as its paper has it ------------------------------------------
+# A learning rate may be a float32 tensor: then torch rounds what it computes from that alone.
+
+
+def root(x: Tensor) -> Tensor:
+    """Return the square root, with slope 0 at 0."""
+    return torch.where(x == 0, torch.zeros_like(x), torch.where(x == 0, 1.0, x).sqrt())
+
+
+def _rounded(x: float) -> float:
+    """Return what torch's plain step leaves of a number that it keeps as a float32 tensor."""
+    return torch.tensor(float(x)).item()
+
+
+def _adam(p: Tensor, g: Tensor, s: Any, h: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    t, m, v, top = s or (0, 0.0, 0.0, 0.0)
+    (b1, b2), t = map(float, h["betas"]), t + 1
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+    top = torch.where(v > top, v, top) if h["amsgrad"] else v
+    lr = h["lr"] / (1 - b1**t)
+    return p - lr * m / (root(top / (1 - b2**t)) + h["eps"]), (t, m, v, top)
+
+
+def _sgd(p: Tensor, g: Tensor, s: Any, h: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    b = h["momentum"]
+    trace = g if s is None else b * s + (1 - h["dampening"]) * g
+    return p - h["lr"] * (g + b * trace if h["nesterov"] else trace if b else g), trace
+
+
+def _nadam(p: Tensor, g: Tensor, s: Any, h: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    t, m, v, product = s or (0, 0.0, 0.0, 1.0)
+    (b1, b2), t = map(float, h["betas"]), t + 1
+    mu, following = (b1 * (1 - 0.5 * 0.96 ** (k * h["momentum_decay"])) for k in (t, t + 1))
+    product = _rounded(_rounded(product) * _rounded(mu))
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+    now = h["lr"] * (1 - mu) / (1 - product) * g
+    ahead = h["lr"] * following / (1 - product * following) * m
+    return p - (now + ahead) / (root(v / (1 - b2**t)) + h["eps"]), (t, m, v, product)
+
+
+def _radam(p: Tensor, g: Tensor, s: Any, h: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    t, m, v = s or (0, 0.0, 0.0)
+    (b1, b2), t = map(float, h["betas"]), t + 1
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+    longest = 2 / (1 - b2) - 1
+    length = longest - 2 * t * b2**t / (1 - b2**t)
+    move = m / (1 - b1**t)
+    if length > 5:
+        r = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+        move = move * (r * (1 - b2**t)) ** 0.5 / (root(v) + h["eps"])
+    return p - h["lr"] * move, (t, m, v)
+
+
+def _adamax(p: Tensor, g: Tensor, s: Any, h: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    t, m, u = s or (0, 0.0, torch.zeros_like(p))
+    (b1, b2), t = map(float, h["betas"]), t + 1
+    m, u = b1 * m + (1 - b1) * g, torch.maximum(b2 * u, g.abs() + h["eps"])
+    return p - h["lr"] / (1 - b1**t) * m / u, (t, m, u)
+
+
+def _rmsprop(p: Tensor, g: Tensor, s: Any, h: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    v, mean, trace = s or (0.0, 0.0, 0.0)
+    a = h["alpha"]
+    v, mean = a * v + (1 - a) * g**2, a * mean + (1 - a) * g
+    trace = h["momentum"] * trace + g / (root(v - mean**2 if h["centered"] else v) + h["eps"])
+    return p - h["lr"] * trace, (v, mean, trace)
+
+
+def _adagrad(p: Tensor, g: Tensor, s: Any, h: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    t, total = s or (0, h["initial_accumulator_value"])
+    total = total + g**2
+    lr = h["lr"] / (1 + t * h["lr_decay"])
+    return p - lr * g / (root(total) + h["eps"]), (t + 1, total)
+
+
+def _adadelta(p: Tensor, g: Tensor, s: Any, h: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    v, moved = s or (0.0, 0.0)
+    rho, eps = h["rho"], h["eps"]
+    v = rho * v + (1 - rho) * g**2
+    move = (moved + eps) ** 0.5 / (v + eps) ** 0.5 * g
+    return p - h["lr"] * move, (v, rho * moved + (1 - rho) * move**2)
+
+
+def _asgd(p: Tensor, g: Tensor, s: Any, h: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    t, eta = s or (1, _rounded(h["lr"]))
+    count = torch.tensor(float(t)) if h["foreach"] else t  # in float32
+    following = _rounded(h["lr"] / (1 + h["lambd"] * h["lr"] * count) ** h["alpha"])
+    return p * (1 - h["lambd"] * eta) - eta * g, (t + 1, following)
+
+
+def _rprop(p: Tensor, g: Tensor, s: Any, h: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    size, last = s or (torch.full_like(p, h["lr"]), torch.zeros_like(p))
+    (shrink, grow), (smallest, largest) = h["etas"], h["step_sizes"]
+    size = torch.where(g * last > 0, size * grow, torch.where(g * last < 0, size * shrink, size))
+    size, g = size.clamp(smallest, largest), torch.where(g * last < 0, 0.0, g)
+    return p - g.sign() * size, (size, g)
+
+
+RULES = {
+    "SGD": _sgd, "Adam": _adam, "AdamW": _adam, "NAdam": _nadam, "RAdam": _radam,
+    "Adamax": _adamax, "RMSprop": _rmsprop, "Adagrad": _adagrad, "Adadelta": _adadelta,
+    "ASGD": _asgd, "Rprop": _rprop,
+}  # fmt: skip
+
+
+def textbook(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> Step:
+    """Return a ``torch.optim`` optimizer before its first step, as a function.
+
+    Only its hyper-parameters are read. Parameters without a gradient are skipped.
+    """
+    rule = RULES[type(optimizer).__name__]
+    names = {id(p): name for name, p in parameters.items()}
+    groups = {
+        names[id(p)]: h for h in optimizer.param_groups for p in h["params"] if id(p) in names
+    }
+
+    def step(theta: Parameters, g: Parameters, state: Any) -> tuple[Parameters, Any]:
+        theta, state = dict(theta), dict(state or {})
+        for n in g.keys() & groups.keys():
+            h = groups[n]
+            gradient = -g[n] if h.get("maximize") else g[n]
+            if h.get("weight_decay") and h.get("decoupled_weight_decay"):
+                theta[n] = theta[n] * (1 - h["lr"] * h["weight_decay"])
+            elif h.get("weight_decay"):
+                gradient = gradient + h["weight_decay"] * theta[n]
+            theta[n], state[n] = rule(theta[n], gradient, state.get(n), h)
+        return theta, state
+
+    return step
+
+
+# --- the games, as their papers have them ---------------------------------------------------------
+
+
+class Game:
+    """The game of an objective of the library; random numbers are drawn in ``draws``.
+
+    D is called in the order in which the objective calls it, so that random draws are the same.
+    """
+
+    def __init__(self, objective: Any, draws: torch.dtype) -> None:
+        self.objective, self.draws = objective, draws
+
+    def discriminator_loss(self, d: Any, fake: Tensor, real: Tensor) -> Tensor:
+        """Return what D minimises."""
+        o = self.objective
+        if isinstance(o, Sum):
+            first, second = Game(o.first, self.draws), Game(o.second, self.draws)
+            loss = first.discriminator_loss(d, fake, real)
+            return loss + second.discriminator_loss(d, fake, real)
+        if not type(o).__module__.startswith("unroll."):
+            own: Tensor = o.discriminator_loss(d, fake, real)
+            return own
+        if isinstance(o, unroll.R1):
+            return 0.5 * o.gamma * _slopes(d, real).mean()
+        if isinstance(o, unroll.R2):
+            return 0.5 * o.gamma * _slopes(d, fake).mean()
+        if isinstance(o, unroll.GradientPenalty):
+            share = torch.rand(len(real), *[1] * (real.dim() - 1), dtype=self.draws).to(real)
+            slopes = _slopes(d, share * real + (1 - share) * fake)
+            return o.weight * ((root(slopes) - 1) ** 2).mean()
+        on_real: Tensor = d(real)
+        on_fake: Tensor = d(fake)
+        if isinstance(o, (unroll.Minimax, unroll.NonSaturating)):
+            return -logsigmoid(on_real).mean() - logsigmoid(-on_fake).mean()
+        if isinstance(o, unroll.LeastSquares):
+            return ((on_real - 1) ** 2).mean() / 2 + (on_fake**2).mean() / 2
+        if isinstance(o, unroll.Hinge):
+            return (1 - on_real).clamp_min(0).mean() + (1 + on_fake).clamp_min(0).mean()
+        if isinstance(o, unroll.Wasserstein):
+            return on_fake.mean() - on_real.mean()
+        if isinstance(o, unroll.RelativisticPairing):
+            return -logsigmoid(on_real - on_fake).mean()
+        if isinstance(o, unroll.RelativisticAverage):
+            return (
+                -logsigmoid(on_real - on_fake.mean()).mean()
+                - logsigmoid(on_real.mean() - on_fake).mean()
+            )
+        is_real = o.real_label * torch.ones_like(on_real)
+        is_fake = o.fake_label * torch.ones_like(on_fake)
+        both = o.loss_fn(on_real, is_real) + o.loss_fn(on_fake, is_fake)
+        weighted: Tensor = o.weight * both
+        return weighted
+
+    def generator_loss(self, d: Any, fake: Tensor, real: Tensor) -> Tensor:
+        """Return what G minimises."""
+        o = self.objective
+        if isinstance(o, Sum):
+            return Game(o.first, self.draws).generator_loss(d, fake, real)
+        if not type(o).__module__.startswith("unroll."):
+            own: Tensor = o.generator_loss(d, fake, real)
+            return own
+        if isinstance(o, (unroll.Minimax, unroll.RelativisticPairing, unroll.RelativisticAverage)):
+            on_real = d(real)
+        on_fake: Tensor = d(fake)
+        if isinstance(o, unroll.Minimax):
+            value: Tensor = logsigmoid(on_real).mean() + logsigmoid(-on_fake).mean()
+        elif isinstance(o, unroll.NonSaturating):
+            value = -logsigmoid(on_fake).mean()
+        elif isinstance(o, unroll.LeastSquares):
+            value = ((on_fake - 1) ** 2).mean() / 2
+        elif isinstance(o, (unroll.Hinge, unroll.Wasserstein)):
+            value = -on_fake.mean()
+        elif isinstance(o, unroll.RelativisticPairing):
+            value = -logsigmoid(on_fake - on_real).mean()
+        elif isinstance(o, unroll.RelativisticAverage):
+            value = (
+                -logsigmoid(on_fake - on_real.mean()).mean()
+                - logsigmoid(on_fake.mean() - on_real).mean()
+            )
+        else:
+            value = o.loss_fn(on_fake, o.real_label * torch.ones_like(on_fake))
+        return value
+
+
+def _slopes(d: Any, x: Tensor) -> Tensor:
+    """Return the squared norm of dD/dx of each sample."""
+    point = 1 * x if x.requires_grad else x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(d(point).sum(), point, create_graph=True)
+    return (slope**2).flatten(1).sum(1)

@@ -1,0 +1,148 @@
+"""Random games against the naive loop; ``python -m tests.fuzz`` plays more of them."""
+
+import csv
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor
+
+from tests import fuzz
+from tests.composite import LEAVES
+from tests.fuzz import Case, cases, check
+from unroll import derivatives
+from unroll.optimizers import torch_optim
+from unroll.stateless import Stateless
+
+Patch = pytest.MonkeyPatch
+
+
+@settings(
+    max_examples=60,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(cases())
+def test_random_games(case: Case) -> None:
+    check(case)
+
+
+EVERYTHING = Case(
+    block=("then", ("residual", ("conv",)), ("layer norm",)),
+    optimizer="torch Adam decay",
+    objective="minimax+r1",
+    average=True,
+    resampled=True,
+    real_in_graph=True,
+    warm=2,
+    project="shrink",
+)
+
+
+@pytest.mark.parametrize("optimizer", fuzz.OPTIMIZERS)
+def test_every_optimizer(optimizer: str) -> None:
+    assert check(replace(EVERYTHING, optimizer=optimizer)).kind == "compared"
+
+
+@pytest.mark.parametrize("layer", LEAVES)
+@pytest.mark.parametrize("objective", ["least_squares", "wasserstein+gp"])
+def test_every_layer(layer: str, objective: str) -> None:
+    block = ("then", ("linear",), (layer,))
+    case = Case(block=block, optimizer="torch Adam decay", objective=objective, warm=1)
+    assert check(case).kind == ("refused" if case.refused else "compared")
+
+
+@pytest.mark.parametrize("objective", ["minimax+r1", "wasserstein+gp"])
+@pytest.mark.xfail(
+    strict=True,
+    raises=RuntimeError,
+    reason="where theta_D^K is a constant, D runs its fused attention, which knows no penalty",
+)
+def test_a_penalty_on_attention_without_a_second_term(objective: str) -> None:
+    check(Case(("attention",), objective=objective, stop_gradient=True))
+
+
+# --- the fuzz sees what it is there to see --------------------------------------------------------
+
+
+def _without_replacements(patch: Patch) -> None:
+    patch.setattr(derivatives, "_TWICE", {})
+
+
+def _without_safe_roots(patch: Patch) -> None:
+    patch.setattr(derivatives, "safe_sqrt", torch.sqrt)
+    patch.setitem(derivatives._ROOT, torch.sqrt, torch.sqrt)
+
+
+def _without_second_term(patch: Patch) -> None:
+    step = torch_optim.TorchOptim.step
+
+    def detached(self: Any, theta: Any, gradients: dict[str, Tensor], state: Any) -> Any:
+        return step(self, theta, {n: g.detach() for n, g in gradients.items()}, state)
+
+    patch.setattr(torch_optim.TorchOptim, "step", detached)
+
+
+def _with_buffers_standing_still(patch: Patch) -> None:
+    call = Stateless.__call__
+
+    def forgetful(self: Any, theta: Any, buffers: Any, args: Any, kwargs: Any) -> Any:
+        return call(self, theta, buffers, args, kwargs)[0], dict(buffers)
+
+    patch.setattr(Stateless, "__call__", forgetful)
+
+
+def _with_a_gradient_left_in_d(patch: Patch) -> None:
+    call = Stateless.__call__
+
+    def leaving(self: Any, *args: Any) -> Any:
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        return call(self, *args)
+
+    patch.setattr(Stateless, "__call__", leaving)
+
+
+DEAD = Case(("then", ("relu",), ("relu",)), optimizer="adam", fakes=1, reals=1, warm=1)
+BROKEN: dict[str, tuple[Callable[[Patch], None], Case]] = {
+    "weight norm": (_without_replacements, Case(("weight norm",))),
+    "layer norm's third derivative": (
+        _without_replacements,
+        Case(("layer norm",), objective="minimax+r1"),
+    ),
+    "fused attention": (_without_replacements, Case(("attention",))),
+    "root": (_without_safe_roots, DEAD),
+    "second term": (_without_second_term, Case(unroll_steps=1)),
+    "second term in float32": (_without_second_term, Case(dtype=torch.float32)),
+    "buffers": (_with_buffers_standing_still, Case(("averaging",), unroll_steps=1)),
+    "mutation": (_with_a_gradient_left_in_d, Case()),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_it_sees_what_is_broken(name: str, monkeypatch: Patch) -> None:
+    spoil, case = BROKEN[name]
+    assert check(case).kind == "compared"
+    spoil(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(case)
+
+
+def test_the_command_records_what_it_found(
+    tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fuzz, "RECORDS", tmp_path / "fuzz.csv")
+    monkeypatch.setattr("sys.argv", ["fuzz", "--examples", "4", "--seed", "3", "--record"])
+    assert fuzz.main() == 0
+    monkeypatch.setattr(fuzz, "check", lambda _: 1 / 0)
+    assert fuzz.main() == 1
+    assert "ZeroDivisionError" in capsys.readouterr().out
+    with fuzz.RECORDS.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["examples"] for row in rows] == ["4", "4"]
+    assert [row["failures"] for row in rows] == ["0", "4"]
