@@ -14,7 +14,7 @@ Does looking ahead remove the basin?
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,30 @@ NEAR = 1.2 * SPREAD  # from a centre: the authors' count of samples in a cluster
 AROUND = 1.0  # from the middle of a cluster: a quarter of the way to the other
 COVERED = SAMPLES // 4  # around a cluster: half of its share
 COLLAPSED = 9 * SAMPLES // 10  # around one cluster, with none around the other
-PLATEAU = {"JS": math.log(3) / 4 + math.log(3 / 2) / 2, "Rp": math.log(2) / 2}
+PLATEAU = dict.fromkeys(("JS", "minimax"), math.log(3) / 4 + math.log(3 / 2) / 2)
+PLATEAU["Rp"] = math.log(2) / 2
 MATCHED = math.log(2)
+Network = Callable[[Tensor], Tensor]
+LINE = torch.linspace(-2, 6, 81)
+
+
+class HalfMinimax:
+    """The minimax game, with D's loss the mean of its two terms as in the authors' code."""
+
+    def discriminator_loss(self, discriminator: Network, fake: Tensor, real: Tensor) -> Tensor:
+        """Return `-f / 2`."""
+        return unroll.Minimax().discriminator_loss(discriminator, fake, real) / 2
+
+    def generator_loss(self, discriminator: Network, fake: Tensor, real: Tensor) -> Tensor:
+        """Return `f`."""
+        return unroll.Minimax().generator_loss(discriminator, fake, real)
+
+
 GAMES: dict[str, unroll.Objective] = {
     "JS": unroll.Criterion(torch.nn.BCEWithLogitsLoss(), weight=0.5),
     "Rp": unroll.RelativisticPairing(),
+    "minimax": HalfMinimax(),
 }
-LINE = torch.linspace(-2, 6, 81)
 
 
 @dataclass(frozen=True)
@@ -245,9 +262,10 @@ def arguments() -> argparse.ArgumentParser:
         "--games",
         nargs="+",
         choices=GAMES,
-        default=list(GAMES),
+        default=["JS", "Rp"],
         help="JS: the original GAN, its generator's loss non-saturating as in the authors' code; "
-        "Rp: real and fake compared in pairs, their RS-GAN (default: both)",
+        "Rp: real and fake compared in pairs, their RS-GAN; minimax: JS, with the saturating loss "
+        "that theorems are about (default: JS Rp)",
     )
     add(
         "--unroll-steps",

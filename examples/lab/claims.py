@@ -1,0 +1,117 @@
+"""Published claims against records: comparisons of settings over seeds, and verdicts."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+Row = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two settings' values over seeds; the claim is that the first are the larger ones.
+
+    Args:
+        text: What is compared.
+        larger: The values of one setting.
+        smaller: Those of the other.
+        denied: Whether the claim is that the first are not the larger ones.
+    """
+
+    text: str
+    larger: Sequence[float]
+    smaller: Sequence[float]
+    denied: bool = False
+
+    @property
+    def finding(self) -> str:
+        """Return whether the means differ by more than two standard errors of the difference."""
+        (a, a_error), (b, b_error) = moments(self.larger), moments(self.smaller)
+        enough = 2 * math.hypot(a_error, b_error)
+        if (a - b > enough) is not self.denied:
+            return "for"
+        return "the reverse" if self.denied or b - a > enough else "no difference"
+
+
+def moments(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error."""
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def shown(values: Sequence[float], digits: int = 2) -> str:
+    """Return "mean ± standard error"."""
+    mean, error = moments(values)
+    return f"{mean:,.{digits}f} ± {error:,.{digits}f}"
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    rows = [list(head), ["---"] * len(head), *map(list, lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def verdict(comparisons: Sequence[Comparison]) -> str:
+    """Return the verdict on a claim."""
+    right = sum(comparison.finding == "for" for comparison in comparisons)
+    return "partly" if 0 < right < len(comparisons) else "holds" if right else "does not hold"
+
+
+def claims(given: Iterable[tuple[str, str, Sequence[Comparison]]]) -> str:
+    """Return the table of claims: who says what, our comparisons and the verdict."""
+    lines = []
+    for source, claim, comparisons in given:
+        if not comparisons:
+            lines.append((claim, source, "not run", "", "none"))
+            continue
+        ours = "; ".join(
+            f"{c.text}: {shown(c.larger)} against {shown(c.smaller)} ({c.finding})"
+            for c in comparisons
+        )
+        counts = {len(values) for c in comparisons for values in (c.larger, c.smaller)}
+        seeds = "-".join(map(str, sorted(counts)))
+        lines.append((claim, source, ours, seeds, f"**{verdict(comparisons)}**"))
+    return table(("claim", "of", "ours", "seeds", "verdict"), lines)
+
+
+class Records:
+    """The rows of an experiment, looked up by their settings."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+
+    def settings(self, *names: str) -> list[tuple[str, ...]]:
+        """Return the settings that were run, in order."""
+        found = {tuple(row[name] for name in names) for row in self.rows}
+        return sorted(found, key=lambda values: [(_number(value), value) for value in values])
+
+    def pick(self, **settings: object) -> "Records":
+        """Return the rows with these settings."""
+        wanted = {name: str(value) for name, value in settings.items()}
+        return Records([r for r in self.rows if all(r[n] == v for n, v in wanted.items())])
+
+    def values(self, column: str) -> list[float]:
+        """Return a column, one number a seed."""
+        return [float(row[column]) for row in self.rows]
+
+    def compare(
+        self,
+        text: str,
+        column: str | Callable[[Row], float],
+        larger: Mapping[str, object],
+        smaller: Mapping[str, object],
+        *,
+        denied: bool = False,
+    ) -> list[Comparison]:
+        """Return the comparison of a column in two settings, if both were run."""
+        value = column if callable(column) else lambda row: float(row[column])
+        high, low = ([value(row) for row in self.pick(**s).rows] for s in (larger, smaller))
+        return [Comparison(text, high, low, denied)] if high and low else []
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.inf

@@ -1,0 +1,273 @@
+"""The page of the toy experiments: each published claim beside what the records say.
+
+Every number and verdict follows from the records by the rule that the page states.
+"""
+
+import csv
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from lab.claims import Comparison, Records, Row, claims, shown, table
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+
+INTRODUCTION = """# The toy experiments
+
+Written by `python examples/tables.py` from the records beside this page. Means over seeds, ±
+standard errors. A claim is one or more comparisons of two settings over seeds. A comparison is
+*for* its claim where the means differ in the claim's direction by more than two standard errors of
+the difference, *the reverse* where they differ as much in the other one, else *no difference*. (A
+claim that something does not help has comparisons for it where it does not.) The claim **holds**
+where all comparisons are for it, holds **partly** where some are, **does not hold** where none is.
+
+All runs are on a CPU, and shorter or smaller than the originals; each section says how.
+"""
+
+
+def two_clusters(records: Records) -> str:
+    """Return the section on the two clusters."""
+
+    def until_covered(row: Row) -> float:
+        """Return the epochs until both clusters were covered, or all of them."""
+        epoch = float(row["covered_at"])
+        return epoch if epoch >= 0 else float(row["epochs"])
+
+    lines = []
+    for preset, epochs, game, k in records.settings("preset", "epochs", "game", "unroll_steps"):
+        seeds = records.pick(preset=preset, epochs=epochs, game=game, unroll_steps=k)
+        count = len(seeds.rows)
+        ever = [sum(value > 0 for value in seeds.values(c)) for c in ("collapsed", "on_plateau")]
+        lines.append((
+            preset,
+            f"{int(epochs):,}",
+            f"{game}-GAN",
+            k,
+            f"{sum(seeds.values('covers')):.0f} / {count}",
+            f"{sum(value >= 0 for value in seeds.values('covered_at'))} / {count}",
+            shown([until_covered(row) for row in seeds.rows], 0),
+            f"{ever[0]} / {count}",
+            shown(seeds.values("collapsed")),
+            f"{ever[1]} / {count}",
+            shown(seeds.values("d_loss"), 4),
+        ))  # fmt: skip
+    head = ("preset", "epochs", "game", "K", "cover both at the end", "ever", "epochs until then")
+    head += ("collapsed at some time", "evaluations collapsed", "at the plateau", "D's loss")
+
+    longest = {}
+    for _, epochs, game, k in records.settings("preset", "epochs", "game", "unroll_steps"):
+        longest[game, k] = epochs
+    common = min(longest.values(), key=int)
+    quick = records.pick(preset="quick", epochs=common)
+    js, rp = {"game": "JS", "unroll_steps": 0}, {"game": "Rp", "unroll_steps": 0}
+    js_5, rp_5 = js | {"unroll_steps": 5}, rp | {"unroll_steps": 5}
+    basin = [
+        Comparison(f"share of the JS seeds {text}", share, [0.0] * len(share))
+        for text, column in (
+            ("that were collapsed at an evaluation", "collapsed"),
+            ("whose D was at the plateau then", "on_plateau"),
+        )
+        if (share := [float(value > 0) for value in quick.pick(**js).values(column)])
+    ]
+    return f"""## Two clusters
+
+`two_clusters.py`: 100 points in two clusters on a line, 100 fixed noises, networks of 5 and 10
+units, SGD. The JS-GAN's D has the loss 0.4774 at best while all fakes sit on one cluster (RpGAN's:
+0.3466), and 0.6931 where fakes and data match. A run covers both clusters where each has at least
+25 of the 100 fakes within 1 of its middle; it is collapsed where one has at least 90 and the other
+none; it is at the plateau where D's loss is then within 0.02 of that value. There is an evaluation
+every 10 epochs, of 10 D and 10 G steps each. Epochs until both are covered count as all of them in
+runs that never do.
+
+Scaled down: `quick` has five times the authors' learning rates, and the epochs below for 5,000.
+Again: `python examples/two_clusters.py --epochs {common} --record`.
+
+{table(head, lines)}
+
+{claims((
+    ("RS-GAN", "the bad basin of the JS-GAN appears in training", basin),
+    ("RS-GAN", "RpGAN has no such basin", [
+        *quick.compare("evaluations collapsed, JS against Rp", "collapsed", js, rp),
+        *quick.compare("epochs until covered, JS against Rp", until_covered, js, rp),
+    ]),
+    ("ours", "looking ahead removes the JS-GAN's basin", [
+        *quick.compare("evaluations collapsed, K=0 against 5", "collapsed", js, js_5),
+        *quick.compare("epochs until covered, K=0 against 5", until_covered, js, js_5),
+        *quick.compare("seeds that cover at the end, K=5 against 0", "covers", js_5, js),
+    ]),
+    ("ours", "looking ahead helps RpGAN too", [
+        *quick.compare("evaluations collapsed, K=0 against 5", "collapsed", rp, rp_5),
+        *quick.compare("epochs until covered, K=0 against 5", until_covered, rp, rp_5),
+        *quick.compare("seeds that cover at the end, K=5 against 0", "covers", rp_5, rp),
+    ]),
+))}
+
+![D's loss over training](../figures/two_clusters_loss.png)
+
+*D's loss, a line a seed.*
+
+![Where the generated samples go](../figures/two_clusters_data.png)
+
+*Each generated sample over training, seed 0.*
+
+![D as a function](../figures/two_clusters_d.png)
+
+*D's logit over training, seed 0.*
+"""  # fmt: skip
+
+
+def planar(records: Records, *names: str) -> str:
+    """Return the table of an experiment on mixtures in the plane."""
+    lines = []
+    modes = max(records.values("modes"), default=0)
+    for setting in records.settings(*names):
+        seeds = records.pick(**dict(zip(names, setting, strict=True)))
+        full = sum(value == modes for value in seeds.values("modes"))
+        cells = [shown(seeds.values(c)) for c in ("modes", "percent_high_quality")]
+        kl = shown(seeds.values("reverse_kl_all"), 3)
+        rotations = shown(seeds.values("rotations"), 1)
+        seconds = f"{seeds.values('seconds')[0]:.0f}"
+        lines.append((*setting, f"{full} / {len(seeds.rows)}", *cells, kl, rotations, seconds))
+    head = [name.replace("_", " ").replace("unroll steps", "K") for name in names]
+    head += [f"seeds with {modes:.0f} modes", "modes", "% high quality", "reverse KL, all"]
+    return table([*head, "rotations", "seconds of all seeds"], lines)
+
+
+def five_gaussians(records: Records) -> str:
+    """Return the section on the five Gaussians."""
+    pairs = records.settings("pairs")[-1][0]
+    (width,) = records.settings("width")[0]
+    quick = records.pick(preset="quick", pairs=pairs, normalise=False, width=width)
+
+    def arms(game: str, k: int) -> dict[str, object]:
+        return {"game": game, "unroll_steps": k}
+
+    def ahead(game: str) -> list[Comparison]:
+        on, off = arms(game, 5), arms(game, 0)
+        return [
+            *quick.compare("% high quality, K=5 against 0", "percent_high_quality", on, off),
+            *quick.compare("reverse KL, K=0 against 5", "reverse_kl_all", off, on),
+            *quick.compare("modes, K=5 against 0", "modes", on, off),
+        ]
+
+    js, rp = arms("JS", 0), arms("Rp", 0)
+    return f"""## Five Gaussians
+
+`five_gaussians.py`: five Gaussians of deviation 0.045 on the unit circle, the original GAN (JS)
+against RpGAN. The authors keep D's last layer at unit norm in RpGAN alone; here it is off in both,
+unless `normalise` says that it is on in both.
+
+Scaled down: `quick` has learning rates of 1e-3 for 1e-4, the pairs below for 20,000, and {width}
+units a layer for 128. Again: `python examples/five_gaussians.py --record`.
+
+{planar(records, "preset", "pairs", "width", "normalise", "game", "unroll_steps")}
+
+{claims((
+    ("RS-GAN", f"RpGAN does better than JS-GAN with narrow networks (K=0, width {width})", [
+        *quick.compare("% high quality, Rp against JS", "percent_high_quality", rp, js),
+        *quick.compare("reverse KL, JS against Rp", "reverse_kl_all", js, rp),
+        *quick.compare("modes, Rp against JS", "modes", rp, js),
+    ]),
+    ("ours", "looking ahead helps JS-GAN", ahead("JS")),
+    ("ours", "looking ahead helps RpGAN", ahead("Rp")),
+))}
+
+![Samples over training](../figures/five_gaussians_{width}.png)
+
+*Generated samples of seed 0, width {width}.*
+"""  # fmt: skip
+
+
+def mog_nonuniform(records: Records) -> str:
+    """Return the section on the non-uniform mixture."""
+    pairs = records.settings("pairs")[-1][0]
+    quick = records.pick(preset="quick", pairs=pairs)
+
+    def arm(activation: str, deviation: float, k: int, first: bool) -> dict[str, object]:
+        setting = {"activation": activation, "weight_deviation": deviation}
+        return setting | {"unroll_steps": k, "stop_gradient": first}
+
+    def better(
+        activation: str, deviation: float, first: bool, *, denied: bool = False
+    ) -> list[Comparison]:
+        text = f"KL, {activation} {deviation}, K=0 against 10"
+        off, on = arm(activation, deviation, 0, False), arm(activation, deviation, 10, first)
+        return quick.compare(text, "reverse_kl_all", off, on, denied=denied)
+
+    def missing(activation: str, deviation: float) -> list[Comparison]:
+        full, first = (arm(activation, deviation, 10, stop) for stop in (False, True))
+        text = f"{activation} {deviation}"
+        return [
+            *quick.compare(f"KL, {text}, first against full", "reverse_kl_all", first, full),
+            *quick.compare(
+                f"% high quality, {text}, full against first", "percent_high_quality", full, first
+            ),
+        ]
+
+    def gap(activation: str) -> list[float]:
+        """Return what looking ahead takes off the KL, seed by seed."""
+        off, on = (
+            {row["seed"]: float(row["reverse_kl_all"]) for row in quick.pick(**s).rows}
+            for s in (arm(activation, 0.06, 0, False), arm(activation, 0.06, 10, True))
+        )
+        return [off[seed] - on[seed] for seed in off.keys() & on.keys()]
+
+    relu, tanh = gap("relu"), gap("tanh")
+    text = "KL at K=0 less that at 10, 0.06, relu against tanh"
+    gaps = [Comparison(text, relu, tanh)] if relu and tanh else []
+    ran = records.settings("activation", "weight_deviation")
+    figures = "\n\n".join(
+        f"![Samples over training](../figures/mog_nonuniform_{activation}_{deviation}.png)\n\n"
+        f"*{activation}, weights of deviation {deviation}, seed 0.*"
+        for activation, deviation in ran
+    )
+    everything = [(activation, float(deviation)) for activation, deviation in ran]
+    return f"""## Eight Gaussians of unequal weights
+
+`mog_nonuniform.py`, after the README of
+[andrewliao11/unrolled-gans](https://github.com/andrewliao11/unrolled-gans): the ring of the paper,
+whose modes have weights of standard deviation 0, 0.06 or 0.12. Its code detaches the fakes in the
+look-ahead: it follows the first term of Eq. 12 only, "first" here (`stop_gradient=True`). Reverse
+KL is of all samples against the true weights.
+
+Scaled down: `quick` has three times the README's learning rates, the pairs below for 3,000, 32
+units a layer for 128, batches of 64 for 512. Again:
+`python examples/mog_nonuniform.py --activations relu tanh --record`.
+
+{planar(records, "preset", "pairs", "activation", "weight_deviation", "unroll_steps",
+        "stop_gradient")}
+
+{claims((
+    ("README", "at 0.06 looking ahead helps slightly (first term, as its code)", [
+        *better("tanh", 0.06, True), *better("relu", 0.06, True),
+    ]),
+    ("README", "the gap is larger with relu than with tanh (first term, as its code)", gaps),
+    ("ours", "it helps with the whole gradient", [
+        comparison for setting in everything for comparison in better(*setting, False)
+    ]),
+    ("README", "at 0.12 it does not help, its failure case (first term, as its code)", [
+        *better("tanh", 0.12, True, denied=True), *better("relu", 0.12, True, denied=True),
+    ]),
+    ("ours", "the missing second term matters: the whole gradient does better than the first term",
+     [comparison for setting in everything for comparison in missing(*setting)]),
+))}
+
+{figures}
+"""  # fmt: skip
+
+
+SECTIONS: Mapping[str, Callable[[Records], str]] = {
+    "mog_nonuniform": mog_nonuniform,
+    "two_clusters": two_clusters,
+    "five_gaussians": five_gaussians,
+}
+
+
+def page() -> str:
+    """Return the page: a section for each experiment that has records."""
+    sections = [INTRODUCTION]
+    for name, section in SECTIONS.items():
+        path = RESULTS / f"{name}.csv"
+        if path.exists():
+            with path.open(newline="") as file:
+                sections.append(section(Records(list(csv.DictReader(file)))))
+    return "\n".join(sections)
