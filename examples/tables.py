@@ -8,7 +8,7 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -49,7 +49,100 @@ def mog(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"mog": mog}
+def records(name: str) -> list[Row]:
+    """Return the rows of a record."""
+    with (ROOT / "docs" / "results" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def worst(rows: Iterable[Row], column: str = "relative_error") -> str:
+    """Return the largest number of a column, with one digit."""
+    values = [float(row[column]) for row in rows if row[column]]
+    return f"{max(values):.0e}" if values else ""
+
+
+def correctness(rows: Sequence[Row]) -> str:
+    """Return the matrix of discriminators and classes of optimizers, and its worst cell."""
+
+    def family(row: Row) -> str:
+        package, _, name = row["class"].rpartition(".")
+        return name if package == "torch.optim" else "torchopt"
+
+    families = list(dict.fromkeys(map(family, sorted(rows, key=lambda r: family(r) == "torchopt"))))
+    exact, refused = [], []
+    for discriminator in dict.fromkeys(row["discriminator"] for row in rows):
+        own = [row for row in rows if row["discriminator"] == discriminator]
+        refusals = sorted({row["refusal"] for row in own if row["refusal"]})
+        if all(row["refusal"] for row in own):
+            refused.append([discriminator, ", ".join(refusals)])
+            continue
+        cells = [[row for row in own if family(row) == name] for name in families]
+        text = [worst(c) or ", ".join(sorted({r["refusal"] for r in c})) for c in cells]
+        exact.append([discriminator, *text])
+    measured = [row for row in rows if row["relative_error"]]
+    last = max(measured, key=lambda row: float(row["relative_error"]))
+    revisions = ", ".join(sorted({row["revision"] for row in rows}))
+    summary = (
+        f"{len(measured)} cells of {len(exact)} discriminators and "
+        f"{len({row['optimizer'] for row in rows})} optimizers; the worst is {worst(measured)} "
+        f"({last['discriminator']}, {last['optimizer']}). torch {rows[0]['torch']}, revision "
+        f"{revisions}, seed {rows[0]['seed']}, K = {rows[0]['unroll_steps']}."
+    )
+    return "\n\n".join(
+        [
+            summary,
+            markdown(["discriminator", *families], exact),
+            "Refused, whatever the optimizer:",
+            markdown(["discriminator", "exception"], refused),
+        ]
+    )
+
+
+def optimizers(rows: Sequence[Row]) -> str:
+    """Return what trains D, by class: parity with its real steps, and the matrix' worst error."""
+
+    def family(row: Row) -> str:
+        package, _, name = row["class"].rpartition(".")
+        if package == "torch.optim" or row.get("float32") == row.get("float64") == "":
+            return f"`{row['class']}`"
+        if name.startswith("Meta"):
+            return "torchopt's `MetaOptimizer`s"
+        if name == "FuncOptimizer":
+            return "`torchopt.FuncOptimizer`"
+        return "torchopt's `Optimizer`s" if name[0].isupper() else "torchopt's transformations"
+
+    def option(row: Row) -> str:
+        package, _, name = row["class"].rpartition(".")
+        entry = row["optimizer"].removeprefix("torchopt.")
+        return entry.removeprefix(name).strip() if package == "torch.optim" else entry
+
+    matrix = records("correctness")
+    table, refused = [], []
+    for name in dict.fromkeys(map(family, [*rows, *matrix])):
+        own = [row for row in rows if family(row) == name]
+        if any(row["refusal"] for row in own):
+            refused.append(f"{name} ({own[0]['refusal']})")
+            continue
+        cells = [row for row in matrix if family(row) == name]
+        options = [option(row) for row in own or cells]
+        checked = ", ".join(dict.fromkeys(o for o in options if o))
+        errors = [worst(own, dtype) or "n/a" for dtype in ("float32", "float64")]
+        table.append([name, checked, *errors, worst(cells) or "n/a"])
+    header = ["optimizer", "checked", "steps, float32", "steps, float64", "gradient, float64"]
+    return f"{markdown(header, table)}\n\nRefused by name: {', '.join(refused)}."
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "mog": mog,
+    "correctness": correctness,
+    "optimizers": optimizers,
+}
 
 
 def filled(text: str) -> str:
@@ -61,9 +154,7 @@ def filled(text: str) -> str:
             _, closed, after = rest.partition(end)
             if not closed:
                 raise ValueError(f"a page has no {end} after {start.strip()}")
-            with (ROOT / "docs" / "results" / f"{name}.csv").open(newline="") as file:
-                rows = list(csv.DictReader(file))
-            text = f"{before}{start}{table(rows)}\n{end}{after}"
+            text = f"{before}{start}{table(records(name))}\n{end}{after}"
     return text
 
 
