@@ -205,10 +205,11 @@ def test_a_tensor_lr_that_changes_in_place() -> None:
         assert_close(ahead.parameters, {n: p.detach() for n, p in d.named_parameters()}, 1e-12)
 
 
-def test_tensor_betas() -> None:
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_tensor_betas(shape: tuple[int, ...]) -> None:
     ((fake, real),) = batches(1)
     d = deep()
-    betas = (torch.tensor(0.5), torch.tensor(0.9))
+    betas = (torch.full(shape, 0.5), torch.full(shape, 0.9))
     optimizer = torch.optim.Adam(d.parameters(), lr=torch.tensor(LR), betas=betas, foreach=False)
     ahead = looked_ahead(d, optimizer, 3).unroll(fake, real)
     train(d, optimizer, [(fake, real)] * 3)

@@ -240,6 +240,21 @@ def test_where_the_rule_changes_with_the_step_count(name: str, warm: int) -> Non
     assert_real_steps(looked_ahead(d, optimizer, 3).unroll(*pair), d, optimizer, pair, 3)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("cls", FAMILIES)
+def test_a_tensor_lr_of_another_shape_and_type(cls: Any, dtype: torch.dtype) -> None:
+    """Torch takes any tensor of one element; parameters keep their own type."""
+    (pair,) = batches(1, dtype)
+    torch.manual_seed(0)
+    d = deep(dtype)
+    lr = torch.tensor([GROUPS[cls][0]["lr"]], dtype=torch.float64)
+    optimizer = cls(d.parameters(), lr=lr)
+    loss = looked_ahead(d, optimizer, 3)
+    for _ in range(2):
+        assert_real_steps(loss.unroll(*pair), d, optimizer, pair, 3)
+        lr.mul_(0.5)
+
+
 @pytest.fixture
 def double_by_default() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)

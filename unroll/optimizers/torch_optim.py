@@ -91,7 +91,7 @@ class TorchOptim:
         self._buckets: list[_Bucket] = []
         for group in optimizer.param_groups:
             hyper = {
-                key: value.detach().clone() if isinstance(value, Tensor) else value
+                key: _setting(value)
                 for key, value in (group | _from_defaults(optimizer)).items()
                 if key != "params"
             }
@@ -132,6 +132,16 @@ class TorchOptim:
     def export(self, state: list[_Bucket]) -> dict[str, dict[str, Any]]:
         """Return the state as the user's optimizer keeps it."""
         return {k: v for bucket in state for k, v in bucket.per_name(self._parameters).items()}
+
+
+def _setting(value: Any) -> Any:
+    """Return a hyper-parameter apart from the user's; a tensor of one element as a 0-d one.
+
+    The type of a 0-d tensor does not change that of the parameters that it multiplies.
+    """
+    if isinstance(value, tuple):
+        return tuple(map(_setting, value))
+    return value.detach().clone().squeeze() if isinstance(value, Tensor) else value
 
 
 def _live(key: str, value: Any) -> Any:
