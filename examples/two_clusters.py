@@ -6,7 +6,8 @@ JS-GAN among them, has a basin at every collapsed state, and that of RpGAN (thei
 Here are 100 points in two clusters, 100 fixed noises, and tiny networks. While all fakes sit on one
 cluster the best D of a JS-GAN has the loss 0.4774; when they match the data, 0.6931.
 
-Does looking ahead remove the basin?
+Does looking ahead remove the basin? `--start collapsed` begins in it: all fakes on the first
+cluster, and D at its best against them.
 
     python examples/two_clusters.py                               JS and Rp, K=0 and K=5
     python examples/two_clusters.py --preset paper --seeds 20     all its 5,000 epochs
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from lab import cli, lines, records, runs, seeds
-from torch import Tensor
+from torch import Tensor, nn
 
 import unroll
 
@@ -35,6 +36,7 @@ COLLAPSED = 9 * SAMPLES // 10  # around one cluster, with none around the other
 PLATEAU = dict.fromkeys(("JS", "minimax"), math.log(3) / 4 + math.log(3 / 2) / 2)
 PLATEAU["Rp"] = math.log(2) / 2
 MATCHED = math.log(2)
+ALONE = 3000  # steps of D at the collapsed start
 Network = Callable[[Tensor], Tensor]
 LINE = torch.linspace(-2, 6, 81)
 
@@ -52,7 +54,7 @@ class HalfMinimax:
 
 
 GAMES: dict[str, unroll.Objective] = {
-    "JS": unroll.Criterion(torch.nn.BCEWithLogitsLoss(), weight=0.5),
+    "JS": unroll.Criterion(nn.BCEWithLogitsLoss(), weight=0.5),
     "Rp": unroll.RelativisticPairing(),
     "minimax": HalfMinimax(),
 }
@@ -66,6 +68,7 @@ class Config:
     game: str = "JS"
     unroll_steps: int = 0
     stop_gradient: bool = False
+    start: str = "random"
     generator_lr: float = 1e-2
     discriminator_lr: float = 1e-2
     momentum: float = 0.9
@@ -93,8 +96,8 @@ class Config:
 
     def checkpoint(self, folder: Path) -> Path:
         """Return where the runs are kept."""
-        name = f"{self.game}-K{self.unroll_steps}-seeds{self.first_seed}+{self.seeds}.pt"
-        return folder / "checkpoints" / name
+        name = f"{self.game}-K{self.unroll_steps}-{self.start}"
+        return folder / "checkpoints" / f"{name}-seeds{self.first_seed}+{self.seeds}.pt"
 
 
 PRESETS = {
@@ -116,6 +119,15 @@ def noises(rng: torch.Generator) -> Tensor:
     return 10 * torch.rand(1, SAMPLES, generator=rng, device=rng.device) - 5
 
 
+@torch.no_grad()
+def collapse(generator: nn.Sequential, z: Tensor) -> None:
+    """Let every seed's fakes cover the first cluster alone, by scaling and moving the outputs."""
+    last, fake = generator[-1], generator(z)
+    scale = SPREAD / 4 / fake.std(-1, keepdim=True)
+    last.weight *= scale
+    last.bias.sub_(fake.mean(-1, keepdim=True)).mul_(scale).add_(SPREAD / 2)
+
+
 def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
     """Train the GANs of all seeds; what comes of them is in their checkpoint."""
     torch.set_num_threads(1)  # the networks are tiny
@@ -132,6 +144,13 @@ def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
         discriminator.parameters(), config.discriminator_lr, config.momentum
     )
     game = seeds.SideBySide(GAMES[config.game], config.seeds)
+    if config.start == "collapsed":
+        collapse(generator, z)
+        for _ in range(ALONE):
+            d_loss = game.discriminator_loss(discriminator, generator(z).detach(), real)
+            d_optimizer.zero_grad()
+            d_loss.backward()
+            d_optimizer.step()
     d_losses = game.losses(discriminator, generator(z), real)
 
     @torch.no_grad()
@@ -228,6 +247,7 @@ def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
 def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
     """Write the time series and the figures, and print the table."""
     figures = args.figures or args.out
+    name = "two_clusters" + "_collapsed" * (args.start == "collapsed")
     logs = {c.label: runs.read_log(c.checkpoint(args.out)) for c in configs}
     each = {label: seeds.histories(log) for label, log in logs.items()}
     records.write(args.out / "metrics.csv", seeds.series(logs, configs[0].first_seed))
@@ -237,18 +257,18 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
     levels = {c.label: {"collapsed": PLATEAU[c.game], "matched": MATCHED} for c in configs}
     epochs = [row["epochs"] for row in logs[configs[0].label]["history"]]
     d_loss = {k: [[row["d_loss"] for row in h] for h in v] for k, v in each.items()}
-    lines.panels(figures / "two_clusters_loss.png", epochs, d_loss, levels, "D's loss")
+    lines.panels(figures / f"{name}_loss.png", epochs, d_loss, levels, "D's loss")
 
     data = clusters(torch.Generator().manual_seed(configs[0].first_seed))[0]
     fakes = {k: [s["fake"][0] for s in log["snapshots"]] for k, log in logs.items()}
-    lines.paths(figures / "two_clusters_data.png", epochs, fakes, data)
+    lines.paths(figures / f"{name}_data.png", epochs, fakes, data)
     moments = sorted({round(i * (len(epochs) - 1) / 5) for i in range(6)})
     curves = {
         k: [(log["snapshots"][m]["f"][0], log["snapshots"][m]["fake"][0]) for m in moments]
         for k, log in logs.items()
     }
     titles = [f"epoch {epochs[m]:,}" for m in moments]
-    lines.functions(figures / "two_clusters_d.png", LINE, curves, titles, data)
+    lines.functions(figures / f"{name}_d.png", LINE, curves, titles, data)
     print(f"\nTime series, settings and checkpoints are in {args.out}/, figures in {figures}/")
 
 
@@ -277,6 +297,13 @@ def arguments() -> argparse.ArgumentParser:
         help="look-ahead steps of D in the generator's loss; 0 is the ordinary one (default: 0 5)",
     )
     add("--stop-gradient", action="store_true", help="only the first term of Eq. 12")
+    add(
+        "--start",
+        choices=("random", "collapsed"),
+        default="random",
+        help="random (default), or collapsed: in the basin, with D trained alone for "
+        f"{ALONE:,} steps",
+    )
     add = parser.add_argument_group("the experiment").add_argument
     add(
         "--preset",
