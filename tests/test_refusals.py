@@ -1,0 +1,381 @@
+"""More misuse, and a check that every refusal and warning of the library is provoked somewhere."""
+
+import ast
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchopt
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import unroll
+from tests.players import batches
+from tests.settings import DEVICE
+from tests.snapshot import changes, snapshot
+from tests.test_errors import ROWS, Rounding, Row, forward, game, linear, projecting, sgd
+from unroll import R1, R2, Minimax
+from unroll.derivatives import DETACHED_FAKES
+
+SOURCES = Path(unroll.__file__).parent
+# Refusals that need several processes or another optimizer's rows: the file that provokes them.
+ELSEWHERE = {
+    "sharded by FSDP": "test_ranks.py",
+    "all ranks must take the same": "test_ranks.py",
+    "masked cannot": "test_transformations.py",
+}
+
+
+class Doubled(nn.Module):
+    """A D whose layer has a wrapped norm in its middle."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.first, self.middle, self.head = nn.Linear(4, 4), middle, nn.Linear(4, 1)
+        self.to(DEVICE, torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(self.middle(self.first(x)).tanh())
+        return output
+
+
+class Checkpointing(Doubled):
+    """A D that saves memory by running its middle again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(self.middle, self.first(x), use_reentrant=False)
+        output: Tensor = self.head(hidden.tanh())
+        return output
+
+
+def _closed_over(loss: unroll.UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> object:
+    """Call with an objective that decays the weights of D itself, not of the D it is given."""
+    d = loss.discriminator
+    loss.objective = game(
+        lambda given, fake, real: (
+            Minimax().discriminator_loss(given, fake, real)
+            + d.get_parameter("weight").square().sum()
+        )
+    )()["objective"]
+    return loss(fake, real)
+
+
+def _twice(loss: unroll.UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> object:
+    (gradient,) = torch.autograd.grad(loss(fake, real), fake, create_graph=True)
+    return gradient
+
+
+def _foreign(loss: unroll.UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> object:
+    scale = torch.ones(1, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    loss.project = lambda theta: {n: p * scale for n, p in theta.items()}
+    return loss(fake, real)
+
+
+def _terms(loss: unroll.UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> object:
+    return unroll.gradient_terms(loss, fake, real, [fake])
+
+
+def _terms_under_no_grad(loss: unroll.UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> object:
+    with torch.no_grad():
+        return unroll.gradient_terms(loss, fake, real, [fake])
+
+
+def _outside_autograd(theta: dict[str, Tensor]) -> dict[str, Tensor]:
+    for p in theta.values():
+        p.data.clamp_(-0.01, 0.01)
+    return theta
+
+
+MORE: dict[str, Row] = {
+    "D complex": Row(
+        TypeError,
+        r"discriminator: parameter 'weight' is complex.*does not support\. Store its real and",
+        d=lambda: nn.Linear(4, 1, dtype=torch.complex128),
+    ),
+    "SyncBatchNorm": Row(
+        RuntimeError,
+        r"discriminator: middle \(SyncBatchNorm\) has no right second derivative.*Use BatchNorm",
+        d=lambda: Doubled(nn.SyncBatchNorm(4)),
+    ),
+    "a layer without the derivative": Row(
+        RuntimeError,
+        r"discriminator: .*needs a derivative.*middle \(BatchNorm1d\).*GroupNorm.*stop_gradient",
+        d=lambda: Doubled(nn.BatchNorm1d(4)),
+        options=lambda: {"objective": Minimax() + R1(1.0)},
+    ),
+    "activation checkpointing in D": Row(
+        RuntimeError,
+        r"discriminator: activation checkpointing.*wrong gradient.*Switch torch\.utils\.checkpoint",
+        d=lambda: Checkpointing(nn.Linear(4, 4)),
+    ),
+    "objective with D's own parameters": Row(
+        RuntimeError,
+        r"discriminator, objective: the loss uses D's parameter 'weight' other than.*Call the",
+        call=_closed_over,
+    ),
+    "project outside autograd": Row(
+        ValueError,
+        r"project: must be differentiable; it changed 'weight' outside autograd.*Use p\.clamp",
+        options=projecting(_outside_autograd),
+    ),
+    "project detaches": Row(
+        ValueError,
+        r"project: must be differentiable; it changed 'weight' outside autograd.*Use p\.clamp",
+        options=projecting(lambda theta: {n: p.detach() for n, p in theta.items()}),
+    ),
+    "penalty on fakes without a floating tensor": Row(
+        TypeError,
+        r"fake: a gradient penalty needs a floating-point tensor",
+        d=Rounding,
+        options=lambda: {"objective": R2(1.0) + Minimax(), "stop_gradient": True},
+        call=lambda loss, fake, real: loss(fake.detach().round().long(), real),
+    ),
+    "checkpoint differentiated twice": Row(
+        RuntimeError,
+        r"checkpoint: f_K has first derivatives only.*create_graph=True.*Set checkpoint=False",
+        options=lambda: {"checkpoint": True},
+        call=_twice,
+    ),
+    "checkpoint with a tensor of one's own": Row(
+        RuntimeError,
+        r"checkpoint: .*no part of the batch \(shape \(1,\).*set checkpoint=False",
+        options=lambda: {"checkpoint": True},
+        call=_foreign,
+    ),
+    "sync a string": Row(
+        TypeError,
+        r"sync: must be True, False or None; got 'yes'\. None averages",
+        options=lambda: {"sync": "yes"},
+    ),
+    "sync without processes": Row(
+        ValueError,
+        r"sync: must not be True without a process group.*init_process_group",
+        options=lambda: {"sync": True},
+    ),
+    "gradient_terms of a first term": Row(
+        ValueError,
+        r"loss: must have stop_gradient=False.*Set loss\.stop_gradient = False",
+        options=lambda: {"stop_gradient": True},
+        call=_terms,
+    ),
+    "gradient_terms without gradients": Row(
+        RuntimeError,
+        r"gradient_terms: must run with gradients on; it was called under torch\.no_grad\(\)",
+        call=_terms_under_no_grad,
+    ),
+    "gradient_terms of detached fakes": Row(
+        ValueError,
+        r"fake: must carry the generator's graph",
+        call=lambda loss, fake, real: _terms(loss, fake.detach(), real),
+    ),
+}
+
+
+def provoked(row: Row) -> tuple[Exception, list[str]]:
+    """Return what a row raises, and what changed by it."""
+    d = row.d()
+    optimizer = row.optimizer(d)
+    ((fake, real),) = batches(1)
+    fake.requires_grad_()
+    before = snapshot(d, optimizer, fake, real)
+    with pytest.raises(row.kind, match=re.compile(row.message, re.DOTALL)) as raised:
+        loss = unroll.UnrolledGeneratorLoss(d, optimizer, **{"unroll_steps": 2} | row.options())
+        (row.call or forward)(loss, fake, real)
+    return raised.value, changes(before, d, optimizer, fake, real)
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_refusals(name: str) -> None:
+    error, changed = provoked(MORE[name])
+    assert type(error).__module__ == "builtins"
+    assert not changed
+
+
+def usable_again(name: str) -> bool:
+    """Whether a refused call leaves a loss behind that can be called as it should be."""
+    return name.split()[0] in {"fake", "fake_k", "no", "too", "minibatches", "K", "inference"}
+
+
+@pytest.mark.parametrize("name", [n for n, row in ROWS.items() if row.call and usable_again(n)])
+def test_the_next_call_is_as_if_none_had_been_refused(name: str) -> None:
+    """The value and the gradient of a loss that has refused a call, to the last bit."""
+    row = ROWS[name]
+    d = row.d()
+    optimizer = row.optimizer(d)
+    ((fake, real),) = batches(1)
+    fake.requires_grad_()
+    results = []
+    for refuse in (False, True):
+        loss = unroll.UnrolledGeneratorLoss(d, optimizer, **{"unroll_steps": 2} | row.options())
+        k = loss.unroll_steps
+        if refuse:
+            assert row.call is not None
+            with pytest.raises(row.kind):
+                row.call(loss, fake, real)
+            loss.unroll_steps = k
+        value = loss(fake, real)
+        results.append((value, *torch.autograd.grad(value, fake)))
+    for got, wanted in zip(*results, strict=True):
+        assert torch.equal(got, wanted)
+
+
+# --- warnings, and every refusal there is ---------------------------------------------------------
+
+
+def _sigmoid() -> None:
+    d = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
+    unroll.UnrolledGeneratorLoss(d, sgd(d), unroll_steps=1)
+
+
+def _step_hook() -> None:
+    d = linear()
+    optimizer = sgd(d)
+    optimizer.register_step_post_hook(lambda *_: None)
+    unroll.UnrolledGeneratorLoss(d, optimizer, unroll_steps=1)
+
+
+def _detaching() -> None:
+    d = linear()
+    ((fake, real),) = batches(1)
+    options = game(lambda d, fake, real: Minimax().discriminator_loss(d, fake.detach(), real))()
+    loss = unroll.UnrolledGeneratorLoss(d, sgd(d), **options, unroll_steps=1)
+    loss(fake.requires_grad_(), real)
+
+
+WARNINGS: dict[str, Callable[[], None]] = {
+    r"^discriminator: ends in nn\.Sigmoid.*Remove": _sigmoid,
+    r"^optimizer: has step hooks.*do that in project=": _step_hook,
+    re.escape(DETACHED_FAKES): _detaching,
+}
+
+
+@pytest.mark.parametrize("message", WARNINGS)
+def test_warnings(message: str) -> None:
+    with pytest.warns(UserWarning, match=message) as caught:
+        WARNINGS[message]()
+    assert len(caught) == 1
+
+
+def _written() -> Iterator[tuple[str, re.Pattern[str]]]:
+    """Yield where the library refuses or warns, with a pattern of what it says there."""
+    for path in sorted(SOURCES.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, (ast.Raise, ast.Call)):
+                continue
+            call = node.exc if isinstance(node, ast.Raise) else node
+            if not isinstance(call, ast.Call) or not call.args:
+                continue
+            warns = isinstance(call.func, ast.Attribute) and call.func.attr == "warn"
+            text = call.args[0]
+            if not (warns or isinstance(node, ast.Raise)) or isinstance(text, (ast.Name, ast.Call)):
+                continue  # a constant or a function of its own: they are called by name elsewhere
+            parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+            pattern = "".join(
+                re.escape(str(part.value)) if isinstance(part, ast.Constant) else ".*"
+                for part in parts
+            )
+            yield f"{path.relative_to(SOURCES)}:{node.lineno}", re.compile(pattern, re.DOTALL)
+
+
+def test_every_refusal_has_a_row() -> None:
+    said = []
+    for row in [*ROWS.values(), *MORE.values()]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            said.append(str(provoked(row)[0]))
+    for warning in WARNINGS.values():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warning()
+        said.extend(str(w.message) for w in caught)
+    tests = Path(__file__).parent
+    for words, file in ELSEWHERE.items():
+        assert words in (tests / file).read_text(), f"{file} no longer provokes {words!r}"
+    places = list(_written())
+    assert len(places) >= 40
+    silent = [
+        f"{place}: {pattern.pattern[:80]}"
+        for place, pattern in places
+        if not any(pattern.fullmatch(text) for text in said)
+        and not any(words in pattern.pattern.replace("\\", "") for words in ELSEWHERE)
+    ]
+    assert not silent, "\n".join(silent)
+
+
+@pytest.mark.parametrize("name", [*ROWS, *MORE])
+def test_messages_name_the_argument_and_end_in_advice(name: str) -> None:
+    """``argument[, argument]: what must hold; what came. What to do.``"""
+    text = str(provoked((ROWS | MORE)[name])[0])
+    assert re.match(r"[a-z_D][\w, ]*: \S", text) or text.startswith("UnrolledGeneratorLoss: ")
+    assert text.endswith(".")
+
+
+# --- errors of the user's own ---------------------------------------------------------------------
+
+
+class MineError(Exception):
+    """An error whose constructor cannot be called again by whoever would wrap it."""
+
+    def __init__(self, code: int, *, detail: str) -> None:
+        super().__init__(f"{detail} {code}")
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpoint"])
+@pytest.mark.parametrize("place", ["forward", "objective", "project", "optimizer"])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_errors_of_ones_own_keep_their_traceback(place: str, at: int, checkpointed: bool) -> None:
+    """At any step: the very object, and its traceback ends in the line that raised it."""
+    calls = dict.fromkeys(("forward", "objective", "project", "optimizer"), 0)
+    error = MineError(7, detail="broken")
+
+    def here(name: str) -> None:
+        calls[name] += 1
+        if name == place and calls[name] == at:
+            raise error
+
+    class D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            here("forward")
+            output: Tensor = self.layer(x)
+            return output
+
+    class Own:
+        def discriminator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+            here("objective")
+            return Minimax().discriminator_loss(d, fake, real)
+
+        generator_loss = Minimax().generator_loss
+
+    def project(theta: dict[str, Tensor]) -> dict[str, Tensor]:
+        here("project")
+        return theta
+
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> Any:
+        here("optimizer")
+        return inner.update(updates, state, params=params, inplace=inplace)
+
+    inner = torchopt.sgd(0.1)
+    bare = torchopt.base.GradientTransformation(inner.init, update)
+    d = D()
+    ((fake, real),) = batches(1)
+    options: dict[str, Any] = {"unroll_steps": 3, "project": project, "checkpoint": checkpointed}
+    loss = unroll.UnrolledGeneratorLoss(d, bare, Own(), **options)
+    before = snapshot(d)
+    with pytest.raises(MineError, match="broken 7") as raised:
+        loss(fake.requires_grad_(), real)
+    assert raised.value is error
+    assert raised.value.__cause__ is None
+    assert [frame.name for frame in raised.traceback][-2:] == [
+        {"optimizer": "update", "objective": "discriminator_loss"}.get(place, place),
+        "here",
+    ]
+    assert not changes(before, d)
+    loss(fake, real)
