@@ -91,6 +91,10 @@ DISCRIMINATORS: dict[str, Animal | Refusal] = (
 
 def warmed(d: nn.Module, optimizer: Any, pairs: list[Any], objective: Objective) -> dict[str, Any]:
     """Take real steps; return the keyword arguments that carry a bare transformation's state."""
+    if isinstance(optimizer, (torchopt.MetaOptimizer, torchopt.FuncOptimizer)) and not all(
+        p.requires_grad for p in d.parameters()
+    ):
+        return {}  # their own steps fail where a parameter is frozen
     if not isinstance(optimizer, GradientTransformation):
         train(d, optimizer, pairs, objective)
         return {}
@@ -102,9 +106,8 @@ def warmed(d: nn.Module, optimizer: Any, pairs: list[Any], objective: Objective)
         found = iter(torch.autograd.grad(loss, moving, allow_unused=True))
         gradients = tuple(next(found) if p.requires_grad else None for p in theta)
         updates, state = optimizer.update(gradients, state, params=theta, inplace=False)
-        for p, value in zip(
-            theta, torchopt.apply_updates(theta, updates, inplace=False), strict=True
-        ):
+        moved = torchopt.apply_updates(theta, updates, inplace=False)
+        for p, value in zip(theta, moved, strict=True):
             p.data.copy_(value)
     return {"optimizer_state": state}
 
