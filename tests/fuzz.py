@@ -102,7 +102,8 @@ def cases(draw: st.DrawFn) -> Case:
         st.tuples(st.just("twice"), inner),
         st.tuples(st.just("concatenation"), inner, inner),
     )
-    block = draw(st.recursive(st.tuples(st.sampled_from(list(LEAVES))), joins, max_leaves=6))
+    blocks = st.recursive(st.tuples(st.sampled_from(list(LEAVES))), joins, max_leaves=4)
+    block = ("then", *draw(st.lists(blocks, min_size=1, max_size=3)))
     optimizer = draw(st.sampled_from(list(OPTIMIZERS)))
     objective = draw(st.sampled_from(list(games.OBJECTIVES)))
     batch = st.integers(2 if "batch norm" in leaves(block) else 1, 7)
@@ -117,7 +118,7 @@ def cases(draw: st.DrawFn) -> Case:
         block=block,
         optimizer=optimizer,
         objective=objective,
-        unroll_steps=draw(st.integers(0, 4)),
+        unroll_steps=draw(st.sampled_from([3, 2, 4, 1, 0])),
         fakes=fakes,
         reals=fakes if "pairing" in objective or "gp" in objective else reals,
         dtype=draw(st.sampled_from([torch.float64, torch.float32])),
