@@ -48,6 +48,11 @@ def normalised() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1))
 
 
+def synchronised() -> nn.Module:
+    """Return a D whose layer exchanges statistics between ranks."""
+    return nn.Sequential(nn.Linear(3, 6), nn.SyncBatchNorm(6), nn.Tanh(), nn.Linear(6, 1))
+
+
 @dataclass(frozen=True)
 class Play:
     """What one generator step is made of."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.ranks import OPTIMIZERS, Play, Routed, gradients, normalised, plain, played
+from tests.ranks import OPTIMIZERS, Play, Routed, gradients, normalised, plain, played, synchronised
 from unroll import R1, Minimax, RelativisticAverage, UnrolledGeneratorLoss
 
 GLOBAL = [
@@ -41,7 +41,8 @@ DISAGREEING: dict[str, Play] = {
     r"a graph is needed: \[1, 0": Play(3, of_rank_1={"options": {"stop_gradient": True}}),
     r"checkpoint: \[0, 1": Play(3, of_rank_1={"options": {"checkpoint": True}}),
 }
-PLAYS = [*GLOBAL, *LOCAL, *PER_RANK, *DISAGREEING.values()]
+REFUSED = Play(3, discriminator=synchronised)
+PLAYS = [*GLOBAL, *LOCAL, *PER_RANK, *DISAGREEING.values(), REFUSED]
 
 
 class Shared:
@@ -120,6 +121,12 @@ def test_ranks_that_disagree_are_told(ranks: Any, message: str) -> None:
     own = {"minibatches": "^ValueError: minibatches", "detached": "^ValueError: fake: must carry"}
     (changed,) = DISAGREEING[message].of_rank_1
     assert re.search(own.get(changed, pattern), second)
+
+
+def test_synchronised_batch_norm_is_refused(ranks: Any) -> None:
+    _, results = ranks
+    for said in results[id(REFUSED)]:
+        assert re.search(r"^RuntimeError: discriminator: 1 \(SyncBatchNorm\).*Use BatchNorm", said)
 
 
 def test_sync_needs_a_process_group() -> None:

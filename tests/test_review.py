@@ -1,5 +1,6 @@
 """Cases that a review found: each was silently wrong, or a raw error, once."""
 
+import copy
 import gc
 from collections import deque
 from functools import partial
@@ -16,6 +17,7 @@ from torchopt.base import GradientTransformation
 from torchopt.pytree import tree_map
 
 import unroll
+from tests.players import train
 from tests.settings import DEVICE, randn
 
 Loss = unroll.UnrolledGeneratorLoss
@@ -345,3 +347,35 @@ def test_a_frozen_discriminator_with_an_integer_parameter() -> None:
     d.requires_grad_(False)
     loss = Loss(d, sgd(d), unroll_steps=1)
     assert loss(fakes(), randn(5, 3)).isfinite()
+
+
+class PenaltyOnFakes:
+    """A penalty as loops write it, on the very tensor that all look-ahead steps share."""
+
+    def discriminator_loss(self, discriminator: Any, fake: Tensor, real: Tensor) -> Tensor:
+        x = fake if fake.requires_grad else fake.requires_grad_()
+        out = discriminator(x)
+        (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        loss: Tensor = out.mean() - discriminator(real).mean() + slope.square().sum(1).mean()
+        return loss
+
+    def generator_loss(self, discriminator: Any, fake: Tensor, real: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(discriminator(fake).sum(), fake, create_graph=True)
+        return slope.square().mean() - discriminator(fake).mean()
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_penalty_on_the_fakes_themselves_is_taken_at_a_fixed_theta(checkpoint: bool) -> None:
+    d, fake, real = net(), fakes(), randn(5, 3)
+    loss = Loss(d, sgd(d), PenaltyOnFakes(), unroll_steps=3, checkpoint=checkpoint)
+    ahead = loss.unroll(fake, real)
+    copied = copy.deepcopy(d)
+    train(copied, sgd(copied), [(fake.detach(), real)] * 3, PenaltyOnFakes())
+    for name, parameter in copied.named_parameters():
+        torch.testing.assert_close(ahead.parameters[name], parameter, rtol=1e-12, atol=1e-14)
+
+    wanted = PenaltyOnFakes().generator_loss(copied, fake.detach().requires_grad_(), real)
+    torch.testing.assert_close(loss(fake, real), wanted, rtol=1e-12, atol=1e-14)
+    if not checkpoint:
+        report = unroll.check_gradients(loss, fake, real)
+        assert report.ok, report

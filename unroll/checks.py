@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unroll.derivatives import DETACHED_FAKES
 from unroll.differences import (
     TOLERANCE,
     DifferenceCheck,
     double,
     in_double,
 )
+from unroll.inspection import DETACHED_FAKES
 from unroll.loss import UnrolledGeneratorLoss
 from unroll.stateless import (
     Batch,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchopt.base import GradientTransformation
 from torchopt.pytree import tree_leaves, tree_map
 
-from unroll.derivatives import probe_layers
+from unroll.inspection import probe_layers
 from unroll.loss import UnrolledGeneratorLoss
 from unroll.optimizers import inner_optimizer, unwrap_optimizer
 from unroll.randomness import random_state, set_random_state

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torchopt.pytree import tree_map
 
-from unroll.derivatives import refuse_own_parameters
 from unroll.game import check_objective, warn_of_sigmoid
 from unroll.game.objectives import Minimax, Objective
+from unroll.inspection import refuse_own_parameters
 from unroll.optimizers import inner_optimizer, warn_of_step_hooks
-from unroll.stateless import Batch, Stateless, check_supported, held, tensors, unwrap
+from unroll.stateless import Batch, Stateless, aliased, check_supported, held, tensors, unwrap
 from unroll.steps.checks import (
     Project,
     check_differentiable,
@@ -242,7 +242,7 @@ class UnrolledGeneratorLoss(nn.Module):
             keep = _detached if constant else _unchanged
             theta = {name: keep(p) for name, p in point.parameters.items()}
             d = At(module, theta, point.buffers, twice=not constant)
-            value = self.objective.generator_loss(d, fake, real)
+            value = self.objective.generator_loss(d, aliased(fake), aliased(real))
             check_scalar(value, "generator_loss")
             if not self._inspected_value and value.requires_grad:
                 between = [*tensors((fake, real)), *theta.values(), *point.buffers.values()]

@@ -40,6 +40,14 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     return batch
 
 
+def aliased(batch: Batch) -> Batch:
+    """Return the batch under names of its own: theta_D^k depends on it, but not on these.
+
+    So a gradient that an objective or D takes in its input is the partial one, at fixed theta_D^k.
+    """
+    return map_tensors(lambda t: t.view_as(t) if t.requires_grad else t, batch)
+
+
 def unwrap_once(module: nn.Module) -> nn.Module | None:
     """Return what ``torch.compile``'s or a data-parallel wrapper holds, None for other modules."""
     if isinstance(module, torch._dynamo.OptimizedModule):

@@ -10,19 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unroll.derivatives import (
-    inspect_step,
-    refuse_layers,
-    refuse_other_tensors,
-    refuse_own_parameters,
-)
 from unroll.game.objectives import Objective
+from unroll.inspection import inspect_step, refuse_layers, refuse_own_parameters
 from unroll.optimizers import InnerOptimizer
-from unroll.stateless import Batch, Stateless, map_tensors, mutation_message, tensors
+from unroll.stateless import Batch, Stateless, aliased, map_tensors, mutation_message, tensors
 from unroll.steps.checks import Project, check_scalar, projected, same
 from unroll.steps.discriminator import At
 from unroll.steps.ranks import averaged
-from unroll.steps.recompute import recomputed
+from unroll.steps.recompute import recomputed, refuse_other_tensors
 
 
 class Point(NamedTuple):
@@ -81,9 +76,13 @@ class LookAhead:
     def _advance(self, point: Point, fake: Batch, real: Batch) -> Point:
         if self.constant:
             fake, real = map_tensors(Tensor.detach, (fake, real))
-        if self.checkpoint and not self.constant:
-            return recomputed(self._step, self.module.module, point, fake, real)
-        return self._step(point, fake, real, graph=not self.constant)
+        if not self.checkpoint or self.constant:
+            return self._step(point, fake, real, graph=not self.constant)
+        inspected = self.inspected
+        following = recomputed(self._step, self.module.module, point, fake, real)
+        if self.inspected and not inspected:
+            refuse_other_tensors(self._step, (point, fake, real))
+        return following
 
     def _step(self, point: Point, fake: Batch, real: Batch, *, graph: bool) -> Point:
         """Return theta_D^{k+1} = theta_D^k + eta df/dtheta_D^k (Eq. 7)."""
@@ -97,9 +96,10 @@ class LookAhead:
             refuse_layers(self.module.module)
         d = At(self.module, theta, point.buffers, twice=not self.constant)
         with torch.enable_grad():
+            fake, real = aliased(fake), aliased(real)
             loss = self.objective.discriminator_loss(d, fake, real)
             check_scalar(loss, "discriminator_loss")
-            gradients = self._gradients(loss, theta, create_graph=graph or inspect)
+            gradients = self._gradients(loss, theta)
         with (
             torch.set_grad_enabled(graph or inspect),
             torch.autocast(loss.device.type, enabled=False),  # optimizers keep full precision
@@ -113,9 +113,6 @@ class LookAhead:
                 if not same(theta[name], own):
                     raise RuntimeError(mutation_message(name))
             refuse_own_parameters(module, loss, tensors((fake, real)))
-            if self.checkpoint:
-                known = tensors((theta, point, fake, real))
-                refuse_other_tensors(tensors((moved, state, loss)), known)
             inspect_step(module, gradients, tensors(fake), lambda: d(real))
             self.inspected = True
         following = Point(moved, d.buffers, state, loss.detach())
@@ -137,15 +134,13 @@ class LookAhead:
             point.loss,
         )
 
-    def _gradients(
-        self, loss: Tensor, parameters: Mapping[str, Tensor], *, create_graph: bool
-    ) -> dict[str, Tensor]:
+    def _gradients(self, loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return df/dtheta_D^k of the moving parameters that the loss depends on."""
         found: dict[str, Tensor] = {}
         moving = {name: p for name, p in parameters.items() if name in self.moving}
         if loss.requires_grad:
             gradients = torch.autograd.grad(
-                loss, list(moving.values()), create_graph=create_graph, allow_unused=True
+                loss, list(moving.values()), create_graph=not self.constant, allow_unused=True
             )
             pairs = zip(moving, gradients, strict=True)
             found = {name: self._hooked(name, g) for name, g in pairs if g is not None}

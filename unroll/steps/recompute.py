@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from unroll.inspection import graph
 from unroll.randomness import random_state, replayed
 from unroll.stateless import Batch, held, map_tensors, tensors
 
@@ -30,6 +31,31 @@ def recomputed(step: Step[P], module: nn.Module, point: P, fake: Batch, real: Ba
     outputs = _Recompute.apply(run, *tensors(given))
     following: P = _filled(run.result, outputs)
     return following
+
+
+def refuse_other_tensors(step: Step[P], given: tuple[P, Batch, Batch]) -> None:
+    """Refuse a step whose result depends on tensors that a recomputation gives no gradients.
+
+    They stand in the graphs of both of two runs; what a step makes for itself stands in one.
+    """
+    device = next(t.device for t in tensors(given))
+    state = random_state(device)
+    inputs = _leaves(tensors(given), [t.requires_grad for t in tensors(given)])
+    found: list[dict[int, Tensor]] = []
+    for _ in range(2):
+        with replayed(state, device):
+            result = step(*_filled(given, inputs), graph=True)
+        variables = [getattr(node, "variable", None) for node in graph(tensors(result))]
+        found.append({id(v): v for v in variables if v is not None})
+    known = {id(t) for t in inputs}
+    for name, leaf in found[0].items():
+        if name in found[1] and name not in known:
+            raise RuntimeError(
+                "checkpoint: the look-ahead uses a tensor that requires a gradient and is no part "
+                f"of the batch (shape {tuple(leaf.shape)}; in the objective or in project=), whose "
+                "gradient a recomputed step would lose. Pass it in the batch, detach it, or set "
+                "checkpoint=False."
+            )
 
 
 class _Run:

@@ -1,0 +1,167 @@
+"""What a first look-ahead step is searched for: derivatives that are missing or get lost."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from unroll.stateless import map_tensors, tensors
+
+T = TypeVar("T")
+
+DETACHED_FAKES = (
+    "objective: discriminator_loss does not depend on the fakes (are they detached?), so the "
+    "second term of Eq. 12 is zero. Use `fake` as it is given, or say stop_gradient=True if the "
+    "first term alone is meant."
+)
+
+
+def refuse_own_parameters(module: nn.Module, loss: Tensor, until: Iterable[Tensor]) -> None:
+    """Refuse a loss that D's real parameters reach; ``until`` are the tensors it may depend on."""
+    own = {id(p): name for name, p in module.named_parameters()}
+    for node in graph([loss], [t.grad_fn for t in until if t.grad_fn is not None]):
+        name = own.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            raise RuntimeError(
+                f"discriminator, objective: the loss uses D's parameter {name!r} other than "
+                "through the discriminator it is given (from a closure, or D keeps it in a plain "
+                "list), so the look-ahead cannot put theta_D^k in its place. Call the "
+                "`discriminator` argument; in D, read parameters as attributes."
+            )
+
+
+def refuse_layers(module: nn.Module) -> None:
+    """Refuse layers whose second derivative is wrong in a way that no graph shows."""
+    for name, layer in module.named_modules():
+        synchronised = isinstance(layer, nn.SyncBatchNorm) and layer.training and _many_ranks(layer)
+        if synchronised:
+            raise RuntimeError(
+                f"discriminator: {name or 'itself'} (SyncBatchNorm) has no right second derivative "
+                "in training mode. Use BatchNorm, whose statistics are those of each rank, or "
+                "GroupNorm, or set stop_gradient=True for the first term alone."
+            )
+
+
+def _many_ranks(layer: nn.SyncBatchNorm) -> bool:
+    initialised = dist.is_available() and dist.is_initialized()
+    return initialised and dist.get_world_size(layer.process_group) > 1
+
+
+def inspect_step(
+    module: nn.Module,
+    gradients: Mapping[str, Tensor],
+    fakes: Sequence[Tensor],
+    forward: Callable[[], object],
+) -> None:
+    """Refuse layers without the derivatives that Eq. 12 needs; warn of detached fakes.
+
+    ``gradients`` are D's at theta_D^0, in the graph of ``fakes``.
+    """
+    nodes = graph(gradients.values(), [t.grad_fn for t in fakes if t.grad_fn is not None])
+    if _lacks_derivative(nodes):
+        orders = probe_layers(module, forward, _missing_order)
+        lowest = min((order for order in orders.values() if order), default=0)
+        named = [name for name, order in orders.items() if lowest and order == lowest]
+        raise RuntimeError(
+            "discriminator: the look-ahead needs a derivative that PyTorch does not have, in "
+            f"{', '.join(named) or type(module).__name__} (a gradient penalty needs one order "
+            "more). Replace the layer (GroupNorm for BatchNorm under a penalty, plain operations "
+            "for a fused kernel), or set stop_gradient=True for the first term alone."
+        )
+    differentiable = [fake for fake in fakes if fake.requires_grad]
+    if differentiable and not any(_reaches(nodes, fake) for fake in differentiable):
+        warnings.warn(DETACHED_FAKES, stacklevel=2)
+
+
+def probe_layers(
+    module: nn.Module,
+    forward: Callable[[], object],
+    probe: Callable[[Callable[..., Any], list[Tensor], list[Tensor]], T],
+) -> dict[str, T]:
+    """Call ``probe`` on every innermost layer that ``forward`` runs, with what it runs on.
+
+    ``probe`` gets the layer, its floating-point inputs (detached, requiring gradients) and its
+    parameters; results come by the layer's name and type.
+    """
+    results: dict[str, T] = {}
+    busy = False
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], _: Any) -> None:
+            nonlocal busy
+            if busy or name in results:
+                return
+            busy = True
+            try:
+                with torch.enable_grad():
+                    fresh = map_tensors(_leaf, args)
+                    inputs = [t for t in tensors(fresh) if t.requires_grad]
+                    parameters: list[Tensor] = [p for p in layer.parameters() if p.requires_grad]
+                    results[name] = probe(lambda: layer(*fresh), inputs, parameters)
+            finally:
+                busy = False
+
+        return hook
+
+    handles = [
+        layer.register_forward_hook(hook_of(f"{name or 'itself'} ({type(layer).__name__})"))
+        for name, layer in module.named_modules()
+        if not {child for child, _ in layer.named_children()} - {"parametrizations"}
+    ]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return results
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
+
+
+def _missing_order(layer: Callable[[], Any], inputs: list[Tensor], parameters: list[Tensor]) -> int:
+    """Return 2 or 3 where a layer lacks that derivative, 0 where it has both."""
+    points = inputs + parameters
+    values = [t for t in tensors(layer()) if t.requires_grad]
+    for order in (2, 3):
+        if not values:
+            break
+        loss = torch.stack([t.square().sum() for t in values]).sum()
+        found = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
+        values = [g for g in found if g is not None and g.requires_grad]
+        if _lacks_derivative(graph(values)):
+            return order
+    return 0
+
+
+def graph(outputs: Iterable[Tensor], until: Iterable[Node] = ()) -> set[Node]:
+    """Return the autograd nodes behind the outputs, up to and with those of ``until``."""
+    last = set(until)
+    stack = [output.grad_fn for output in outputs]
+    nodes: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            if node in last:
+                continue
+            stack.extend(following for following, _ in node.next_functions)
+    return nodes
+
+
+def _lacks_derivative(nodes: set[Node]) -> bool:
+    missing = {"torch::autograd::NotImplemented", "torch::autograd::Error"}
+    return any(node.name() in missing for node in nodes)
+
+
+def _reaches(nodes: set[Node], tensor: Tensor) -> bool:
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn in nodes
+    return any(getattr(node, "variable", None) is tensor for node in nodes)
