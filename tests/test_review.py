@@ -361,7 +361,8 @@ class PenaltyOnFakes:
 
     def generator_loss(self, discriminator: Any, fake: Tensor, real: Tensor) -> Tensor:
         (slope,) = torch.autograd.grad(discriminator(fake).sum(), fake, create_graph=True)
-        return slope.square().mean() - discriminator(fake).mean()
+        loss: Tensor = slope.square().mean() - discriminator(fake).mean()
+        return loss
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

@@ -355,10 +355,6 @@ ZOO: dict[str, Animal] = {
         feed=labelled,
         adam=True,
     ),
-    "embedding bag": Animal(
-        lambda: nets.Labelled(nn.EmbeddingBag(4, 4, mode="mean")),
-        feed=lambda x: (x, torch.stack([_labels(x), _labels(x) + 1], 1)),
-    ),
     "named outputs, a flag": Animal(
         nets.Named, feed=lambda x: {"x": x, "slope": 1.5}, objective=nets.Auxiliary()
     ),

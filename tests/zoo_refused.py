@@ -142,6 +142,12 @@ REFUSED: dict[str, Refusal] = {
         RuntimeError,
         r"discriminator: .*derivative.*\b1 \(Fused\).*stop_gradient=True",
     ),
+    "embedding bag": Refusal(
+        lambda: _d64(Labelled(nn.EmbeddingBag(4, 4, mode="mean"))),
+        RuntimeError,
+        r"discriminator: .*derivative.* \(EmbeddingBag\).*stop_gradient=True",
+        feed=lambda x: (x, torch.stack([labelled(x)[1], labelled(x)[1] + 1], 1)),
+    ),
     "activation checkpointing": Refusal(
         lambda: _d64(Checkpointed(reentrant=False)),
         RuntimeError,

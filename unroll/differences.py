@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torchopt.base import GradientTransformation
 from torchopt.pytree import tree_leaves, tree_map
 
-from unroll.inspection import probe_layers
+from unroll.inspection import innermost, probe_layers
 from unroll.loss import UnrolledGeneratorLoss
 from unroll.optimizers import inner_optimizer, unwrap_optimizer
 from unroll.randomness import random_state, set_random_state
 from unroll.stateless import Batch, Stateless, held, tensors
 from unroll.steps.discriminator import At
-from unroll.steps.lookahead import Point
+from unroll.steps.lookahead import Point, hooked
 
 TOLERANCE = 1e-5  # of check_gradients; a lost second derivative is seldom below 1e-4
 DIRECTIONS = 3  # for each tensor of fakes
@@ -117,11 +117,20 @@ class DifferenceCheck:
 
             return norm
 
+        wrong = innermost([name for name, error in layers.items() if error > TOLERANCE])
         suspicions = [
-            f"wrong second derivative of layer {name} (relative error {error:.1e})"
-            for name, error in layers.items()
-            if error > TOLERANCE
+            f"wrong second derivative of layer {name} (relative error {layers[name]:.1e})"
+            for name in wrong
         ]
+        for name, gradient in gradients.items():
+
+            def norm(parameter: Tensor = module.parameters[name], g: Tensor = gradient) -> Tensor:
+                return hooked(parameter, g).square().sum()
+
+            if _scalar_error(norm, [gradient]) > TOLERANCE:
+                suspicions.append(
+                    f"wrong derivative of the gradient hook of {name!r} (does it clip, detached?)"
+                )
         if _scalar_error(moved(project=False), list(gradients.values())) > TOLERANCE:
             suspicions.append(
                 "wrong derivative of the optimizer's update (does it clip, detached?)"
@@ -200,8 +209,8 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
     impl = getattr(optimizer, "impl", optimizer)
     if isinstance(impl, GradientTransformation):  # pure functions, which deepcopy breaks
         memo[id(impl)] = impl
-    originals = (loss.discriminator, optimizer, loss.objective, loss.project)
-    module, optimizer, objective, project = copy.deepcopy(originals, memo)
+    parts = (loss.discriminator, optimizer, loss.objective, loss.project)
+    module, optimizer, objective, project = copy.deepcopy(parts, memo)
     module.double()
     for part in [*module.modules(), objective, project]:
         _attributes_in_double(part)
@@ -224,6 +233,9 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
         sync=False,  # the copies are this rank's alone
     )
     copied._trainable = loss._trainable
+    originals = dict(loss.discriminator.named_parameters())
+    for name, parameter in copied.discriminator.named_parameters():
+        parameter._backward_hooks = originals[name]._backward_hooks  # which deepcopy leaves out
     return copied
 
 

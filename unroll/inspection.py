@@ -55,28 +55,55 @@ def _many_ranks(layer: nn.SyncBatchNorm) -> bool:
 
 def inspect_step(
     module: nn.Module,
+    theta: Iterable[Tensor],
     gradients: Mapping[str, Tensor],
     fakes: Sequence[Tensor],
     forward: Callable[[], object],
 ) -> None:
     """Refuse layers without the derivatives that Eq. 12 needs; warn of detached fakes.
 
-    ``gradients`` are D's at theta_D^0, in the graph of ``fakes``.
+    ``gradients`` are D's at ``theta``, theta_D^0, in the graph of ``fakes``.
     """
-    nodes = graph(gradients.values(), [t.grad_fn for t in fakes if t.grad_fn is not None])
-    if _lacks_derivative(nodes):
-        orders = probe_layers(module, forward, _missing_order)
-        lowest = min((order for order in orders.values() if order), default=0)
-        named = [name for name, order in orders.items() if lowest and order == lowest]
-        raise RuntimeError(
-            "discriminator: the look-ahead needs a derivative that PyTorch does not have, in "
-            f"{', '.join(named) or type(module).__name__} (a gradient penalty needs one order "
-            "more). Replace the layer (GroupNorm for BatchNorm under a penalty, plain operations "
-            "for a fused kernel), or set stop_gradient=True for the first term alone."
-        )
-    differentiable = [fake for fake in fakes if fake.requires_grad]
-    if differentiable and not any(_reaches(nodes, fake) for fake in differentiable):
+    fakes = [fake for fake in fakes if fake.requires_grad]
+    outputs = [g for g in gradients.values() if g.requires_grad]
+    points = [*fakes, *(p for p in theta if p.requires_grad)]
+    found: Sequence[Tensor | None] = [None] * len(points)
+    if outputs:
+        try:
+            if _has_dead_ends(graph(outputs, [t.grad_fn for t in fakes if t.grad_fn is not None])):
+                raise RuntimeError("a derivative is not implemented")
+            found = torch.autograd.grad(
+                outputs, points, [g.detach() for g in outputs], retain_graph=True, allow_unused=True
+            )
+        except RuntimeError as error:
+            named = _without_derivative(module, forward)
+            if not named:
+                raise
+            raise RuntimeError(
+                "discriminator: the look-ahead needs a derivative that PyTorch does not have, in "
+                f"{', '.join(named)} (a gradient penalty needs one order more). Replace the layer "
+                "(GroupNorm for BatchNorm under a penalty, plain operations for a fused kernel), "
+                "or set stop_gradient=True for the first term alone."
+            ) from error
+    if fakes and all(g is None for g in found[: len(fakes)]):
         warnings.warn(DETACHED_FAKES, stacklevel=2)
+
+
+def _without_derivative(module: nn.Module, forward: Callable[[], object]) -> list[str]:
+    """Return the layers that lack a derivative of the lowest order that any of them lacks."""
+    orders = {name: n for name, n in probe_layers(module, forward, _missing_order).items() if n}
+    lowest = min(orders.values(), default=0)
+    return innermost([name for name, order in orders.items() if order == lowest])
+
+
+def innermost(names: Sequence[str]) -> list[str]:
+    """Return the probed layers of which no part is named too."""
+    paths = [name.split(" ")[0] for name in names]
+    return [
+        name
+        for name, path in zip(names, paths, strict=True)
+        if not any(p.startswith(f"{path}.") or (path == "itself" != p) for p in paths)
+    ]
 
 
 def probe_layers(
@@ -84,7 +111,7 @@ def probe_layers(
     forward: Callable[[], object],
     probe: Callable[[Callable[..., Any], list[Tensor], list[Tensor]], T],
 ) -> dict[str, T]:
-    """Call ``probe`` on every innermost layer that ``forward`` runs, with what it runs on.
+    """Call ``probe`` on every layer that ``forward`` runs, with what it runs on.
 
     ``probe`` gets the layer, its floating-point inputs (detached, requiring gradients) and its
     parameters; results come by the layer's name and type.
@@ -93,26 +120,28 @@ def probe_layers(
     busy = False
 
     def hook_of(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], _: Any) -> None:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
             nonlocal busy
             if busy or name in results:
                 return
             busy = True
             try:
                 with torch.enable_grad():
-                    fresh = map_tensors(_leaf, args)
-                    inputs = [t for t in tensors(fresh) if t.requires_grad]
+                    fresh, named = map_tensors(_leaf, (args, kwargs))
+                    inputs = [t for t in tensors((fresh, named)) if t.requires_grad]
                     parameters: list[Tensor] = [p for p in layer.parameters() if p.requires_grad]
-                    results[name] = probe(lambda: layer(*fresh), inputs, parameters)
+                    results[name] = probe(lambda: layer(*fresh, **named), inputs, parameters)
             finally:
                 busy = False
 
         return hook
 
     handles = [
-        layer.register_forward_hook(hook_of(f"{name or 'itself'} ({type(layer).__name__})"))
+        layer.register_forward_hook(
+            hook_of(f"{name or 'itself'} ({type(layer).__name__})"), with_kwargs=True
+        )
         for name, layer in module.named_modules()
-        if not {child for child, _ in layer.named_children()} - {"parametrizations"}
+        if "parametrizations" not in name.split(".")
     ]
     try:
         forward()
@@ -130,14 +159,17 @@ def _missing_order(layer: Callable[[], Any], inputs: list[Tensor], parameters: l
     """Return 2 or 3 where a layer lacks that derivative, 0 where it has both."""
     points = inputs + parameters
     values = [t for t in tensors(layer()) if t.requires_grad]
-    for order in (2, 3):
+    for order in (1, 2, 3):
         if not values:
             break
         loss = torch.stack([t.square().sum() for t in values]).sum()
-        found = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
-        values = [g for g in found if g is not None and g.requires_grad]
-        if _lacks_derivative(graph(values)):
+        try:
+            found = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
+        except RuntimeError:
             return order
+        values = [g for g in found if g is not None and g.requires_grad]
+        if order < 3 and _has_dead_ends(graph(values)):
+            return order + 1
     return 0
 
 
@@ -156,12 +188,7 @@ def graph(outputs: Iterable[Tensor], until: Iterable[Node] = ()) -> set[Node]:
     return nodes
 
 
-def _lacks_derivative(nodes: set[Node]) -> bool:
+def _has_dead_ends(nodes: set[Node]) -> bool:
+    """Return whether there are missing derivatives, which ``autograd.grad`` may pass by."""
     missing = {"torch::autograd::NotImplemented", "torch::autograd::Error"}
     return any(node.name() in missing for node in nodes)
-
-
-def _reaches(nodes: set[Node], tensor: Tensor) -> bool:
-    if tensor.grad_fn is not None:
-        return tensor.grad_fn in nodes
-    return any(getattr(node, "variable", None) is tensor for node in nodes)

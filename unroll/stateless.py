@@ -184,6 +184,11 @@ def check_supported(module: nn.Module) -> None:
                 f"discriminator: a torch.jit module ({name or 'the discriminator itself'}) cannot "
                 "run with parameters other than its own. Pass the nn.Module it was made from."
             )
+        if type(submodule).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")):
+            raise TypeError(
+                f"discriminator: {name or 'the discriminator itself'} is quantised, and rounding "
+                "has no derivative. Pass the floating-point module from before the quantisation."
+            )
         if any(c.__module__.startswith("torch.distributed.fsdp") for c in type(submodule).__mro__):
             raise TypeError(
                 f"discriminator: {name or 'the discriminator itself'} is sharded by FSDP, whose "

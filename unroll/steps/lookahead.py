@@ -113,7 +113,7 @@ class LookAhead:
                 if not same(theta[name], own):
                     raise RuntimeError(mutation_message(name))
             refuse_own_parameters(module, loss, tensors((fake, real)))
-            inspect_step(module, gradients, tensors(fake), lambda: d(real))
+            inspect_step(module, theta.values(), gradients, tensors(fake), lambda: d(real))
             self.inspected = True
         following = Point(moved, d.buffers, state, loss.detach())
         return following if graph else self._without_graph(following)
@@ -143,7 +143,9 @@ class LookAhead:
                 loss, list(moving.values()), create_graph=not self.constant, allow_unused=True
             )
             pairs = zip(moving, gradients, strict=True)
-            found = {name: self._hooked(name, g) for name, g in pairs if g is not None}
+            found = {
+                name: hooked(self.module.parameters[name], g) for name, g in pairs if g is not None
+            }
         for name, gradient in found.items():
             if gradient.layout != torch.strided:
                 raise TypeError(
@@ -160,9 +162,10 @@ class LookAhead:
             )
         return found
 
-    def _hooked(self, name: str, gradient: Tensor) -> Tensor:
-        """Return the gradient as the hooks of the real parameter leave it."""
-        for hook in (self.module.parameters[name]._backward_hooks or {}).values():
-            replaced = hook(gradient)
-            gradient = gradient if replaced is None else replaced
-        return gradient
+
+def hooked(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient as the hooks of the real parameter leave it."""
+    for hook in (parameter._backward_hooks or {}).values():
+        replaced = hook(gradient)
+        gradient = gradient if replaced is None else replaced
+    return gradient
