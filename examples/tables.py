@@ -64,7 +64,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def worst(rows: Iterable[Row], column: str = "relative_error") -> str:
     """Return the largest number of a column, with one digit."""
     values = [float(row[column]) for row in rows if row[column]]
-    return f"{max(values):.0e}" if values else ""
+    return (f"{max(values):.0e}" if max(values) else "0") if values else ""
 
 
 def correctness(rows: Sequence[Row]) -> str:
@@ -74,7 +74,7 @@ def correctness(rows: Sequence[Row]) -> str:
         package, _, name = row["class"].rpartition(".")
         return name if package == "torch.optim" else "torchopt"
 
-    families = list(dict.fromkeys(map(family, sorted(rows, key=lambda r: family(r) == "torchopt"))))
+    families = sorted({*map(family, rows)}, key=lambda name: (name == "torchopt", name.lower()))
     exact, refused = [], []
     for discriminator in dict.fromkeys(row["discriminator"] for row in rows):
         own = [row for row in rows if row["discriminator"] == discriminator]

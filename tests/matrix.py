@@ -60,7 +60,10 @@ def _double(t: Tensor) -> Tensor:
 
 def _first(names: Iterable[str], key: Callable[[str], str]) -> list[str]:
     """Return the first name of each key."""
-    return list({key(name): name for name in reversed([*names])}.values())[::-1]
+    found: dict[str, str] = {}
+    for name in names:
+        found.setdefault(key(name), name)
+    return list(found.values())
 
 
 def public_name(optimizer: Any, name: str) -> str:
