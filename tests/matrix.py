@@ -4,7 +4,7 @@ python -m tests.matrix                  compute it; fail if a cell is off by mor
 python -m tests.matrix --record         write docs/results/{correctness,optimizers}.csv, or go on
 python -m tests.matrix --only dropout   only discriminators with that in their name, again
 
-A cell is the relative error of f_K's gradient in the fakes, with K = 3, along a random direction and
+A cell is the relative error of f_K's gradient in the fakes, with K = 3, along a random direction,
 after two real steps, in float64, against Ridders' extrapolated central differences of the value
 under ``torch.no_grad()``; or the exception that refuses the pair. For every optimizer, its
 look-ahead is compared with its real steps, too.
