@@ -63,6 +63,11 @@ def test_mog_refuses_bad_arguments_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def example(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module(name)
+
+
 SIDE_BY_SIDE = {
     "two_clusters.py": ("--epochs", "--games", "Rp", "--unroll-steps", "2"),
     "five_gaussians.py": ("--iterations", "--games", "JS", "--unroll-steps", "2", "--normalise"),
@@ -133,19 +138,22 @@ def test_a_seed_trains_among_others_as_it_does_alone(script: str, tmp_path: Path
     ],
 )
 def test_they_refuse_bad_arguments_before_any_work(
-    script: str, arguments: tuple[str, str], tmp_path: Path
+    script: str,
+    arguments: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    refused = run(script, *arguments, "--out", tmp_path / "out")
-    assert refused.returncode == 2
+    main = example(script.removesuffix(".py"), monkeypatch).main
+    monkeypatch.setattr(sys, "argv", [script, *arguments, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as refused:
+        main()
+    assert refused.value.code == 2
     flag, value = arguments
-    assert flag in refused.stderr
-    assert value in refused.stderr
+    error = capsys.readouterr().err
+    assert flag in error.splitlines()[-1]
+    assert value in error.splitlines()[-1]
     assert not (tmp_path / "out").exists()
-
-
-def example(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module(name)
 
 
 def test_the_plateaus_of_two_clusters_are_the_best_losses_at_a_collapsed_state(
@@ -203,6 +211,27 @@ def test_the_normalised_layer_is_the_last_of_d(monkeypatch: pytest.MonkeyPatch) 
     normalised = five_gaussians.normalised(dict(d.named_parameters()))
     assert torch.allclose(normalised[names[-1]].norm(dim=-1), torch.ones(2, 1))
     assert all(normalised[name] is p for name, p in d.named_parameters() if name != names[-1])
+
+
+def test_verdicts_count_differences_of_more_than_two_standard_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    claims = example("lab.claims", monkeypatch)
+    # Standard errors of 1 each: the difference's is the root of 2.
+    low, near, far = [0.0, 2.0], [2.8, 4.8], [2.9, 4.9]
+    findings = {
+        "for": claims.Comparison("", far, low),
+        "no difference": claims.Comparison("", near, low),
+        "the reverse": claims.Comparison("", low, far),
+    }
+    for finding, comparison in findings.items():
+        assert comparison.finding == finding
+    assert claims.Comparison("", near, low, denied=True).finding == "for"
+    assert claims.Comparison("", far, low, denied=True).finding == "the reverse"
+    right, none, wrong = findings.values()
+    assert claims.verdict([right, right]) == "holds"
+    assert claims.verdict([right, none]) == "partly"
+    assert claims.verdict([none, wrong]) == "does not hold"
 
 
 def test_the_tables_of_the_pages_follow_from_the_records() -> None:

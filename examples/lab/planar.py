@@ -1,6 +1,7 @@
 """Seeds side by side on a mixture of Gaussians: their metrics and figures."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,11 @@ def report(
     seed: int,
     caption: str,
 ) -> None:
-    """Print the table of some settings and draw them: heat maps of one seed, curves of all."""
+    """Print the table of some settings, and draw them.
+
+    The figures are heat maps over training of the first seed, heat maps at the end of the first
+    few, and curves of all.
+    """
     histories = {label: seeds.histories(log) for label, log in logs.items()}
     print(f"\n{caption}\n")
     print(records.table(histories, TABLE))
@@ -41,16 +46,22 @@ def report(
     snapshots = {label: log["snapshots"] for label, log in logs.items()}
     updates = [row["player_updates"] for row in next(iter(histories.values()))[0]]
     columns = sorted({round(i * (len(updates) - 1) / 6) for i in range(7)})
-    extent = 1.4 * mixture.means.norm(dim=1).max().item()
-    count = next(iter(snapshots.values()))[0].shape[1]
-    figures.heat_maps(
+    first = {label: [moments[i][0] for i in columns] for label, moments in snapshots.items()}
+    last = {label: list(moments[-1]) for label, moments in snapshots.items()}
+    count = next(iter(last.values()))[0].shape[0]
+    draw = partial(
+        figures.heat_maps,
+        data=mixture.sample(count, torch.Generator().manual_seed(seed)),
+        extent=1.4 * mixture.means.norm(dim=1).max().item(),
+    )
+    draw(
         folder / f"{name}.png",
-        {label: [moments[i][0] for i in columns] for label, moments in snapshots.items()},
+        first,
         [f"{updates[i]:,}" for i in columns],
-        mixture.sample(count, torch.Generator().manual_seed(seed)),
-        extent=extent,
         caption=f"updates of G and D ({caption}, seed {seed})",
     )
+    titles = [f"seed {seed + number}" for number in range(len(next(iter(last.values()))))]
+    draw(folder / f"{name}_seeds.png", last, titles, caption=f"{updates[-1]:,} updates ({caption})")
     ideal = {
         "modes": len(mixture.means),
         "percent_high_quality": CEILING,

@@ -32,74 +32,87 @@ def two_clusters(records: Records) -> str:
         epoch = float(row["covered_at"])
         return epoch if epoch >= 0 else float(row["epochs"])
 
+    names = ("start", "preset", "epochs", "game", "unroll_steps")
     lines = []
-    for preset, epochs, game, k in records.settings("preset", "epochs", "game", "unroll_steps"):
-        seeds = records.pick(preset=preset, epochs=epochs, game=game, unroll_steps=k)
+    for setting in records.settings(*names):
+        seeds = records.pick(**dict(zip(names, setting, strict=True)))
         count = len(seeds.rows)
-        ever = [sum(value > 0 for value in seeds.values(c)) for c in ("collapsed", "on_plateau")]
+        start, preset, epochs, game, k = setting
         lines.append((
-            preset,
-            f"{int(epochs):,}",
-            f"{game}-GAN",
-            k,
+            *(start, preset, f"{int(epochs):,}", game, k),
             f"{sum(seeds.values('covers')):.0f} / {count}",
             f"{sum(value >= 0 for value in seeds.values('covered_at'))} / {count}",
             shown([until_covered(row) for row in seeds.rows], 0),
-            f"{ever[0]} / {count}",
             shown(seeds.values("collapsed")),
-            f"{ever[1]} / {count}",
+            f"{sum(value > 0 for value in seeds.values('on_plateau'))} / {count}",
             shown(seeds.values("d_loss"), 4),
         ))  # fmt: skip
-    head = ("preset", "epochs", "game", "K", "cover both at the end", "ever", "epochs until then")
-    head += ("collapsed at some time", "evaluations collapsed", "at the plateau", "D's loss")
+    head = ("start", "preset", "epochs", "game", "K", "cover both at the end", "ever")
+    head += ("epochs until then", "evaluations collapsed", "ever at the plateau", "D's loss")
 
-    longest = {}
-    for _, epochs, game, k in records.settings("preset", "epochs", "game", "unroll_steps"):
-        longest[game, k] = epochs
-    common = min(longest.values(), key=int)
-    quick = records.pick(preset="quick", epochs=common)
-    js, rp = {"game": "JS", "unroll_steps": 0}, {"game": "Rp", "unroll_steps": 0}
-    js_5, rp_5 = js | {"unroll_steps": 5}, rp | {"unroll_steps": 5}
+    def shortest(start: str) -> Records:
+        """Return the runs from a start that have the length which all games have."""
+        runs = records.pick(start=start)
+        lengths = runs.settings("epochs")
+        return runs.pick(epochs=lengths[0][0]) if lengths else runs
+
+    def arms(game: str) -> tuple[dict[str, object], dict[str, object]]:
+        return {"game": game, "unroll_steps": 0}, {"game": game, "unroll_steps": 5}
+
+    random, collapsed = shortest("random"), shortest("collapsed")
+    js, rp = arms("JS")[0], arms("Rp")[0]
+
+    def ahead(game: str) -> list[Comparison]:
+        """Compare K=5 with K=0, from both starts."""
+        off, on = arms(game)
+        text = "epochs until covered, K=0 against 5, start"
+        return [
+            *random.compare("evaluations collapsed, K=0 against 5", "collapsed", off, on),
+            *random.compare(f"{text} random", until_covered, off, on),
+            *collapsed.compare(f"{text} collapsed", until_covered, off, on),
+        ]
+
     basin = [
         Comparison(f"share of the JS seeds {text}", share, [0.0] * len(share))
         for text, column in (
             ("that were collapsed at an evaluation", "collapsed"),
             ("whose D was at the plateau then", "on_plateau"),
         )
-        if (share := [float(value > 0) for value in quick.pick(**js).values(column)])
+        if (share := [float(value > 0) for value in random.pick(**js).values(column)])
     ]
     return f"""## Two clusters
 
 `two_clusters.py`: 100 points in two clusters on a line, 100 fixed noises, networks of 5 and 10
-units, SGD. The JS-GAN's D has the loss 0.4774 at best while all fakes sit on one cluster (RpGAN's:
+units, SGD. A JS-GAN's D has the loss 0.4774 at best while all fakes sit on one cluster (RpGAN's:
 0.3466), and 0.6931 where fakes and data match. A run covers both clusters where each has at least
 25 of the 100 fakes within 1 of its middle; it is collapsed where one has at least 90 and the other
 none; it is at the plateau where D's loss is then within 0.02 of that value. There is an evaluation
 every 10 epochs, of 10 D and 10 G steps each. Epochs until both are covered count as all of them in
-runs that never do.
+runs that never do. JS has the non-saturating loss of the authors' code, minimax the saturating one
+of the theorem. The start "collapsed" is in the basin: all fakes on the first cluster, and D trained
+alone for 3,000 steps.
 
 Scaled down: `quick` has five times the authors' learning rates, and the epochs below for 5,000.
-Again: `python examples/two_clusters.py --epochs {common} --record`.
+Again: `python examples/two_clusters.py --epochs {_length(random)} --record`, and with
+`--start collapsed --epochs {_length(collapsed)} --games JS Rp minimax`.
 
 {table(head, lines)}
 
 {claims((
     ("RS-GAN", "the bad basin of the JS-GAN appears in training", basin),
-    ("RS-GAN", "RpGAN has no such basin", [
-        *quick.compare("evaluations collapsed, JS against Rp", "collapsed", js, rp),
-        *quick.compare("epochs until covered, JS against Rp", until_covered, js, rp),
+    ("RS-GAN", "RpGAN has no such basin: it collapses less and covers both sooner", [
+        *random.compare("evaluations collapsed, JS against Rp", "collapsed", js, rp),
+        *random.compare("epochs until covered, JS against Rp", until_covered, js, rp),
+        *collapsed.compare("the same from the collapsed start", until_covered, js, rp),
     ]),
-    ("ours", "looking ahead removes the JS-GAN's basin", [
-        *quick.compare("evaluations collapsed, K=0 against 5", "collapsed", js, js_5),
-        *quick.compare("epochs until covered, K=0 against 5", until_covered, js, js_5),
-        *quick.compare("seeds that cover at the end, K=5 against 0", "covers", js_5, js),
-    ]),
-    ("ours", "looking ahead helps RpGAN too", [
-        *quick.compare("evaluations collapsed, K=0 against 5", "collapsed", rp, rp_5),
-        *quick.compare("epochs until covered, K=0 against 5", until_covered, rp, rp_5),
-        *quick.compare("seeds that cover at the end, K=5 against 0", "covers", rp_5, rp),
-    ]),
+    ("ours", "looking ahead removes the JS-GAN's basin", ahead("JS")),
+    ("ours", "looking ahead removes the basin of the minimax game", ahead("minimax")),
+    ("ours", "looking ahead helps RpGAN too", ahead("Rp")),
 ))}
+
+The theorem is about the loss at the best D. f_K comes nearer to that loss as K grows, so the
+theorem is no reason to expect that looking ahead removes the basin; alternating steps, whose D lags
+behind, need not stay in it.
 
 ![D's loss over training](../figures/two_clusters_loss.png)
 
@@ -112,7 +125,24 @@ Again: `python examples/two_clusters.py --epochs {common} --record`.
 ![D as a function](../figures/two_clusters_d.png)
 
 *D's logit over training, seed 0.*
+
+![D's loss from the collapsed start](../figures/two_clusters_collapsed_loss.png)
+
+*D's loss from the collapsed start, a line a seed.*
 """  # fmt: skip
+
+
+def _length(records: Records) -> str:
+    return next((epochs for (epochs,) in records.settings("epochs")), "150")
+
+
+HEADS = {"unroll_steps": "K", "stop_gradient": "terms", "weight_deviation": "weights"}
+SHOWN = {
+    ("stop_gradient", "False"): "both",
+    ("stop_gradient", "True"): "first",
+    ("normalise", "False"): "no",
+    ("normalise", "True"): "yes",
+}
 
 
 def planar(records: Records, *names: str) -> str:
@@ -126,8 +156,9 @@ def planar(records: Records, *names: str) -> str:
         kl = shown(seeds.values("reverse_kl_all"), 3)
         rotations = shown(seeds.values("rotations"), 1)
         seconds = f"{seeds.values('seconds')[0]:.0f}"
-        lines.append((*setting, f"{full} / {len(seeds.rows)}", *cells, kl, rotations, seconds))
-    head = [name.replace("_", " ").replace("unroll steps", "K") for name in names]
+        shared = [SHOWN.get(pair, pair[1]) for pair in zip(names, setting, strict=True)]
+        lines.append((*shared, f"{full} / {len(seeds.rows)}", *cells, kl, rotations, seconds))
+    head = [HEADS.get(name, name.replace("_", " ")) for name in names]
     head += [f"seeds with {modes:.0f} modes", "modes", "% high quality", "reverse KL, all"]
     return table([*head, "rotations", "seconds of all seeds"], lines)
 
@@ -157,7 +188,7 @@ against RpGAN. The authors keep D's last layer at unit norm in RpGAN alone; here
 unless `normalise` says that it is on in both.
 
 Scaled down: `quick` has learning rates of 1e-3 for 1e-4, the pairs below for 20,000, and {width}
-units a layer for 128. Again: `python examples/five_gaussians.py --record`.
+units a layer for 128. Again: `python examples/five_gaussians.py --iterations {pairs} --record`.
 
 {planar(records, "preset", "pairs", "width", "normalise", "game", "unroll_steps")}
 
@@ -173,7 +204,15 @@ units a layer for 128. Again: `python examples/five_gaussians.py --record`.
 
 ![Samples over training](../figures/five_gaussians_{width}.png)
 
-*Generated samples of seed 0, width {width}.*
+*Generated samples of seed 0 over training, width {width}.*
+
+![Samples at the end](../figures/five_gaussians_{width}_seeds.png)
+
+*Those of seeds 0 to 3 at the end.*
+
+![Metrics over training](../figures/five_gaussians_{width}_curves.png)
+
+*Metrics over training: thin lines are seeds, thick ones their means.*
 """  # fmt: skip
 
 
@@ -231,7 +270,7 @@ KL is of all samples against the true weights.
 
 Scaled down: `quick` has three times the README's learning rates, the pairs below for 3,000, 32
 units a layer for 128, batches of 64 for 512. Again:
-`python examples/mog_nonuniform.py --activations relu tanh --record`.
+`python examples/mog_nonuniform.py --iterations {pairs} --activations relu tanh --record`.
 
 {planar(records, "preset", "pairs", "activation", "weight_deviation", "unroll_steps",
         "stop_gradient")}
