@@ -407,7 +407,7 @@ ROWS: dict[str, Row] = {
     ),
     "penalty without a floating tensor": Row(
         TypeError,
-        r"real: a gradient penalty needs a floating-point tensor",
+        r"real: a gradient penalty needs a floating-point tensor.*got .*Leave the penalty out",
         options=lambda: {"objective": Minimax() + R1(1.0)},
         d=lambda: Rounding(),
         call=lambda loss, fake, real: loss(fake, real.round().long()),

@@ -85,21 +85,11 @@ SATURATED = [
 
 
 @pytest.mark.parametrize("case", SATURATED)
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="torch's softplus is the identity beyond 20, where it is off by up to 2e-9",
-)
 def test_saturated_games(case: Case) -> None:
     check(case)
 
 
 @pytest.mark.parametrize("objective", ["minimax+r1", "wasserstein+gp"])
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="where theta_D^K is a constant, D runs its fused attention, which knows no penalty",
-)
 def test_a_penalty_on_attention_without_a_second_term(objective: str) -> None:
     check(Case(("attention",), objective=objective, stop_gradient=True))
 

@@ -127,7 +127,7 @@ MORE: dict[str, Row] = {
     ),
     "penalty on fakes without a floating tensor": Row(
         TypeError,
-        r"fake: a gradient penalty needs a floating-point tensor",
+        r"fake: a gradient penalty needs a floating-point tensor.*got .*Leave the penalty out",
         d=Rounding,
         options=lambda: {"objective": R2(1.0) + Minimax(), "stop_gradient": True},
         call=lambda loss, fake, real: loss(fake.detach().round().long(), real),

@@ -45,7 +45,11 @@ def _first_floating(batch: Batch, what: str) -> Tensor:
     for tensor in tensors(batch):
         if tensor.is_floating_point():
             return tensor
-    raise TypeError(f"{what}: a gradient penalty needs a floating-point tensor to differentiate.")
+    kinds = [str(tensor.dtype) for tensor in tensors(batch)] or type(batch).__name__
+    raise TypeError(
+        f"{what}: a gradient penalty needs a floating-point tensor to differentiate in; got "
+        f"{kinds}. Leave the penalty out, or pass samples as floating-point tensors."
+    )
 
 
 def _squared_gradient_norm(discriminator: Discriminator, batch: Batch, x: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class LookAhead:
         )
         if inspect:
             refuse_layers(self.module.module)
-        d = At(self.module, theta, point.buffers, twice=not self.constant)
+        d = At(self.module, theta, point.buffers, twice=True)
         with torch.enable_grad():
             fake, real = aliased(fake), aliased(real)
             loss = self.objective.discriminator_loss(d, fake, real)
