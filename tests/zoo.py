@@ -69,6 +69,12 @@ def _frozen_backbone() -> nn.Module:
     return d
 
 
+def _recurrent_weight(wrap: Callable[..., nn.Module]) -> nn.LSTM:
+    layer = nn.LSTM(3, 5, batch_first=True)
+    wrap(layer, "weight_hh_l0")
+    return layer
+
+
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -205,6 +211,7 @@ ZOO: dict[str, Animal] = {
     "expanded input": Animal(lambda: conv(), IMAGE, feed=_expanded),
     "non-contiguous input": Animal(lambda: conv(), IMAGE, feed=lambda x: x.transpose(2, 3)),
     "spectrum": Animal(nets.Fourier, IMAGE),
+    "short-time spectrum": Animal(nets.Sound, (16,)),
     "resampling": Animal(nets.Resampling, IMAGE),
     "R1": Animal(lambda: mlp(), objective=Minimax() + R1(2.0), adam=True),
     "RpGAN + R1 + R2": Animal(
@@ -344,8 +351,15 @@ ZOO: dict[str, Animal] = {
     "GRU, dropout": Animal(
         lambda: Recurrent(nn.GRU(3, 4, 2, batch_first=True, dropout=0.3), 4), TOKENS
     ),
+    "weight norm, LSTM": Animal(
+        lambda: Recurrent(_recurrent_weight(parametrizations.weight_norm), 5), TOKENS
+    ),
+    "spectral norm, LSTM": Animal(
+        lambda: Recurrent(_recurrent_weight(parametrizations.spectral_norm), 5), TOKENS, steps=5
+    ),
     "minibatch discrimination": Animal(nets.MinibatchDiscrimination),
     "message passing": Animal(nets.MessagePassing),
+    "sparse adjacency, distances": Animal(nets.SparseGraph),
     "order statistics": Animal(nets.Sorted),
     "linear algebra": Animal(nets.LogDeterminant),
     "bilinear, einsum": Animal(nets.Bilinear),
@@ -354,6 +368,9 @@ ZOO: dict[str, Animal] = {
         lambda: nets.Labelled(nn.Embedding(4, 4, padding_idx=0)),
         feed=labelled,
         adam=True,
+    ),
+    "embedding by frequency": Animal(
+        lambda: nets.Labelled(nn.Embedding(4, 4, scale_grad_by_freq=True)), feed=labelled
     ),
     "named outputs, a flag": Animal(
         nets.Named, feed=lambda x: {"x": x, "slope": 1.5}, objective=nets.Auxiliary()

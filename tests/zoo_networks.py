@@ -216,6 +216,38 @@ class MessagePassing(nn.Module):
         return output
 
 
+class SparseGraph(nn.Module):
+    """A sparse adjacency matrix, and distances between the nodes."""
+
+    links: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.head = nn.Linear(4, 6), nn.Linear(5, 1)
+        self.register_buffer("links", torch.eye(5) + torch.eye(5).roll(1, 0) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        nodes = torch.tanh(torch.sparse.mm(self.links.to_sparse(), self.features(x)))
+        output: Tensor = self.head(torch.cdist(nodes, nodes + 0.5))
+        return output
+
+
+class Sound(nn.Module):
+    """The short-time spectrum of a waveform, with gains."""
+
+    window: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains, self.head = nn.Parameter(torch.ones(5, 1)), nn.Linear(25, 1)
+        self.register_buffer("window", torch.hann_window(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.stft(x, 8, 4, window=self.window, return_complex=True) * self.gains
+        output: Tensor = self.head(torch.log1p(spectrum.abs().square()).flatten(1))
+        return output
+
+
 class Sorted(nn.Module):
     """Order statistics: sort, topk, cumulative sums, gather."""
 

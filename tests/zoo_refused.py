@@ -148,6 +148,11 @@ REFUSED: dict[str, Refusal] = {
         r"discriminator: .*derivative.* \(EmbeddingBag\).*stop_gradient=True",
         feed=lambda x: (x, torch.stack([labelled(x)[1], labelled(x)[1] + 1], 1)),
     ),
+    "Hardsigmoid": Refusal(
+        lambda: _d64(mlp(nn.Hardsigmoid())),
+        RuntimeError,
+        r"discriminator: .*derivative.*\b1 \(Hardsigmoid\).*stop_gradient=True",
+    ),
     "activation checkpointing": Refusal(
         lambda: _d64(Checkpointed(reentrant=False)),
         RuntimeError,
