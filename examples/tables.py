@@ -1,4 +1,4 @@
-"""Write the tables of the README from the records in docs/results/.
+"""Write the tables of the pages, and docs/results/toys.md, from the records in docs/results/.
 
 python examples/tables.py            rewrite them
 python examples/tables.py --check    fail if one does not follow from its records
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
+
+from lab import toys
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, str]
@@ -165,13 +167,19 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args().check
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]:
-        text = page.read_text()
-        if filled(text) == text:
+    for page, text in pages().items():
+        if page.exists() and page.read_text() == text:
             continue
         if check:
             sys.exit(f"{page.relative_to(ROOT)}: run python examples/tables.py")
-        page.write_text(filled(text))
+        page.write_text(text)
+
+
+def pages() -> dict[Path, str]:
+    """Return what every page is to hold: those with tables in them, and the toys' from nothing."""
+    written = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+    texts = {page: filled(page.read_text()) for page in written}
+    return texts | {ROOT / "docs" / "results" / "toys.md": toys.page()}
 
 
 if __name__ == "__main__":

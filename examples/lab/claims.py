@@ -23,6 +23,12 @@ class Comparison:
     smaller: Sequence[float]
     denied: bool = False
 
+    def __str__(self) -> str:
+        """Return the comparison in words."""
+        small = max(moments(self.larger)[0], moments(self.smaller)[0]) < 1
+        values = [shown(side, 3 if small else 2) for side in (self.larger, self.smaller)]
+        return f"{self.text}: {values[0]} against {values[1]} ({self.finding})"
+
     @property
     def finding(self) -> str:
         """Return whether the means differ by more than two standard errors of the difference."""
@@ -65,10 +71,7 @@ def claims(given: Iterable[tuple[str, str, Sequence[Comparison]]]) -> str:
         if not comparisons:
             lines.append((claim, source, "not run", "", "none"))
             continue
-        ours = "; ".join(
-            f"{c.text}: {shown(c.larger)} against {shown(c.smaller)} ({c.finding})"
-            for c in comparisons
-        )
+        ours = "; ".join(map(str, comparisons))
         counts = {len(values) for c in comparisons for values in (c.larger, c.smaller)}
         seeds = "-".join(map(str, sorted(counts)))
         lines.append((claim, source, ours, seeds, f"**{verdict(comparisons)}**"))
