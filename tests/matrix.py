@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,21 @@ def _animal(architecture: Architecture) -> Animal:
     return Animal(build, (3, 32, 32), feed, architecture.objective)
 
 
+@dataclass(frozen=True)
+class Maximised:
+    """A game whose discriminator has an optimizer that maximises."""
+
+    objective: Objective
+
+    def discriminator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
+        """Return what D maximises."""
+        return -self.objective.discriminator_loss(discriminator, fake, real)
+
+    def generator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
+        """Return what G minimises."""
+        return self.objective.generator_loss(discriminator, fake, real)
+
+
 def _double(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
 
@@ -87,9 +103,11 @@ COLUMNS = {
 CLASSES = {name: public_name(build(deep()), name) for name, build in COLUMNS.items()}
 # The papers' discriminators take a while: one entry of each class of torch.optim, and an Adam.
 FEW = [n for n in _first(COLUMNS, CLASSES.__getitem__) if n.startswith("torch ") or n == "adam"]
-DISCRIMINATORS: dict[str, Animal | Refusal] = (
-    {name: _animal(architecture) for name, architecture in ARCHITECTURES.items()} | ZOO | REFUSED
-)
+DISCRIMINATORS: dict[str, Animal | Refusal] = {
+    **{name: _animal(architecture) for name, architecture in ARCHITECTURES.items()},
+    **ZOO,
+    **{name: refusal for name, refusal in REFUSED.items() if name != "no parameters"},  # of torch's
+}
 
 
 def warmed(d: nn.Module, optimizer: Any, pairs: list[Any], objective: Objective) -> dict[str, Any]:
@@ -137,9 +155,13 @@ def relative_error(optimizer_name: str, discriminator_name: str) -> float:
     animal: Animal | Refusal = DISCRIMINATORS[discriminator_name]
     torch.manual_seed(SEED)
     d = animal.make()
-    optimizer, samples = COLUMNS[optimizer_name](d), SAMPLES
+    optimizer, objective = COLUMNS[optimizer_name](d), animal.objective
+    samples, step = SAMPLES, 1e-2
+    if any(group.get("maximize") for group in getattr(optimizer, "param_groups", ())):
+        objective = Maximised(objective)
     if discriminator_name in ARCHITECTURES:
         optimizer, samples = tamed(optimizer, d, 0.003), 2
+        step = 1e-4  # so many ReLUs that f_K jumps within a larger one
 
     def batch() -> Tensor:
         return randn(samples, *animal.shape)
@@ -147,8 +169,8 @@ def relative_error(optimizer_name: str, discriminator_name: str) -> float:
     fake, real = batch(), animal.feed(batch() + 0.5)
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels cannot do R1 in a real step
         pairs = [(animal.feed(batch()), animal.feed(batch() + 0.5)) for _ in range(2)]
-        state = {} if isinstance(animal, Refusal) else warmed(d, optimizer, pairs, animal.objective)
-    loss = UnrolledGeneratorLoss(d, optimizer, animal.objective, unroll_steps=K)
+        state = {} if isinstance(animal, Refusal) else warmed(d, optimizer, pairs, objective)
+    loss = UnrolledGeneratorLoss(d, optimizer, objective, unroll_steps=K)
 
     def f(x: Tensor) -> Tensor:
         torch.manual_seed(SEED)  # dropout's draws
@@ -163,7 +185,7 @@ def relative_error(optimizer_name: str, discriminator_name: str) -> float:
         return f(fake + t * direction).item()
 
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        difference = central_difference(along, 1e-4, 12, accuracy=1e-8)
+        difference = central_difference(along, step, 17, accuracy=1e-8)
     return abs(difference - (gradient * direction).sum().item()) / abs(difference)
 
 
