@@ -4,12 +4,12 @@ import csv
 import importlib
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TIMINGS = {"seconds"}
@@ -68,59 +68,68 @@ def example(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(name)
 
 
-SIDE_BY_SIDE = {
-    "two_clusters.py": ("--epochs", "--games", "Rp", "--unroll-steps", "2"),
-    "five_gaussians.py": ("--iterations", "--games", "JS", "--unroll-steps", "2", "--normalise"),
-    "mog_nonuniform.py": (
-        "--iterations",
-        "--unroll-steps",
-        "2",
-        "--weights",
-        "0.06",
-        "--gradients",
-        "full",
-    ),
+SIDE_BY_SIDE: dict[str, dict[str, Any]] = {
+    "two_clusters": {"game": "Rp", "start": "collapsed"},
+    "five_gaussians": {"game": "JS", "normalise": True},
+    "mog_nonuniform": {"weight_deviation": 0.06},
 }
 
 
-@pytest.mark.parametrize("script", SIDE_BY_SIDE)
-def test_experiments_with_seeds_side_by_side_resume_to_the_same_numbers(
-    script: str, tmp_path: Path
+def trained(
+    name: str, folder: Path, *lengths: int, seeds: int, first: int, patch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """Train an experiment to each length, resuming, and return its checkpoint."""
+    module = example(name, patch)
+    patch.setattr(module, "ALONE", 5, raising=False)
+    length = "epochs" if name == "two_clusters" else "pairs"
+    for number, until in enumerate(lengths):
+        settings = {**SIDE_BY_SIDE[name], length: until, "first_seed": first, "seeds": seeds}
+        config = replace(module.PRESETS["quick"], unroll_steps=2, evaluate_every=2, **settings)
+        module.train(config, 0, folder=folder, resume=number > 0)
+    content: dict[str, Any] = torch.load(config.checkpoint(folder), weights_only=True)
+    return content
+
+
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+def test_seeds_side_by_side_resume_to_the_same_numbers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    length, *settings = SIDE_BY_SIDE[script]
-    common = (*settings, "--seeds", "2", "--workers", "1")
-    record, whole, parts = tmp_path / "record.csv", tmp_path / "whole", tmp_path / "parts"
-    once = run(script, *common, length, "6", "--out", whole, "--record", record)
-    assert once.returncode == 0, once.stderr
-    assert {row["seed"] for row in rows(record)} == {"0", "1"}
-    assert len(list(whole.glob("*.png"))) >= 2
-    assert run(script, *common, length, "3", "--out", parts).returncode == 0
-    again = run(script, *common, length, "6", "--out", parts, "--resume", "--record", record)
-    assert again.returncode == 0, again.stderr
-    assert rows(whole / "metrics.csv")[-1] == rows(parts / "metrics.csv")[-1]
-    assert len(rows(record)) == len({tuple(row.values()) for row in rows(record)})
+    once = trained(name, tmp_path / "once", 6, seeds=2, first=0, patch=monkeypatch)
+    again = trained(name, tmp_path / "again", 3, 6, seeds=2, first=0, patch=monkeypatch)
+    for content in (once, again):
+        for row in content["log"]["history"]:
+            del row["seconds"]
+    assert str(once["log"]["history"]) == str(again["log"]["history"])  # of NaNs too
+    assert torch.equal(once["rng"], again["rng"])
+    for part in "gd":
+        for key, parameters in once["parts"][part].items():
+            assert torch.equal(parameters, again["parts"][part][key])
 
 
-def trained(folder: Path) -> dict[str, Tensor]:
-    """Return the parameters of all networks in the checkpoint of a run."""
-    (path,) = folder.glob("checkpoints/*.pt")
-    parts = torch.load(path, weights_only=True)["parts"]
-    return {f"{part}.{name}": p for part in "gd" for name, p in parts[part].items()}
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+def test_a_seed_trains_among_others_as_it_does_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = trained(name, tmp_path / "three", 3, seeds=3, first=0, patch=monkeypatch)["parts"]
+    alone = trained(name, tmp_path / "one", 3, seeds=1, first=1, patch=monkeypatch)["parts"]
+    for part in "gd":
+        for key, parameters in alone[part].items():
+            others = together[part][key]
+            assert (parameters[0] - others[1]).abs().max() < 1e-5, key
+            assert (parameters[0] - others[0]).abs().max() > 1e-3, f"{key}: one for all seeds"
 
 
-@pytest.mark.parametrize("script", SIDE_BY_SIDE)
-def test_a_seed_trains_among_others_as_it_does_alone(script: str, tmp_path: Path) -> None:
-    length, *settings = SIDE_BY_SIDE[script]
-    common = (*settings, length, "3", "--workers", "1")
-    for name, first, count in (("three", "0", "3"), ("one", "1", "1")):
-        seeds = ("--seed", first, "--seeds", count)
-        finished = run(script, *common, *seeds, "--out", tmp_path / name)
-        assert finished.returncode == 0, finished.stderr
-    together, alone = trained(tmp_path / "three"), trained(tmp_path / "one")
-    assert together.keys() == alone.keys()
-    for name, parameters in alone.items():
-        assert (parameters[0] - together[name][1]).abs().max() < 1e-5, name
-        assert (parameters[0] - together[name][0]).abs().max() > 1e-2, f"{name}: one for all seeds"
+def test_their_command_line_records_a_row_a_seed_and_draws(tmp_path: Path) -> None:
+    record = tmp_path / "record.csv"
+    command = ("--epochs", "3", "--seeds", "2", "--unroll-steps", "0", "1", "--workers", "1")
+    finished = run("two_clusters.py", *command, "--out", tmp_path / "out", "--record", record)
+    assert finished.returncode == 0, finished.stderr
+    found = [(row["game"], row["unroll_steps"], row["seed"]) for row in rows(record)]
+    assert sorted(found) == [(g, k, s) for g in ("JS", "Rp") for k in "01" for s in "01"]
+    for name in ("two_clusters_loss.png", "two_clusters_data.png", "two_clusters_d.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    settings = {(row["setting"], row["seed"]) for row in rows(tmp_path / "out" / "metrics.csv")}
+    assert len(settings) == 8
 
 
 @pytest.mark.parametrize(
