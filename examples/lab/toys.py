@@ -70,6 +70,12 @@ def two_clusters(records: Records) -> str:
             *random.compare("evaluations collapsed, K=0 against 5", "collapsed", off, on),
             *random.compare(f"{text} random", until_covered, off, on),
             *collapsed.compare(f"{text} collapsed", until_covered, off, on),
+            *random.compare(
+                "seeds that cover at the end, K=5 against 0, start random", "covers", on, off
+            ),
+            *collapsed.compare(
+                "seeds that cover at the end, K=5 against 0, start collapsed", "covers", on, off
+            ),
         ]
 
     basin = [
