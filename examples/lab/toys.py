@@ -20,7 +20,9 @@ the difference, *the reverse* where they differ as much in the other one, else *
 claim that something does not help has comparisons for it where it does not.) The claim **holds**
 where all comparisons are for it, holds **partly** where some are, **does not hold** where none is.
 
-All runs are on a CPU, and shorter or smaller than the originals; each section says how.
+Nothing is corrected for the number of comparisons. All runs are on a CPU, and shorter or smaller
+than the originals; each section says how. Seconds are those of a machine that did other work
+beside, for all seeds of a setting, which train side by side as one network of independent ones.
 """
 
 
@@ -96,7 +98,7 @@ none; it is at the plateau where D's loss is then within 0.02 of that value. The
 every 10 epochs, of 10 D and 10 G steps each. Epochs until both are covered count as all of them in
 runs that never do. JS has the non-saturating loss of the authors' code, minimax the saturating one
 of the theorem. The start "collapsed" is in the basin: all fakes on the first cluster, and D trained
-alone for 3,000 steps.
+alone for 3,000 steps; that all of its runs are at the plateau then confirms both values.
 
 Scaled down: `quick` has five times the authors' learning rates, and the epochs below for 5,000.
 Again: `python examples/two_clusters.py --epochs {_length(random)} --record`, and with
@@ -115,6 +117,8 @@ Again: `python examples/two_clusters.py --epochs {_length(random)} --record`, an
     ("ours", "looking ahead removes the basin of the minimax game", ahead("minimax")),
     ("ours", "looking ahead helps RpGAN too", ahead("Rp")),
 ))}
+
+Runs of the same game, K and start are the same seeds at two lengths.
 
 The theorem is about the loss at the best D. f_K comes nearer to that loss as K grows, so the
 theorem is no reason to expect that looking ahead removes the basin; alternating steps, whose D lags
@@ -199,7 +203,8 @@ against RpGAN. The authors keep D's last layer at unit norm in RpGAN alone; here
 unless `normalise` says that it is on in both.
 
 Scaled down: `quick` has learning rates of 1e-3 for 1e-4, the pairs below for 20,000, and {width}
-units a layer for 128. Again: `python examples/five_gaussians.py --iterations {pairs} --record`.
+units a layer for 128. Again: `python examples/five_gaussians.py --iterations {pairs} --record`, with
+`--normalise`, and with `--width 128 --unroll-steps 0`.
 
 {planar(records, "preset", "pairs", "width", "normalise", "game", "unroll_steps")}
 
