@@ -203,8 +203,8 @@ against RpGAN. The authors keep D's last layer at unit norm in RpGAN alone; here
 unless `normalise` says that it is on in both.
 
 Scaled down: `quick` has learning rates of 1e-3 for 1e-4, the pairs below for 20,000, and {width}
-units a layer for 128. Again: `python examples/five_gaussians.py --iterations {pairs} --record`, with
-`--normalise`, and with `--width 128 --unroll-steps 0`.
+units a layer for 128. Again: `python examples/five_gaussians.py --iterations {pairs} --record`,
+with `--normalise`, and with `--width 128 --unroll-steps 0`.
 
 {planar(records, "preset", "pairs", "width", "normalise", "game", "unroll_steps")}
 
