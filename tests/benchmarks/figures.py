@@ -1,0 +1,78 @@
+"""Time and memory against K, readable in black and white."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tests.benchmarks.networks import NETWORKS
+from tests.benchmarks.peers import PEERS, UNROLL
+from tests.benchmarks.record import ROOT, Row
+
+FIGURES = ROOT / "docs" / "figures"
+MARKERS = dict(zip(PEERS, "xosD^v<*", strict=True))
+DASHES = dict(zip(PEERS, (":", "-", "--", "-.", "-", "--", "-.", ":"), strict=True))
+Value = Callable[[Row, Sequence[Row]], float | None]
+
+
+def milliseconds(row: Row, _: Sequence[Row]) -> float | None:
+    """Return the time of a step."""
+    return float(row["median_ms"]) if row["median_ms"] else None
+
+
+def above_no_steps(row: Row, rows: Sequence[Row]) -> float | None:
+    """Return the peak memory above that of the same peer at K = 0, in MiB."""
+    same = ("network", "allocator", "peer", "revision")
+    for other in rows:
+        if other["unroll_steps"] == "0" and all(other[c] == row[c] for c in same):
+            if not (row["peak_mib"] and other["peak_mib"]):
+                return None
+            return max(float(row["peak_mib"]) - float(other["peak_mib"]), 0.0)
+    return None
+
+
+def panel(axes: Axes, rows: Sequence[Row], value: Value, least: float) -> None:
+    """Draw one network's lines; K = 0 has no place on a logarithmic axis."""
+    for peer in PEERS:
+        own = [row for row in rows if row["peer"] == peer and row["unroll_steps"] != "0"]
+        points = [(int(row["unroll_steps"]), value(row, rows)) for row in own]
+        drawn = sorted((k, y) for k, y in points if y is not None and y >= least)
+        if drawn:
+            ks, ys = zip(*drawn, strict=True)
+            grey = "black" if peer.startswith(UNROLL) else "0.45"
+            style = {"marker": MARKERS[peer], "linestyle": DASHES[peer], "color": grey}
+            axes.plot(ks, ys, label=peer, markersize=4, linewidth=1, **style)  # type: ignore[arg-type]
+    axes.set(xscale="log", yscale="log", xlabel="K")
+
+
+def figure(rows: Sequence[Row], value: Value, label: str, least: float = 0.0) -> Figure:
+    """Return a panel for every network (columns) and allocator (rows)."""
+    networks = [name for name in NETWORKS if any(row["network"] == name for row in rows)]
+    allocators = sorted({row["allocator"] for row in rows})
+    size = (3 * len(networks) + 2, 2.6 * len(allocators) + 0.4)
+    drawn = Figure(figsize=size, layout="constrained")
+    grid = drawn.subplots(len(allocators), len(networks), squeeze=False, sharex=True)
+    for line, allocator in zip(grid, allocators, strict=True):
+        for axes, network in zip(line, networks, strict=True):
+            of_panel = [r for r in rows if (r["network"], r["allocator"]) == (network, allocator)]
+            panel(axes, of_panel, value, least)
+            axes.set_title(f"{network}, malloc: {allocator}", fontsize=9)
+        line[0].set_ylabel(label)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside right center", fontsize=8)
+    return drawn
+
+
+def draw(rows: Sequence[Row], folder: Path = FIGURES) -> None:
+    """Write both figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {"Software": None}  # no version in the file: the same record, the same bytes
+    with mpl.rc_context({"font.size": 9}):
+        time = figure(rows, milliseconds, "ms a generator step")
+        time.savefig(folder / "benchmark_time.png", dpi=120, metadata=kept)
+        memory = figure(rows, above_no_steps, "MiB above K = 0", least=1.0)
+        memory.savefig(folder / "benchmark_memory.png", dpi=120, metadata=kept)
