@@ -52,8 +52,11 @@ def mog(rows: Sequence[Row]) -> str:
 
 
 def records(name: str) -> list[Row]:
-    """Return the rows of a record."""
-    with (ROOT / "docs" / "results" / f"{name}.csv").open(newline="") as file:
+    """Return the rows of a record: none where it was never made."""
+    path = ROOT / "docs" / "results" / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -140,10 +143,65 @@ def optimizers(rows: Sequence[Row]) -> str:
     return f"{markdown(header, table)}\n\nRefused by name: {', '.join(refused)}."
 
 
+def benchmarks(rows: Sequence[Row]) -> str:
+    """Return a table of times for each network and allocator, and what memory and a start cost."""
+    ks = sorted({row["unroll_steps"] for row in rows}, key=int)
+    networks, allocators, peers = (
+        list(dict.fromkeys(row[column] for row in rows))
+        for column in ("network", "allocator", "peer")
+    )
+
+    def grid(network: str, allocator: str, cell: Callable[[Row], str]) -> str:
+        found = {
+            (row["peer"], row["unroll_steps"]): cell(row)
+            if row["status"] == "ok"
+            else row["status"]
+            for row in rows
+            if (row["network"], row["allocator"]) == (network, allocator)
+        }
+        lines = [[peer, *(found.get((peer, k), "") for k in ks)] for peer in peers]
+        return markdown(["K", *ks], (line for line in lines if any(line[1:])))
+
+    def above_no_steps(row: Row) -> str:
+        same = ("network", "allocator", "peer")
+        base = [r for r in rows if r["unroll_steps"] == "0" and all(r[c] == row[c] for c in same)]
+        known = base and base[0]["peak_mib"]
+        return f"{max(float(row['peak_mib']) - float(known), 0):.0f}" if known else "n/a"
+
+    def time(row: Row) -> str:
+        return f"{number(row['median_ms'])} ({float(row['vs_plain']):.2f})"
+
+    parts = []
+    for kind, title, cell in (
+        ("Time", "ms a step (times K plain steps)", time),
+        ("Memory", "peak MiB above K = 0", above_no_steps),
+        ("First call", "s", lambda row: f"{float(row['first_ms']) / 1e3:.2f}"),
+    ):
+        parts.append(f"## {kind}: {title}")
+        for network in networks:
+            for allocator in allocators if kind == "Time" else allocators[:1]:
+                text = grid(network, allocator, cell)
+                parts += [f"**{network}**, malloc: {allocator}", text]
+    versions = {
+        name: ", ".join(sorted({row[name] for row in rows if row[name]}))
+        for name in ("threads", "torch", "torchopt", "higher", "jax", "optax", "revision")
+    }
+    loads = [float(row["load_average"]) for row in rows]
+    listed = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
+    parts.append(f"{listed}; load average {min(loads):.1f} to {max(loads):.1f}.")
+    return "\n\n".join(parts)
+
+
+def number(text: str) -> str:
+    """Return three digits of a positive number, without an exponent."""
+    return f"{float(text):.{max(0, 2 - math.floor(math.log10(float(text))))}f}"
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "mog": mog,
     "correctness": correctness,
     "optimizers": optimizers,
+    "benchmarks": benchmarks,
 }
 
 
@@ -156,7 +214,9 @@ def filled(text: str) -> str:
             _, closed, after = rest.partition(end)
             if not closed:
                 raise ValueError(f"a page has no {end} after {start.strip()}")
-            text = f"{before}{start}{table(records(name))}\n{end}{after}"
+            rows = records(name)
+            written = table(rows) if rows else "Not recorded yet."
+            text = f"{before}{start}{written}\n{end}{after}"
     return text
 
 
