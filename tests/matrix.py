@@ -19,7 +19,9 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +105,21 @@ COLUMNS = {
 CLASSES = {name: public_name(build(deep()), name) for name, build in COLUMNS.items()}
 # The papers' discriminators take a while: one entry of each class of torch.optim, and an Adam.
 FEW = [n for n in _first(COLUMNS, CLASSES.__getitem__) if n.startswith("torch ") or n == "adam"]
+# Optimizers of torch refuse to be built on lazy parameters or on none, with their own words.
 DISCRIMINATORS: dict[str, Animal | Refusal] = {
     **{name: _animal(architecture) for name, architecture in ARCHITECTURES.items()},
     **ZOO,
-    **{name: refusal for name, refusal in REFUSED.items() if name != "no parameters"},  # of torch's
+    **{name: refusal for name, refusal in REFUSED.items() if name not in ("lazy", "no parameters")},
 }
 
 
 def warmed(d: nn.Module, optimizer: Any, pairs: list[Any], objective: Objective) -> dict[str, Any]:
     """Take real steps; return the keyword arguments that carry a bare transformation's state."""
-    if isinstance(optimizer, (torchopt.MetaOptimizer, torchopt.FuncOptimizer)) and not all(
-        p.requires_grad for p in d.parameters()
+    once = any(isinstance(m, torch._dynamo.OptimizedModule) for m in d.modules())
+    if isinstance(optimizer, (torchopt.MetaOptimizer, torchopt.FuncOptimizer)) and (
+        once or not all(p.requires_grad for p in d.parameters())
     ):
-        return {}  # their own steps fail where a parameter is frozen
+        return {}  # their own steps fail where D is compiled, or a parameter frozen
     if not isinstance(optimizer, GradientTransformation):
         train(d, optimizer, pairs, objective)
         return {}
@@ -157,7 +161,7 @@ def relative_error(optimizer_name: str, discriminator_name: str) -> float:
     d = animal.make()
     optimizer, objective = COLUMNS[optimizer_name](d), animal.objective
     samples, step = SAMPLES, 1e-2
-    if any(group.get("maximize") for group in getattr(optimizer, "param_groups", ())):
+    if isinstance(optimizer, torch.optim.Optimizer) and optimizer.defaults.get("maximize"):
         objective = Maximised(objective)
     if discriminator_name in ARCHITECTURES:
         optimizer, samples = tamed(optimizer, d, 0.003), 2
@@ -277,10 +281,9 @@ def inexact(row: Row) -> bool:
     return not (float(row["float32"] or "nan") <= 1e-6 and float(row["float64"] or "nan") <= 1e-12)
 
 
-def _rows_of_discriminator(discriminator_name: str) -> list[Row]:
+def _cells(discriminator: str, optimizers: Sequence[str]) -> list[Row]:
     torch.set_num_threads(1)
-    columns = FEW if discriminator_name in ARCHITECTURES else COLUMNS
-    return [cell(name, discriminator_name) for name in columns]
+    return [cell(optimizer, discriminator) for optimizer in optimizers]
 
 
 def _rows_of_optimizer(name: str) -> list[Row]:
@@ -302,27 +305,40 @@ def versions() -> Row:
 
 
 class Record:
-    """A CSV file of rows, which stay while the library has not changed since their revision."""
+    """A CSV file of rows. They stay while the library has not changed since their revision.
 
-    def __init__(self, path: Path | None, key: str, names: Sequence[str], *, only: str) -> None:
-        self.path, self.versions, self.rows = path, versions(), list[Row]()
-        self.order = {name: i for i, name in enumerate(names)}
-        self.key = key
-        wanted = [name for name in names if only in name]
+    ``keys`` are the columns that tell rows apart, ``wanted`` the values that they should have;
+    those that ``fails`` rejects, or whose first value contains ``only``, are computed again.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        keys: tuple[str, ...],
+        wanted: Sequence[tuple[str, ...]],
+        fails: Callable[[Row], bool],
+        only: str = "",
+    ) -> None:
+        self.path, self.keys, self.versions, self.rows = path, keys, versions(), list[Row]()
+        self.order = {key: i for i, key in enumerate(wanted)}
         if path is not None and path.exists():
             with path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
+                rows = [row for row in csv.DictReader(file) if self.key(row) in self.order]
             kept = {revision for revision in {r["revision"] for r in rows} if _same(revision)}
-            again = set(wanted) if only else set[str]()
-            rows = [row for row in rows if row[key] in self.order and row[key] not in again]
-            self.rows = [row for row in rows if row["revision"] in kept]
-        done = {row[key] for row in self.rows}
-        self.missing = [name for name in wanted if name not in done]
+            again = {key for key in wanted if only and only in key[0]}
+            rows = [row for row in rows if row["revision"] in kept and not fails(row)]
+            self.rows = [row for row in rows if self.key(row) not in again]
+        done = {self.key(row) for row in self.rows}
+        self.missing = [key for key in wanted if key not in done and only in key[0]]
+
+    def key(self, row: Row) -> tuple[str, ...]:
+        """Return what tells a row from others."""
+        return tuple(row[name] for name in self.keys)
 
     def extend(self, rows: Sequence[Row]) -> None:
-        """Add the rows of one discriminator or optimizer, and write."""
+        """Add rows, and write."""
         self.rows += [row | self.versions for row in rows]
-        self.rows.sort(key=lambda row: self.order[row[self.key]])
+        self.rows.sort(key=lambda row: self.order[self.key(row)])
         if self.path is not None:
             draft = self.path.with_suffix(".draft")
             with draft.open("w", newline="") as file:
@@ -347,16 +363,22 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes; at most one a core")
     options = parser.parse_args()
     folder = RESULTS if options.record else None
-    cells = Record(
-        folder and folder / "correctness.csv", "discriminator", [*DISCRIMINATORS], only=options.only
-    )
-    optimizers = [] if options.only and not options.record else [*OPTIMIZERS, *_refused()]
-    parity = Record(folder and folder / "optimizers.csv", "optimizer", optimizers, only="")
+    grid = [
+        (discriminator, optimizer)
+        for discriminator in DISCRIMINATORS
+        for optimizer in (FEW if discriminator in ARCHITECTURES else COLUMNS)
+    ]
+    keys = ("discriminator", "optimizer")
+    cells = Record(folder and folder / "correctness.csv", keys, grid, wrong, options.only)
+    entries = [(name,) for name in [*OPTIMIZERS, *_refused()] if options.record or not options.only]
+    parity = Record(folder and folder / "optimizers.csv", ("optimizer",), entries, inexact)
+    missing = [(d, [o for _, o in pairs]) for d, pairs in groupby(cells.missing, itemgetter(0))]
+    columns = [d for d, _ in missing], [optimizers for _, optimizers in missing]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for done, rows in enumerate(pool.map(_rows_of_discriminator, cells.missing), start=1):
+        for done, rows in enumerate(pool.map(_cells, *columns), start=1):
             cells.extend(rows)
-            print(f"{done}/{len(cells.missing)} {rows[0]['discriminator']}", flush=True)
-        for rows in pool.map(_rows_of_optimizer, parity.missing):
+            print(f"{done}/{len(missing)} {rows[0]['discriminator']}", flush=True)
+        for rows in pool.map(_rows_of_optimizer, [name for (name,) in parity.missing]):
             parity.extend(rows)
     failures = [row for row in cells.rows if wrong(row)] + [r for r in parity.rows if inexact(r)]
     for row in failures:

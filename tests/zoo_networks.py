@@ -316,7 +316,7 @@ class InnerGradient(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         def energy(x: Tensor) -> Tensor:
-            return torch.sin(4 * self.body(x)).sum()
+            return torch.sin(2 * self.body(x)).sum()
 
         if self.functional:
             slope: Tensor = torch.func.grad(energy)(x)
