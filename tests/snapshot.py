@@ -51,7 +51,7 @@ def _record(item: Any, path: str, record: dict[str, Any], seen: dict[int, object
     if isinstance(item, Tensor):
         record[f"{path}:tensor"] = (
             bits(item), item.dtype, tuple(item.shape), item.stride(), item.device,
-            item.requires_grad, item.is_leaf, id(item.grad_fn) if item.grad_fn else None,
+            item.requires_grad, item.is_leaf, item.grad_fn.name() if item.grad_fn else None,
         )  # fmt: skip
         if item.is_leaf and item.grad is not None:
             _record(item.grad, f"{path}.grad", record, seen)

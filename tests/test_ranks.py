@@ -41,7 +41,7 @@ DISAGREEING: dict[str, Play] = {
     r"a graph is needed: \[1, 0": Play(3, of_rank_1={"options": {"stop_gradient": True}}),
     r"checkpoint: \[0, 1": Play(3, of_rank_1={"options": {"checkpoint": True}}),
 }
-REFUSED = Play(3, discriminator=synchronised)
+REFUSED = Play(3, options={"sync": True}, discriminator=synchronised, wrap=False)
 PLAYS = [*GLOBAL, *LOCAL, *PER_RANK, *DISAGREEING.values(), REFUSED]
 
 
