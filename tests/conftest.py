@@ -27,11 +27,15 @@ def pytest_configure(config: pytest.Config) -> None:
         defaults["checkpoint"] = True
     torch.set_num_threads(1)  # the networks of the tests are too small to share
     config.addinivalue_line("markers", "data: reads the data sets in the folder named UNROLL_DATA")
+    config.addinivalue_line("markers", "plain: counts evaluations, which --checkpoint changes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if os.environ.get("UNROLL_DATA"):
-        return
-    needing = [item for item in items if item.get_closest_marker("data")]
-    items[:] = [item for item in items if item not in needing]
-    config.hook.pytest_deselected(items=needing)
+    unwanted = set[str]()
+    if not os.environ.get("UNROLL_DATA"):
+        unwanted.add("data")
+    if config.getoption("--checkpoint"):
+        unwanted.add("plain")
+    left_out = [i for i in items if any(i.get_closest_marker(name) for name in unwanted)]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)

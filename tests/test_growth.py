@@ -104,6 +104,7 @@ def test_constant_also_between_real_steps(name: str) -> None:
     assert len(set(tensors[1:])) == 1, tensors
 
 
+@pytest.mark.plain
 def test_the_counters_count() -> None:
     """A test of the tests: they see a graph that is kept, and its nodes."""
     loss, _ = game("Adam", small(), unroll_steps=2)

@@ -127,6 +127,7 @@ def test_k_is_a_plain_attribute() -> None:
         assert loss.unroll(fake.requires_grad_(), real).losses.shape == (k,)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("k", [0, 1, 4])
 @pytest.mark.parametrize("method", ["forward", "unroll"])
 def test_minibatches_are_drawn_lazily_and_exactly_k(k: int, method: str) -> None:

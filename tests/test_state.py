@@ -504,6 +504,7 @@ def test_gradients_of_d_stay_none_through_a_generators_step() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in generator.parameters())
 
 
+@pytest.mark.plain
 def test_hooks_fire_but_stay() -> None:
     """2K + 2 calls for Minimax; a hook that changes the output counts, as in a real step."""
     ((fake, real),) = batches(1)

@@ -116,21 +116,25 @@ class LookAhead:
             inspect_step(module, theta.values(), gradients, tensors(fake), lambda: d(real))
             self.inspected = True
         following = Point(moved, d.buffers, state, loss.detach())
-        return following if graph else self._without_graph(following)
+        return following if graph else self._without_graph(following, point)
 
     def _leaf(self, name: str, value: Tensor) -> Tensor:
         return value.detach().requires_grad_(name in self.moving)
 
-    def _without_graph(self, point: Point) -> Point:
+    def _without_graph(self, point: Point, last: Point) -> Point:
         """Return a point that requires gradients just where its graph would have."""
+        kept = {id(t) for t in tensors(last.optimizer_state)}  # settings, and what was skipped
 
         def leaf(t: Tensor, moves: bool) -> Tensor:
             return t.detach().requires_grad_(moves and not self.constant and t.is_floating_point())
 
+        def state(t: Tensor) -> Tensor:
+            return leaf(t, t.requires_grad or id(t) not in kept)
+
         return Point(
             {name: leaf(p, name in self.moving) for name, p in point.parameters.items()},
             {name: leaf(b, b.requires_grad) for name, b in point.buffers.items()},
-            map_tensors(lambda t: leaf(t, True), point.optimizer_state),
+            map_tensors(state, point.optimizer_state),
             point.loss,
         )
 
