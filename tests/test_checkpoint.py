@@ -229,7 +229,7 @@ def test_a_step_keeps_the_parameters_and_the_optimizers_state_only(name: str, co
     assert (held(12, False) - held(2, False)) / 10 > 100 * slope
 
 
-def test_what_happens_between_the_passes_does_not_matter() -> None:
+def test_training_d_between_the_passes_does_not_matter() -> None:
     d = small()
     optimizer = torch.optim.Adam(d.parameters(), lr=0.1)
     train(d, optimizer, batches(1, seed=1))

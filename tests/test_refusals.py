@@ -72,6 +72,12 @@ def _twice(loss: unroll.UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> ob
     return gradient
 
 
+def _counting() -> Callable[..., Tensor]:
+    """Return a loss whose weight grows from call to call."""
+    weight = iter(range(1, 100))
+    return lambda d, fake, real: next(weight) * Minimax().discriminator_loss(d, fake, real)
+
+
 def _foreign(loss: unroll.UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> object:
     scale = torch.ones(1, dtype=torch.float64, device=DEVICE, requires_grad=True)
     loss.project = lambda theta: {n: p * scale for n, p in theta.items()}
@@ -143,6 +149,11 @@ MORE: dict[str, Row] = {
         r"checkpoint: .*no part of the batch \(shape \(1,\).*set checkpoint=False",
         options=lambda: {"checkpoint": True},
         call=_foreign,
+    ),
+    "checkpoint of a step that does not repeat itself": Row(
+        RuntimeError,
+        r"checkpoint: a look-ahead step must give the same result.*buffers differ.*Register",
+        options=lambda: {"checkpoint": True, **game(_counting())()},
     ),
     "sync a string": Row(
         TypeError,
@@ -244,9 +255,19 @@ def _detaching() -> None:
     loss(fake.requires_grad_(), real)
 
 
+def _accumulation_hook() -> None:
+    d = linear()
+    for p in d.parameters():
+        p.register_post_accumulate_grad_hook(lambda _: None)
+    unroll.UnrolledGeneratorLoss(d, sgd(d), unroll_steps=1)
+
+
 WARNINGS: dict[str, Callable[[], None]] = {
     r"^discriminator: ends in nn\.Sigmoid.*Remove": _sigmoid,
     r"^optimizer: has step hooks.*do that in project=": _step_hook,
+    r"^discriminator: parameter '\w+' has post-accumulate-grad hooks.*register_hook": (
+        _accumulation_hook
+    ),
     re.escape(DETACHED_FAKES): _detaching,
 }
 

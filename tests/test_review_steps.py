@@ -19,7 +19,6 @@ from tests.snapshot import changes, snapshot
 from unroll import inspection
 
 Loss = unroll.UnrolledGeneratorLoss
-wrong = pytest.mark.xfail(strict=True, reason="a review's finding")
 
 
 def net() -> nn.Sequential:
@@ -104,7 +103,6 @@ def lazy() -> Lazy:
     return Lazy()
 
 
-@wrong
 @pytest.mark.parametrize(
     ("make", "objective"),
     [
@@ -141,7 +139,6 @@ class Deviations(nn.Module):
         return output
 
 
-@wrong
 def test_what_f_does_not_depend_on_makes_no_nan() -> None:
     plain, recomputed = plain_and_recomputed(Deviations)
     torch.testing.assert_close(recomputed, plain)
@@ -153,7 +150,6 @@ class OfTwo(Wrapped):
         return output
 
 
-@wrong
 def test_a_penalty_on_a_tensor_that_stands_twice_in_the_batch() -> None:
     def game() -> Any:
         return unroll.NonSaturating() + unroll.R1(1.0)
@@ -176,13 +172,11 @@ def remembering(_: nn.Module) -> GradientTransformation:
     return GradientTransformation(init, update)
 
 
-@wrong
 def test_every_container_that_a_transformation_may_keep_its_state_in() -> None:
     plain, recomputed = plain_and_recomputed(net, optimizer=remembering)
     torch.testing.assert_close(recomputed, plain)
 
 
-@wrong
 def test_a_learning_rate_in_a_tensor_takes_no_gradient() -> None:
     def asgd(d: nn.Module) -> torch.optim.ASGD:
         return torch.optim.ASGD(d.parameters(), lr=torch.tensor(0.1))
@@ -205,7 +199,6 @@ class ByAttribute(unroll.NonSaturating):
         return loss
 
 
-@wrong
 def test_an_objective_gets_a_mapping_of_the_users_class() -> None:
     d, x = net(), randn(5, 3).requires_grad_()
     keyed = nn.Module()
@@ -226,7 +219,6 @@ class OwnR1(unroll.NonSaturating):
         return super().discriminator_loss(discriminator, fake, real) + penalty
 
 
-@wrong
 def test_an_objective_that_switches_gradients_on_leaves_the_batch_alone() -> None:
     d, fake, real = net(), randn(5, 3), randn(5, 3)
     loss = Loss(d, sgd(d), OwnR1(), unroll_steps=2)
@@ -248,7 +240,6 @@ class Tracking(Wrapped):
         return output
 
 
-@wrong
 def test_a_tensor_in_a_container_of_d_stays() -> None:
     d = Tracking()
     optimizer = sgd(d)
@@ -262,7 +253,6 @@ def clipped(parameter: Tensor) -> None:
     parameter.grad.clamp_(-0.01, 0.01)
 
 
-@wrong
 def test_hooks_after_accumulation_are_not_passed_over_in_silence() -> None:
     d = net()
     for parameter in d.parameters():
@@ -271,7 +261,6 @@ def test_hooks_after_accumulation_are_not_passed_over_in_silence() -> None:
         Loss(d, sgd(d), unroll_steps=1)
 
 
-@wrong
 def test_a_layer_is_refused_once_it_is_in_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspection, "_many_ranks", lambda _: True)
     d = nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4), nn.Linear(4, 1)).to(DEVICE).double()
@@ -316,7 +305,6 @@ class RealOnly(unroll.Wasserstein):
         return loss
 
 
-@wrong
 @pytest.mark.filterwarnings("ignore:objective. discriminator_loss does not depend")
 def test_a_rank_whose_gradients_are_constant_makes_the_same_collectives(
     collectives: list[str],
@@ -331,7 +319,6 @@ def test_a_rank_whose_gradients_are_constant_makes_the_same_collectives(
     assert counts[0] == counts[1]
 
 
-@wrong
 def test_a_rank_that_logs_with_a_graph_makes_the_same_collectives(collectives: list[str]) -> None:
     counts = []
     for fake in (randn(5, 3), randn(5, 3).requires_grad_()):
@@ -342,7 +329,6 @@ def test_a_rank_that_logs_with_a_graph_makes_the_same_collectives(collectives: l
     assert counts[0] == counts[1]
 
 
-@wrong
 def test_one_rank_alone_can_check_gradients(collectives: list[str]) -> None:
     d = net()
     loss = Loss(d, sgd(d), unroll_steps=2, sync=True)

@@ -16,15 +16,15 @@ from unroll.differences import (
     double,
     in_double,
 )
-from unroll.inspection import DETACHED_FAKES
+from unroll.inspection import DETACHED_FAKES, calls_to_the_module_itself
 from unroll.loss import UnrolledGeneratorLoss
 from unroll.stateless import (
     Batch,
-    calls_to_the_module_itself,
     held,
     map_tensors,
     tensors,
 )
+from unroll.steps.checks import checked_steps, minibatches_checked
 
 
 def gradient_terms(
@@ -166,7 +166,9 @@ def check_gradients(
     """
     pairs = [(fake, real)]
     if minibatches is not None:
-        pairs += loss._pairs(fake, real, minibatches, needs_graph=False)
+        pairs += minibatches_checked(
+            minibatches, checked_steps(loss.unroll_steps), needs_graph=False
+        )
     copies = map_tensors(double, pairs)
     fakes = [t.requires_grad_() for f, _ in copies for t in tensors(f) if t.is_floating_point()]
     with (

@@ -1,9 +1,10 @@
-"""What a first look-ahead step is searched for: derivatives that are missing or get lost."""
+"""The search of D, of the objective and of a step's graph for what would go wrong."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +35,18 @@ def refuse_own_parameters(module: nn.Module, loss: Tensor, until: Iterable[Tenso
                 "list), so the look-ahead cannot put theta_D^k in its place. Call the "
                 "`discriminator` argument; in D, read parameters as attributes."
             )
+
+
+def warn_of_gradient_hooks(module: nn.Module) -> None:
+    """Warn of hooks on accumulated gradients, which a look-ahead has not."""
+    for name, parameter in module.named_parameters():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            warnings.warn(
+                f"discriminator: parameter {name!r} has post-accumulate-grad hooks, which do not "
+                "run in the look-ahead. If one changes gradients, use parameter.register_hook.",
+                stacklevel=3,
+            )
+            return
 
 
 def refuse_layers(module: nn.Module) -> None:
@@ -192,3 +205,20 @@ def _has_dead_ends(nodes: set[Node]) -> bool:
     """Return whether there are missing derivatives, which ``autograd.grad`` may pass by."""
     missing = {"torch::autograd::NotImplemented", "torch::autograd::Error"}
     return any(node.name() in missing for node in nodes)
+
+
+@contextmanager
+def calls_to_the_module_itself(module: nn.Module) -> Iterator[list[bool]]:
+    """Record forward calls of a module that do not run on parameters of the look-ahead."""
+    own = {id(p) for p in module.parameters()}
+    found: list[bool] = []
+
+    def hook(module: nn.Module, _: Any) -> None:
+        if any(id(p) in own for p in module.parameters()):
+            found.append(True)
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield found
+    finally:
+        handle.remove()

@@ -12,7 +12,7 @@ from torchopt.pytree import tree_map
 
 from unroll.game import check_objective, warn_of_sigmoid
 from unroll.game.objectives import Minimax, Objective
-from unroll.inspection import refuse_own_parameters
+from unroll.inspection import refuse_own_parameters, warn_of_gradient_hooks
 from unroll.optimizers import inner_optimizer, warn_of_step_hooks
 from unroll.stateless import Batch, Stateless, aliased, check_supported, held, tensors, unwrap
 from unroll.steps.checks import (
@@ -60,7 +60,8 @@ class UnrolledGeneratorLoss(nn.Module):
             Default False.
         checkpoint: Keep of each step what it starts from, and compute it again in the backward
             pass: activations are those of one step whatever K is, for one more evaluation of D's
-            gradient a step. f_K is then differentiable once. Default False.
+            gradient a step. f_K is then differentiable once, and D's code, modes and buffers and
+            the objective must be the same in both runs, or an error says so. Default False.
         project: Called after every look-ahead step with a mapping from parameter names to tensors;
             returns the mapping with the projected ones (WGAN's clipping, a weight normalisation).
             It is differentiated through. Default: none.
@@ -109,6 +110,7 @@ class UnrolledGeneratorLoss(nn.Module):
         check_objective(objective)
         warn_of_sigmoid(module, objective)
         warn_of_step_hooks(optimizer)
+        warn_of_gradient_hooks(module)
         parameters = dict(module.named_parameters())
         inner_optimizer(optimizer, parameters)
         if project is not None and not callable(project):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +34,12 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return {key: map_tensors(function, value) for key, value in batch.items()}
+        mapped: Any = {key: map_tensors(function, value) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return mapped
+        same_type = copy.copy(batch)
+        same_type.update(mapped)
+        return same_type
     if isinstance(batch, (tuple, list)):
         mapped = [map_tensors(function, value) for value in batch]
         return type(batch)(*mapped) if hasattr(batch, "_fields") else type(batch)(mapped)
@@ -45,7 +51,7 @@ def aliased(batch: Batch) -> Batch:
 
     So a gradient that an objective or D takes in its input is the partial one, at fixed theta_D^k.
     """
-    return map_tensors(lambda t: t.view_as(t) if t.requires_grad else t, batch)
+    return map_tensors(lambda t: t.view_as(t) if t.requires_grad else t.detach(), batch)
 
 
 def unwrap_once(module: nn.Module) -> nn.Module | None:
@@ -112,6 +118,14 @@ class Stateless:
                 container[key] = value
 
 
+def hooked(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient as the hooks of the real parameter leave it."""
+    for hook in (parameter._backward_hooks or {}).values():
+        replaced = hook(gradient)
+        gradient = gradient if replaced is None else replaced
+    return gradient
+
+
 def mutation_message(name: str) -> str:
     """Return the text of the refusal of a D that writes into its own parameters."""
     return (
@@ -156,6 +170,13 @@ def held(module: nn.Module) -> Iterator[None]:
             for name, value in list(attributes.items()):
                 if isinstance(value, Tensor):  # an unregistered tensor, perhaps changed in place
                     attributes[name] = value.clone()
+        own = {id(t) for t in (*module.parameters(), *module.buffers())}
+        for container, content in containers.values():
+            if not isinstance(container, set):
+                items = content.items() if isinstance(container, dict) else enumerate(content)
+                for key, value in items:
+                    if isinstance(value, Tensor) and id(value) not in own:
+                        container[key] = value.clone()
         for hook, _ in spectral_hooks:
             hook.n_power_iterations = 0
         for submodule in module.modules():
@@ -210,20 +231,3 @@ def check_supported(module: nn.Module) -> None:
             f"discriminator: must have parameters to look ahead with; {type(module).__name__} has "
             "none. Pass the module whose parameters the optimizer trains."
         )
-
-
-@contextmanager
-def calls_to_the_module_itself(module: nn.Module) -> Iterator[list[bool]]:
-    """Record forward calls of a module that do not run on parameters of the look-ahead."""
-    own = {id(p) for p in module.parameters()}
-    found: list[bool] = []
-
-    def hook(module: nn.Module, _: Any) -> None:
-        if any(id(p) in own for p in module.parameters()):
-            found.append(True)
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield found
-    finally:
-        handle.remove()

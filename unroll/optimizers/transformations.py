@@ -68,7 +68,7 @@ class Transformation:
 
     def initial_state(self) -> Any:
         """Return the live state, apart from what the user holds."""
-        return self._states, self._cell_values
+        return [tree_flatten(s, none_is_leaf=True) for s in self._states], self._cell_values
 
     def step(
         self, parameters: Tensors, gradients: Tensors, state: Any
@@ -79,7 +79,8 @@ class Transformation:
         live = [cell.cell_contents for _, cell in self._cells]
         try:
             _fill(self._cells, cell_values)
-            for group, old in zip(self._groups, states, strict=True):
+            for group, (leaves, structure) in zip(self._groups, states, strict=True):
+                old = tree_unflatten(structure, leaves)
                 theta = tuple(p if name is None else parameters[name] for name, p in group)
                 grads = tuple(None if name is None else gradients.get(name) for name, _ in group)
                 without = [n for (n, _), g in zip(group, grads, strict=True) if g is None]
@@ -95,7 +96,7 @@ class Transformation:
                     new = tree_map(lambda n, o: o if n is None else n, new, old, none_is_leaf=True)
                 theta = torchopt.apply_updates(theta, updates, inplace=False)
                 moved |= {name: p for (name, _), p in zip(group, theta, strict=True) if name}
-                new_states.append(new)
+                new_states.append(tree_flatten(new, none_is_leaf=True))
             new_values = [cell.cell_contents for _, cell in self._cells]
         finally:
             _fill(self._cells, live)
@@ -103,7 +104,7 @@ class Transformation:
 
     def export(self, state: Any) -> Any:
         """Return the state as the user's optimizer keeps it."""
-        states, _ = state
+        states = [tree_unflatten(structure, leaves) for leaves, structure in state[0]]
         return states[0] if self._single else tuple(states)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,11 +13,19 @@ from torch import Tensor
 from unroll.game.objectives import Objective
 from unroll.inspection import inspect_step, refuse_layers, refuse_own_parameters
 from unroll.optimizers import InnerOptimizer
-from unroll.stateless import Batch, Stateless, aliased, map_tensors, mutation_message, tensors
+from unroll.stateless import (
+    Batch,
+    Stateless,
+    aliased,
+    hooked,
+    map_tensors,
+    mutation_message,
+    tensors,
+)
 from unroll.steps.checks import Project, check_scalar, projected, same
 from unroll.steps.discriminator import At
 from unroll.steps.ranks import averaged
-from unroll.steps.recompute import recomputed, refuse_other_tensors
+from unroll.steps.recompute import recomputed, refuse_unrepeatable
 
 
 class Point(NamedTuple):
@@ -81,7 +89,7 @@ class LookAhead:
         inspected = self.inspected
         following = recomputed(self._step, self.module.module, point, fake, real)
         if self.inspected and not inspected:
-            refuse_other_tensors(self._step, (point, fake, real))
+            refuse_unrepeatable(self._step, self.module.module, (point, fake, real))
         return following
 
     def _step(self, point: Point, fake: Batch, real: Batch, *, graph: bool) -> Point:
@@ -92,14 +100,15 @@ class LookAhead:
             and point.loss is None
             and any(t.requires_grad for t in tensors((fake, real)))
         )
-        if inspect:
+        if point.loss is None and not self.constant:
             refuse_layers(self.module.module)
         d = At(self.module, theta, point.buffers, twice=True)
         with torch.enable_grad():
             fake, real = aliased(fake), aliased(real)
             loss = self.objective.discriminator_loss(d, fake, real)
             check_scalar(loss, "discriminator_loss")
-            gradients = self._gradients(loss, theta)
+            local = self._gradients(loss, theta)
+            gradients = self._over_ranks(local, theta, tensors((fake, real)))
         with (
             torch.set_grad_enabled(graph or inspect),
             torch.autocast(loss.device.type, enabled=False),  # optimizers keep full precision
@@ -113,7 +122,7 @@ class LookAhead:
                 if not same(theta[name], own):
                     raise RuntimeError(mutation_message(name))
             refuse_own_parameters(module, loss, tensors((fake, real)))
-            inspect_step(module, theta.values(), gradients, tensors(fake), lambda: d(real))
+            inspect_step(module, theta.values(), local, tensors(fake), lambda: d(real))
             self.inspected = True
         following = Point(moved, d.buffers, state, loss.detach())
         return following if graph else self._without_graph(following, point)
@@ -122,7 +131,7 @@ class LookAhead:
         return value.detach().requires_grad_(name in self.moving)
 
     def _without_graph(self, point: Point, last: Point) -> Point:
-        """Return a point that requires gradients just where its graph would have."""
+        """Return a point that requires gradients at least where its graph would have."""
         kept = {id(t) for t in tensors(last.optimizer_state)}  # settings, and what was skipped
 
         def leaf(t: Tensor, moves: bool) -> Tensor:
@@ -156,8 +165,17 @@ class LookAhead:
                     f"discriminator: the gradient of {name!r} is sparse, which the look-ahead "
                     "cannot differentiate. Build the layer with sparse=False."
                 )
+        return found
+
+    def _over_ranks(
+        self, found: dict[str, Tensor], parameters: Mapping[str, Tensor], batch: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the gradients that the step takes: this rank's, or with ``sync`` the mean."""
         if self.sync:
-            found = averaged(found, moving, self.group)
+            moving = {name: p for name, p in parameters.items() if name in self.moving}
+            # All ranks run the same backward pass, those whose gradients are constant too.
+            reached = [t for t in (*batch, *moving.values()) if t.requires_grad]
+            found = averaged(found, moving, self.group, () if self.constant else reached)
         if not found:
             raise ValueError(
                 "objective: discriminator_loss must depend on the parameters of the discriminator "
@@ -165,11 +183,3 @@ class LookAhead:
                 "`discriminator` argument, not the module itself, and do not detach its output."
             )
         return found
-
-
-def hooked(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient as the hooks of the real parameter leave it."""
-    for hook in (parameter._backward_hooks or {}).values():
-        replaced = hook(gradient)
-        gradient = gradient if replaced is None else replaced
-    return gradient

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -38,19 +38,22 @@ class _MeanOverRanks(torch.autograd.Function):
     """The mean over ranks: linear and symmetric, so that its adjoint is itself."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, tensor: Tensor, group: Any, *reached: Tensor) -> Tensor:
+        ctx.group, ctx.reached = group, len(reached)
         total = tensor.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total / dist.get_world_size(group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _MeanOverRanks.apply(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _MeanOverRanks.apply(grad, ctx.group), None, *[None] * ctx.reached
 
 
 def averaged(
-    gradients: Mapping[str, Tensor], moving: Mapping[str, Tensor], group: Any
+    gradients: Mapping[str, Tensor],
+    moving: Mapping[str, Tensor],
+    group: Any,
+    reached: Sequence[Tensor],
 ) -> dict[str, Tensor]:
     """Return the gradients of all ranks, averaged, in one collective.
 
@@ -61,7 +64,7 @@ def averaged(
     present = torch.tensor([float(name in gradients) for name in moving], device=parts[0].device)
     flat = torch.cat([part.to(dtype) for part in [*parts, present]])
     *means, counts = torch.split(
-        _MeanOverRanks.apply(flat, group), [p.numel() for p in [*parts, present]]
+        _MeanOverRanks.apply(flat, group, *reached), [p.numel() for p in [*parts, present]]
     )
     return {
         name: mean.view(p.shape).to(p.dtype)

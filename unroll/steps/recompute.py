@@ -33,28 +33,42 @@ def recomputed(step: Step[P], module: nn.Module, point: P, fake: Batch, real: Ba
     return following
 
 
-def refuse_other_tensors(step: Step[P], given: tuple[P, Batch, Batch]) -> None:
-    """Refuse a step whose result depends on tensors that a recomputation gives no gradients.
+def refuse_unrepeatable(step: Step[P], module: nn.Module, given: tuple[P, Batch, Batch]) -> None:
+    """Refuse a step whose second run would differ, or lose the gradient of a tensor.
 
-    They stand in the graphs of both of two runs; what a step makes for itself stands in one.
+    A tensor from elsewhere stands in the graphs of two runs; what a step makes for itself stands in
+    one.
     """
-    device = next(t.device for t in tensors(given))
+    device = next(module.parameters()).device
     state = random_state(device)
     inputs = _leaves(tensors(given), [t.requires_grad for t in tensors(given)])
-    found: list[dict[int, Tensor]] = []
+    results: list[list[Tensor]] = []
+    leaves: list[dict[int, Tensor]] = []
     for _ in range(2):
-        with replayed(state, device):
-            result = step(*_filled(given, inputs), graph=True)
-        variables = [getattr(node, "variable", None) for node in graph(tensors(result))]
-        found.append({id(v): v for v in variables if v is not None})
+        with replayed(state, device), held(module):
+            results.append(tensors(step(*_filled(given, inputs), graph=True)))
+        variables = [getattr(node, "variable", None) for node in graph(results[-1])]
+        leaves.append({id(v): v for v in variables if v is not None})
+    _check_repeated(results[0], results[1])
     known = {id(t) for t in inputs}
-    for name, leaf in found[0].items():
-        if name in found[1] and name not in known:
+    for name, leaf in leaves[0].items():
+        if name in leaves[1] and name not in known:
             raise RuntimeError(
                 "checkpoint: the look-ahead uses a tensor that requires a gradient and is no part "
                 f"of the batch (shape {tuple(leaf.shape)}; in the objective or in project=), whose "
                 "gradient a recomputed step would lose. Pass it in the batch, detach it, or set "
                 "checkpoint=False."
+            )
+
+
+def _check_repeated(first: Sequence[Tensor | None], second: Sequence[Tensor]) -> None:
+    for a, b in zip(first, second, strict=True):
+        if a is not None and not torch.allclose(a, b, equal_nan=True):
+            raise RuntimeError(
+                "checkpoint: a look-ahead step must give the same result when it runs again in the "
+                "backward pass, but D's loss or buffers differ. D or the objective keeps state "
+                "outside of buffers, was changed in between, or draws from another generator than "
+                "torch's global one. Register buffers, or set checkpoint=False."
             )
 
 
@@ -65,6 +79,7 @@ class _Run:
         self.step, self.module = step, module
         self.given = _emptied(given)
         self.result: Any = None
+        self.constants: list[Tensor | None] = []  # of the first run, where they take no gradient
         self.device = next(module.parameters()).device
         self.random_state = random_state(self.device)
         self.training = [submodule.training for submodule in module.modules()]
@@ -96,10 +111,14 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.run = run
+        ctx.set_materialize_grads(False)  # a zero into an infinite slope would be NaN
         ctx.save_for_backward(*inputs)
         found = run.first(_leaves(inputs, ctx.needs_input_grad[1:]))
         outputs = tuple(t.detach() for t in found)
         constants = [o for o, t in zip(outputs, found, strict=True) if not t.requires_grad]
+        run.constants = [
+            None if t.requires_grad else o.detach() for o, t in zip(outputs, found, strict=True)
+        ]
         ctx.mark_non_differentiable(*constants)
         return outputs
 
@@ -114,6 +133,7 @@ class _Recompute(torch.autograd.Function):
         inputs = _leaves(ctx.saved_tensors, needed)
         with torch.enable_grad():
             outputs = ctx.run.again(inputs)
+        _check_repeated(ctx.run.constants, outputs)
         pairs = zip(outputs, grads, strict=True)
         seeded = [(o, g) for o, g in pairs if o.requires_grad and g is not None]
         found = iter(
