@@ -20,7 +20,7 @@ from tests.benchmarks.networks import NETWORKS
 from tests.benchmarks.peers import CHECKPOINT, JAX, PLAIN, UNROLL, installed
 from tests.benchmarks.record import COLUMNS, ROOT, Cell, Row, revision
 
-# What glibc maps anew for every tensor, it zeroes page by page; 32 MiB is the most it accepts.
+# What glibc maps anew for a tensor, the kernel zeroes page by page; it accepts 32 MiB at most.
 ALLOCATORS: dict[str, dict[str, str]] = {
     "default": {},
     "thresholds": {
@@ -30,7 +30,7 @@ ALLOCATORS: dict[str, dict[str, str]] = {
 }
 TOLERANCE = 1e-4
 # Other convolutions round otherwise, and a LeakyReLU at its kink then takes the other slope: 2e-4
-# of the gradient already at K = 0. The least second term of these networks is 1e-1.
+# of the gradient already at K = 0. The least second term of these networks is 9e-2.
 TOLERANCE_OF_JAX_ON_IMAGES = 1e-3
 MEMORY_ERRORS = ("can't allocate memory", "RESOURCE_EXHAUSTED", "bad_alloc", "MemoryError")
 
