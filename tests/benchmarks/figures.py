@@ -42,11 +42,14 @@ def panel(axes: Axes, rows: Sequence[Row], value: Value, least: float) -> None:
         points = [(int(row["unroll_steps"]), value(row, rows)) for row in own]
         drawn = sorted((k, y) for k, y in points if y is not None and y >= least)
         if drawn:
-            ks, ys = zip(*drawn, strict=True)
+            xs, ys = zip(*drawn, strict=True)
             grey = "black" if peer.startswith(UNROLL) else "0.45"
             style = {"marker": MARKERS[peer], "linestyle": DASHES[peer], "color": grey}
-            axes.plot(ks, ys, label=peer, markersize=4, linewidth=1, **style)  # type: ignore[arg-type]
+            axes.plot(xs, ys, label=peer, markersize=4, linewidth=1, **style)  # type: ignore[arg-type]
     axes.set(xscale="log", yscale="log", xlabel="K")
+    ks = sorted({int(row["unroll_steps"]) for row in rows} - {0})
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.set_xticks([], minor=True)
 
 
 def figure(rows: Sequence[Row], value: Value, label: str, least: float = 0.0) -> Figure:
