@@ -34,7 +34,8 @@ def changes(before: Mapping[str, Any], *held: object) -> list[str]:
 
 def bits(tensor: Tensor) -> bytes:
     """Return the contents of a tensor, so that -0.0 and NaN count as themselves."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+    flat = dense.cpu().contiguous().reshape(-1)
     return bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
 
 

@@ -156,13 +156,7 @@ def test_minibatches_are_checked_too() -> None:
 
 
 # Their real steps leave tensors of a graph in the LSTM's list of weights.
-COPIED = pytest.mark.xfail(reason="deepcopy refuses tensors of a graph", raises=RuntimeError)
-UNCOPIED = ("weight norm, LSTM", "spectral norm, LSTM")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[COPIED] if n in UNCOPIED else []) for n in ZOO]
-)
+@pytest.mark.parametrize("name", ZOO)
 def test_every_animal_of_the_zoo_passes(name: str) -> None:
     animal = ZOO[name]
     d = animal.make()

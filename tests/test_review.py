@@ -380,3 +380,21 @@ def test_a_penalty_on_the_fakes_themselves_is_taken_at_a_fixed_theta(checkpoint:
     if not checkpoint:
         report = unroll.check_gradients(loss, fake, real)
         assert report.ok, report
+
+
+class Faint:
+    """A game whose generator's loss is far larger than its slope, which is a little wrong."""
+
+    def discriminator_loss(self, discriminator: Any, fake: Tensor, real: Tensor) -> Tensor:
+        return unroll.Minimax().discriminator_loss(discriminator, fake, real)
+
+    def generator_loss(self, discriminator: Any, fake: Tensor, real: Tensor) -> Tensor:
+        loss: Tensor = discriminator(fake).mean()
+        return 1.0 + 1e-4 * (loss + 1e-3 * loss.detach())
+
+
+def test_a_wrong_gradient_does_not_hide_in_the_round_off_of_small_steps() -> None:
+    d = net()
+    report = unroll.check_gradients(Loss(d, sgd(d), Faint(), unroll_steps=2), fakes(), randn(5, 3))
+    assert not report.ok
+    assert report.relative_error > 1e-4

@@ -192,7 +192,7 @@ def check_gradients(
             "that it is given, which is D at theta_D^k"
         )
     if any(str(w.message) == DETACHED_FAKES for w in caught):
-        suspicions.append("the objective detaches the fakes in discriminator_loss")
+        suspicions.append("the objective (or D) detaches the fakes in discriminator_loss")
     if error > TOLERANCE and not suspicions:
         suspicions.append("the objective: its own operations have a wrong derivative")
     return GradientReport(error <= TOLERANCE and not suspicions, error, tuple(suspicions))
