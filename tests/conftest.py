@@ -8,6 +8,8 @@ import torch
 
 import unroll
 
+collect_ignore = ["benchmarks/jax_worker.py"]  # runs in an environment of its own, with JAX
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
