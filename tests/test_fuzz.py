@@ -89,6 +89,11 @@ def test_saturated_games(case: Case) -> None:
     check(case)
 
 
+def test_a_layer_is_named_behind_one_that_works_in_place() -> None:
+    """The refusal of BatchNorm under a penalty was an error of the search itself."""
+    check(Case(("twice", ("then", ("relu, in place",), ("batch norm",))), objective="minimax+r1"))
+
+
 @pytest.mark.parametrize("objective", ["minimax+r1", "wasserstein+gp"])
 def test_a_penalty_on_attention_without_a_second_term(objective: str) -> None:
     check(Case(("attention",), objective=objective, stop_gradient=True))

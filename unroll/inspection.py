@@ -143,7 +143,12 @@ def probe_layers(
                     fresh, named = map_tensors(_leaf, (args, kwargs))
                     inputs = [t for t in tensors((fresh, named)) if t.requires_grad]
                     parameters: list[Tensor] = [p for p in layer.parameters() if p.requires_grad]
-                    results[name] = probe(lambda: layer(*fresh, **named), inputs, parameters)
+
+                    def run() -> Any:  # on copies, which a layer may change in place
+                        copies, named_copies = map_tensors(Tensor.clone, (fresh, named))
+                        return layer(*copies, **named_copies)
+
+                    results[name] = probe(run, inputs, parameters)
             finally:
                 busy = False
 
