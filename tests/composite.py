@@ -370,7 +370,8 @@ FUNCTIONS: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     nn.Flatten: lambda x: x.reshape(len(x), -1),
     nn.Tanh: lambda x: 2 / (1 + (-2 * x).exp()) - 1,
     nn.Sigmoid: lambda x: 1 / (1 + (-x).exp()),
-    nn.Softplus: lambda x: -F.logsigmoid(-x),
+    # The layer is the identity beyond 20, where log(1 + exp(x)) is off by 2e-9.
+    nn.Softplus: lambda x: torch.where(x > 20, x, -F.logsigmoid(-x)),
     nn.SiLU: lambda x: x / (1 + (-x).exp()),
     nn.GELU: lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
     nn.ELU: lambda x: torch.where(x > 0, x, x.clamp_max(0).exp() - 1),

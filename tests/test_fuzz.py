@@ -89,6 +89,51 @@ def test_saturated_games(case: Case) -> None:
     check(case)
 
 
+def test_softplus_in_d_is_the_layers_own() -> None:
+    """Spectral norm's u and v are those of before the clip, which makes logits of 70."""
+    check(
+        Case(
+            block=(
+                "then",
+                (
+                    "then",
+                    (
+                        "concatenation",
+                        ("then", ("spectral norm, hooks",), ("softplus",)),
+                        ("twice", ("rms norm",)),
+                    ),
+                    ("twice", ("batch norm",)),
+                ),
+                (
+                    "residual",
+                    ("concatenation", ("spare",), ("then", ("weight norm, conv",), ("tied",))),
+                ),
+                (
+                    "then",
+                    ("twice", ("concatenation", ("group norm",), ("attention",))),
+                    ("concatenation", ("silu",), ("elu",)),
+                ),
+            ),
+            optimizer="sgd maximize",
+            objective="own",
+            unroll_steps=1,
+            fakes=6,
+            reals=4,
+            dtype=torch.float64,
+            average=True,
+            stop_gradient=False,
+            resampled=False,
+            real_in_graph=True,
+            frozen="all",
+            part=False,
+            warm=0,
+            project="clip",
+            evaluated=False,
+            seed=65536,
+        )
+    )
+
+
 def test_a_layer_is_named_behind_one_that_works_in_place() -> None:
     """The refusal of BatchNorm under a penalty was an error of the search itself."""
     check(Case(("twice", ("then", ("relu, in place",), ("batch norm",))), objective="minimax+r1"))
