@@ -1,0 +1,166 @@
+"""The GAN of Appendix A on the ring of 8 Gaussians, its seeds side by side.
+
+Metz, Poole, Pfau and Sohl-Dickstein, "Unrolled Generative Adversarial Networks" (ICLR 2017,
+https://arxiv.org/abs/1611.02163). The draws come in the order of `examples/mog.py`: a seed starts
+from the same networks and sees the same batches.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import unroll
+from lab import planar, runs, seeds
+from lab.mixtures import Mixture, ring
+from lab.networks import Scale
+
+MODES = 8
+NOISES = 256
+WIDTH = 128  # of D too (ours)
+BETAS = (0.5, 0.999)
+WINDOW = 2.8  # half the side of the figures
+LATE = ("modes", "percent_high_quality", "percent_outside")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the experiments of Appendix B share. The defaults are Appendix A."""
+
+    preset: str = "paper"
+    unroll_steps: int = 0
+    generator_steps: int = 1
+    learning_rate: float = 1e-4  # of both players
+    samples: int = 2500
+    evaluate_every: int = 250
+    device: str = "cpu"
+    pairs: int = 25_000
+    batch_size: int = 512  # ours
+    first_seed: int = 0
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained."""
+        if self.unroll_steps < 0:
+            raise ValueError(f"--unroll-steps must not be negative, got {self.unroll_steps}")
+        for name, flag in (("pairs", "iterations"), ("generator_steps", "generator-steps")):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{flag} must be positive, got {getattr(self, name)}")
+
+
+QUICK = {
+    "preset": "quick",
+    "learning_rate": 1e-3,
+    "batch_size": 256,
+    "pairs": 3500,
+    "evaluate_every": 50,
+}
+
+
+def mixture(device: str = "cpu") -> Mixture:
+    """Return the data."""
+    return ring(MODES, radius=2.0, deviation=0.02, device=device)
+
+
+class Players:
+    """Both networks of every seed, what trains them, and what they are trained on."""
+
+    def __init__(self, settings: Settings) -> None:
+        torch.set_num_threads(1)  # the networks are tiny
+        self.settings = settings
+        every = range(settings.first_seed, settings.first_seed + settings.seeds)
+        replaced = seeds.Generators(every, settings.device)  # by orthogonal weights, just below
+        self.rngs = seeds.Generators(every, settings.device)
+        self.mixture = mixture(settings.device)
+        self.generator = seeds.perceptrons([NOISES, WIDTH, WIDTH, 2], "relu", replaced)
+        layers = seeds.perceptrons([2, WIDTH, 1], "relu", replaced)
+        for network in (self.generator, layers):
+            make_orthogonal(network, 0.8, self.rngs)
+        self.discriminator = nn.Sequential(Scale(0.25), *layers)
+        rate = settings.learning_rate
+        self.g_optimizer = torch.optim.Adam(self.generator.parameters(), rate, BETAS)
+        self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), rate, BETAS)
+        self.game = seeds.SideBySide(unroll.Minimax(), settings.seeds)
+        self.held_out = self.noise(settings.samples)
+
+    def noise(self, count: int | None = None) -> Tensor:
+        """Return inputs of the generators, `(seeds, noises, samples)`."""
+        shape = count or self.settings.batch_size, NOISES
+        return self.rngs.draw(lambda rng: torch.randn(shape, generator=rng, device=rng.device).T)
+
+    def real(self, rngs: seeds.Generators | None = None) -> Tensor:
+        """Return data, `(seeds, 2, samples)`."""
+        size = self.settings.batch_size
+        return (rngs or self.rngs).draw(lambda rng: self.mixture.sample(size, rng).T)
+
+    def train_discriminator(self) -> None:
+        """Update every D once."""
+        fake = self.generator(self.noise()).detach()
+        loss = self.game.discriminator_loss(self.discriminator, fake, self.real())
+        self.d_optimizer.zero_grad()
+        loss.backward()
+        self.d_optimizer.step()
+
+    def follow(self, g_loss: Tensor) -> None:
+        """Update every G once."""
+        self.g_optimizer.zero_grad()
+        g_loss.backward()
+        self.g_optimizer.step()
+
+    def look(self, pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
+        """Return the metrics of every seed, and a snapshot for the figures.
+
+        Beside those of `planar.evaluate`: `percent_outside`, samples that the figures do not show,
+        and means over the last third of the training so far of what `LATE` names.
+        """
+        with torch.no_grad():
+            samples = self.generator(self.held_out)
+        updates = pairs * (1 + self.settings.generator_steps)
+        row, snapshot = planar.evaluate(samples, self.mixture, updates, earlier)
+        outside = (samples.abs().amax(1) > WINDOW).double().mean(1)
+        late = [past for past in earlier if past["pairs"] >= 2 / 3 * pairs]
+        for seed, each in enumerate(row["each"]):
+            each["percent_outside"] = 100 * outside[seed].item()
+            for metric in LATE:
+                values = [*(past[metric] for past in seeds.of_seed(late, seed)), each[metric]]
+                each[f"late_{metric}"] = sum(values) / len(values)
+        return row, snapshot
+
+    def iterate(
+        self, path: Path, evaluate: Any, *, resume: bool, label: str, line: int, **parts: Any
+    ) -> Iterator[int]:
+        """Count the pairs of updates, with evaluations and checkpoints between them."""
+        return runs.iterate(
+            path,
+            asdict(self.settings),
+            {
+                "g": self.generator,
+                "d": self.discriminator,
+                "g_adam": self.g_optimizer,
+                "d_adam": self.d_optimizer,
+                **parts,
+            },
+            self.rngs,
+            evaluate,
+            length=self.settings.pairs,
+            every=self.settings.evaluate_every,
+            resume=resume,
+            bar={"desc": label, "position": line, "unit": "pair"},
+        )
+
+
+@torch.no_grad()
+def make_orthogonal(network: nn.Sequential, gain: float, rngs: seeds.Generators) -> None:
+    """Make the weights of every seed orthogonal, and the biases zero (ours)."""
+    for layer in network:
+        if isinstance(layer, seeds.Linears):
+            empty = torch.empty(layer.weight.shape[1:], device=rngs.device)
+            layer.weight.copy_(rngs.draw(lambda rng, w=empty: _orthogonal(w, gain, rng)))
+            nn.init.zeros_(layer.bias)
+
+
+def _orthogonal(weight: Tensor, gain: float, rng: torch.Generator) -> Tensor:
+    return nn.init.orthogonal_(weight.clone(), gain, generator=rng)

@@ -1,0 +1,155 @@
+"""The experiments of Appendix B: what they train is what `mog.py` trains, seed by seed."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.test_examples import example, rows, run
+
+SHORT = {"pairs": 4, "batch_size": 32, "samples": 50, "evaluate_every": 2, "seeds": 2}
+ARMS: dict[str, list[dict[str, Any]]] = {
+    "mog_history": [
+        {"members": 3, "delay": 2},
+        {"members": 3, "delay": 2, "live": False},
+        {"unroll_steps": 2},
+    ],
+}
+EVERY = [(name, arm) for name, arms in ARMS.items() for arm in arms]
+
+
+def trained(
+    name: str, folder: Path, patch: pytest.MonkeyPatch, *lengths: int, **settings: Any
+) -> dict[str, Any]:
+    """Train an arm to each length, resuming, and return its checkpoint."""
+    module = example(name, patch)
+    for number, pairs in enumerate(lengths):
+        config = replace(module.PRESETS["quick"], **{**SHORT, **settings, "pairs": pairs})
+        module.train(config, 0, folder=folder, resume=number > 0)
+    content: dict[str, Any] = torch.load(config.checkpoint(folder), weights_only=True)
+    return content
+
+
+@pytest.mark.parametrize(("name", "arm"), EVERY)
+def test_an_arm_resumes_to_the_same_numbers(
+    name: str, arm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = trained(name, tmp_path / "once", monkeypatch, 6, **arm)
+    again = trained(name, tmp_path / "again", monkeypatch, 3, 6, **arm)
+    for content in (once, again):
+        for row in content["log"]["history"]:
+            del row["seconds"]
+    assert str(once["log"]["history"]) == str(again["log"]["history"])  # of NaNs too
+    assert torch.equal(once["rng"], again["rng"])
+    for part, state in once["parts"].items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                assert torch.equal(value, again["parts"][part][key])
+
+
+@pytest.mark.parametrize(("name", "arm"), EVERY)
+def test_a_seed_of_an_arm_trains_among_others_as_it_does_alone(
+    name: str, arm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = trained(name, tmp_path / "three", monkeypatch, 4, seeds=3, **arm)["parts"]
+    alone = trained(name, tmp_path / "one", monkeypatch, 4, seeds=1, first_seed=1, **arm)["parts"]
+    for part in "gd":
+        for key, parameters in alone[part].items():
+            others = together[part][key]
+            assert (parameters[0] - others[1]).abs().max() < 1e-5, key
+            assert (parameters[0] - others[0]).abs().max() > 1e-4, f"{key}: one for all seeds"
+
+
+MOG: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("mog_history", {"members": 1}, {"unroll_steps": 0}),
+    ("mog_history", {"unroll_steps": 3}, {"unroll_steps": 3}),
+]
+
+
+@pytest.mark.parametrize(("name", "arm", "same"), MOG)
+def test_a_seed_trains_as_in_the_experiment_of_the_paper(
+    name: str,
+    arm: dict[str, Any],
+    same: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = trained(name, tmp_path / "arm", monkeypatch, 4, first_seed=4, **arm)["parts"]
+    mog = example("mog", monkeypatch)
+    shared = {key: value for key, value in SHORT.items() if key != "seeds"}
+    config = replace(mog.PRESETS["quick"], **shared, **same, seed=5)
+    mog.train(config, 0, folder=tmp_path / "mog", resume=False)
+    parts = torch.load(config.checkpoint(tmp_path / "mog"), weights_only=True)["parts"]
+    for part in "gd":
+        pairs = zip(found[part].values(), parts[part].values(), strict=True)
+        for ours, theirs in pairs:
+            assert (ours[1].reshape(theirs.shape) - theirs).abs().max() < 1e-5
+
+
+def test_an_ensemble_holds_the_discriminators_that_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    mog_history = example("mog_history", monkeypatch)
+    seeds = example("lab.seeds", monkeypatch)
+    network = seeds.perceptrons([2, 1], "relu", seeds.Generators([0, 1], "cpu"))
+    x = torch.ones(2, 2, 3)
+
+    def held(updates: int, **settings: Any) -> list[int]:
+        """Return after which updates the members were taken."""
+        ensemble = mog_history.Ensemble(network, **settings)
+        for update in range(updates):
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    parameter.fill_(update)
+            ensemble.follow()
+        logits = ensemble(x).reshape(len(ensemble), 2, 3)
+        assert (logits == logits[:, :1, :1]).all()
+        return sorted((logits[:, 0, 0] / 3).int().tolist())
+
+    assert held(1, members=3, delay=1) == [0]
+    assert held(5, members=3, delay=1) == [2, 3, 4]
+    assert held(5, members=3, delay=1, live=False) == [2, 3, 4]
+    assert held(6, members=2, delay=3) == [2, 5]
+    assert held(8, members=2, delay=3) == [5, 7]
+    assert held(8, members=2, delay=3, live=False) == [3, 6]
+    assert held(2, members=2, delay=3, live=False) == [0]
+
+
+def test_history_records_a_row_a_seed_and_draws(tmp_path: Path) -> None:
+    record = tmp_path / "record.csv"
+    command = ("--iterations", "2", "--seeds", "2", "--members", "1", "5", "--delays", "3")
+    command += ("--unroll-steps", "1", "--workers", "1")
+    finished = run("mog_history.py", *command, "--out", tmp_path / "out", "--record", record)
+    assert finished.returncode == 0, finished.stderr
+    columns = ("unroll_steps", "members", "delay", "live")
+    found = {tuple(row[name] for name in columns) for row in rows(record)}
+    assert found == {
+        ("0", "1", "1", "True"),
+        ("0", "5", "1", "True"),
+        ("0", "5", "3", "True"),
+        ("0", "5", "3", "False"),
+        ("1", "1", "1", "True"),
+    }
+    assert len(rows(record)) == 10
+    for name in ("ensembles", "delays", "sampled"):
+        assert (tmp_path / "out" / f"mog_history_{name}.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "value"),
+    [
+        ("mog_history.py", "--members", "0"),
+        ("mog_history.py", "--delays", "-1"),
+        ("mog_history.py", "--unroll-steps", "-1"),
+        ("mog_history.py", "--iterations", "0"),
+    ],
+)
+def test_they_refuse_what_cannot_be_trained(
+    script: str, flag: str, value: str, tmp_path: Path
+) -> None:
+    refused = run(script, flag, value, "--out", tmp_path / "out")
+    assert refused.returncode == 2
+    assert flag in refused.stderr.splitlines()[-1]
+    assert value in refused.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
