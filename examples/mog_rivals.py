@@ -1,0 +1,346 @@
+"""What one would pick instead of unrolling, on a ring and a grid of Gaussians, and both together.
+
+Every method has the networks, the learning rate, the batch size and the number of generator updates
+of the others, and what makes it that method from its own paper or code:
+
+    GAN         the minimax game of Metz et al. 2017 (https://arxiv.org/abs/1611.02163)
+    GAN-NS      the same with the non-saturating loss (Goodfellow et al. 2014)
+    PacGAN2     Lin et al. 2018 (https://arxiv.org/abs/1712.04086): GAN-NS whose D judges two
+                samples at once, in batches of as many pairs as other D's judge samples, as in the
+                authors' code
+    grad-norm   Nagarajan and Kolter 2017 (https://arxiv.org/abs/1706.04156): G minimises
+                f + 0.5 ||df/dtheta_D||^2, 0.5 as in the authors' code. It is the first-order term
+                of one look-ahead step of plain SGD of that learning rate
+    WGAN-GP     Gulrajani et al. 2017 (https://arxiv.org/abs/1704.00028): five critic steps; the
+                penalty's weight is the paper's 10, or the 0.1 of the authors' code for 2D toys,
+                whose betas (0.5, 0.9) both have
+    RpGAN+R1+R2 Huang et al. 2024 (https://arxiv.org/abs/2501.05441): pairs and both penalties, no
+                momentum; gamma is 1 or 0.1, the ends of the authors' schedule for Stacked MNIST
+
+The rest of the optimizer is Adam with betas (0.5, 0.999). With K > 0 the generator's loss is the
+method's own at the discriminator K steps ahead, whose loss has the method's penalties.
+
+    python examples/mog_rivals.py                       all methods, K=0 and K=5, 1,500 updates of G
+    python examples/mog_rivals.py --methods GAN PacGAN2 --data ring
+"""
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lab import cli, figures, planar, records, runs, seeds
+from lab.mixtures import CEILING, TABLE, Mixture, ring
+from lab.networks import Scale
+from torch import Tensor, nn
+
+import unroll
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method changes about the plain game."""
+
+    game: unroll.Objective
+    betas: tuple[float, float] = (0.5, 0.999)
+    discriminator_steps: int = 1  # a step of G
+    packing: int = 1
+    gradient_norm: float = 0.0  # the weight of ||df/dtheta_D||^2 in G's loss
+
+
+def wgan_gp(weight: float) -> Method:
+    """Return WGAN-GP."""
+    game = unroll.Wasserstein() + unroll.GradientPenalty(weight)
+    return Method(game, betas=(0.5, 0.9), discriminator_steps=5)
+
+
+def r3gan(gamma: float) -> Method:
+    """Return RpGAN+R1+R2."""
+    game = unroll.RelativisticPairing() + unroll.R1(gamma) + unroll.R2(gamma)
+    return Method(game, betas=(0.0, 0.99))
+
+
+METHODS = {
+    "GAN": Method(unroll.Minimax()),
+    "GAN-NS": Method(unroll.NonSaturating()),
+    "PacGAN2": Method(unroll.NonSaturating(), packing=2),
+    "grad-norm": Method(unroll.Minimax(), gradient_norm=0.5),
+    "WGAN-GP 10": wgan_gp(10.0),
+    "WGAN-GP 0.1": wgan_gp(0.1),
+    "RpGAN+R1+R2 1": r3gan(1.0),
+    "RpGAN+R1+R2 0.1": r3gan(0.1),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Runs of one setting, the seeds side by side."""
+
+    preset: str = "full"
+    data: str = "ring"
+    method: str = "GAN"
+    unroll_steps: int = 0
+    learning_rate: float = 1e-4  # of both players
+    noise_size: int = 256
+    width: int = 128  # of two hidden ReLU layers in either network
+    input_scale: float = 0.25  # of D
+    samples: int = 2500
+    evaluate_every: int = 500
+    device: str = "cpu"
+    pairs: int = 25_000  # updates of G
+    batch_size: int = 512
+    first_seed: int = 0
+    seeds: int = 10
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained."""
+        if self.unroll_steps < 0:
+            raise ValueError(f"--unroll-steps must not be negative, got {self.unroll_steps}")
+        for name, flag in (("pairs", "iterations"), ("learning_rate", "learning-rate")):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{flag} must be positive, got {getattr(self, name)}")
+
+    @property
+    def label(self) -> str:
+        """Return the name of the setting."""
+        return f"{self.method}, K = {self.unroll_steps}"
+
+    def checkpoint(self, folder: Path) -> Path:
+        """Return where the runs are kept."""
+        setting = f"{self.data}-{self.method.replace(' ', '-')}-K{self.unroll_steps}"
+        name = f"{setting}-lr{self.learning_rate:g}-seeds{self.first_seed}+{self.seeds}.pt"
+        return folder / "checkpoints" / name
+
+
+PRESETS = {
+    "quick": Config(
+        "quick",
+        learning_rate=1e-3,
+        noise_size=64,
+        width=64,
+        evaluate_every=100,
+        pairs=1500,
+        batch_size=128,
+    ),
+    "full": Config("full"),
+}
+
+
+def grid(device: str) -> Mixture:
+    """Return VEEGAN's and PacGAN's 25 Gaussians of deviation 0.05, two apart."""
+    axis = torch.arange(-4.0, 5.0, 2.0, device=device)
+    means = torch.cartesian_prod(axis, axis)
+    return Mixture(means, 0.05, torch.full((len(means),), 1 / len(means), device=device))
+
+
+def mixture_of(config: Config) -> Mixture:
+    """Return the paper's ring of eight, or the grid."""
+    if config.data == "grid":
+        return grid(config.device)
+    return ring(radius=2.0, deviation=0.02, device=config.device)
+
+
+class Discriminators(nn.Module):
+    """The D of every seed, on a plain batch: the first seed's samples first.
+
+    Args:
+        config: Of the experiment.
+        packing: How many samples of a seed make one input.
+        rngs: Of the seeds.
+    """
+
+    def __init__(self, config: Config, packing: int, rngs: seeds.Generators) -> None:
+        super().__init__()
+        self.shape = config.seeds, -1, 2 * packing
+        sizes = [2 * packing, config.width, config.width, 1]
+        layers = seeds.perceptrons(sizes, "relu", rngs)
+        self.layers = nn.Sequential(Scale(config.input_scale), layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.layers(x.reshape(self.shape).mT)
+        return logits.flatten()
+
+
+def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
+    """Train the GANs of all seeds; what comes of them is in their checkpoint."""
+    torch.set_num_threads(1)  # the networks are tiny
+    method = METHODS[config.method]
+    rngs = seeds.Generators(
+        range(config.first_seed, config.first_seed + config.seeds), config.device
+    )
+    mixture = mixture_of(config)
+    sizes = [config.noise_size, config.width, config.width, 2]
+    generators = seeds.perceptrons(sizes, "relu", rngs)
+    discriminators = Discriminators(config, method.packing, rngs)
+    g_optimizer = torch.optim.Adam(generators.parameters(), config.learning_rate, method.betas)
+    d_optimizer = torch.optim.Adam(discriminators.parameters(), config.learning_rate, method.betas)
+    batch_size = config.batch_size * method.packing
+
+    def noise(count: int = batch_size) -> Tensor:
+        shape = config.noise_size, count
+        return rngs.draw(lambda rng: torch.randn(shape, generator=rng, device=rng.device))
+
+    def fakes() -> Tensor:
+        batch: Tensor = generators(noise()).mT
+        return batch.flatten(0, 1)
+
+    def reals() -> Tensor:
+        return rngs.draw(lambda rng: mixture.sample(batch_size, rng)).flatten(0, 1)
+
+    held_out = noise(config.samples)
+    ticked = time.process_time()
+
+    @torch.no_grad()
+    def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
+        nonlocal ticked
+        spent, ticked = time.process_time() - ticked, time.process_time()
+        updates = pairs * (1 + method.discriminator_steps)
+        row, snapshot = planar.evaluate(generators(held_out), mixture, updates, earlier)
+        before = earlier[-1]["cpu_seconds"] if earlier else 0.0
+        return row | {"cpu_seconds": round(before + spent, 1)}, snapshot
+
+    iterations = runs.iterate(
+        config.checkpoint(folder),
+        asdict(config),
+        {"g": generators, "d": discriminators, "g_adam": g_optimizer, "d_adam": d_optimizer},
+        rngs,
+        evaluate,
+        length=config.pairs,
+        every=config.evaluate_every,
+        resume=resume,
+        bar={"desc": f"{config.data}, {config.label}", "position": line, "unit": "pair"},
+    )
+
+    game = seeds.SideBySide(method.game, config.seeds)
+    unrolled = unroll.UnrolledGeneratorLoss(
+        discriminators, d_optimizer, game, unroll_steps=config.unroll_steps
+    )
+    for iteration in iterations:
+        torch.manual_seed(iteration)  # GradientPenalty's points: the same in a resumed run
+        for _ in range(method.discriminator_steps):
+            d_loss = game.discriminator_loss(discriminators, fakes().detach(), reals())
+            d_optimizer.zero_grad()
+            d_loss.backward()
+            d_optimizer.step()
+
+        if method.gradient_norm:
+            g_loss = regularised(unrolled, fakes(), reals(), method.gradient_norm)
+        else:
+            g_loss = unrolled(fakes(), reals())
+        g_optimizer.zero_grad()
+        g_loss.backward()
+        g_optimizer.step()
+    return config
+
+
+def regularised(
+    unrolled: unroll.UnrolledGeneratorLoss, fake: Tensor, real: Tensor, weight: float
+) -> Tensor:
+    """Return G's loss and the squared norm of its gradient in theta_D, both K steps ahead."""
+    ahead = unrolled.unroll(fake, real)
+    # At K = 0 they are constants.
+    theta = [p if p.requires_grad else p.requires_grad_() for p in ahead.parameters.values()]
+    loss = unrolled.objective.generator_loss(ahead, fake, real)
+    gradients = torch.autograd.grad(loss, theta, create_graph=True)
+    return loss + weight * sum(gradient.square().sum() for gradient in gradients)
+
+
+def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what is kept of finished runs."""
+    size = {"pairs": config.pairs, "batch_size": config.batch_size}
+    return seeds.record_rows("mog_rivals", config, log, size)
+
+
+def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
+    """Write the time series and the figures, and print the tables."""
+    folder = args.figures or args.out
+    everything = {}
+    for data in dict.fromkeys(config.data for config in configs):
+        own = [config for config in configs if config.data == data]
+        logs = {c.label: runs.read_log(c.checkpoint(args.out)) for c in own}
+        histories = {label: seeds.histories(log) for label, log in logs.items()}
+        print(f"\nThe {data}; perfect samples have {CEILING:.2f} % high quality (HQ).\n")
+        print(records.table(histories, {**TABLE, "cpu_seconds": "CPU seconds"}))
+        everything |= {f"{data}, {label}": log for label, log in logs.items()}
+        mixture = mixture_of(own[0])
+        last = {label: log["snapshots"][-1][0] for label, log in logs.items()}
+        methods = list(dict.fromkeys(c.method for c in own))
+        figures.heat_maps(
+            folder / f"mog_rivals_{data}.png",
+            {
+                f"K = {k}": [last[replace(own[0], method=m, unroll_steps=k).label] for m in methods]
+                for k in dict.fromkeys(c.unroll_steps for c in own)
+            },
+            [method.replace(" ", "\n") for method in methods],
+            mixture.sample(own[0].samples, torch.Generator().manual_seed(own[0].first_seed)),
+            extent=1.25 * mixture.means.abs().max().item(),
+            caption=f"after {own[0].pairs:,} updates of G (preset {own[0].preset}, "
+            f"seed {own[0].first_seed})",
+        )
+    records.write(args.out / "metrics.csv", seeds.series(everything, configs[0].first_seed))
+    print(f"\nTime series, settings and checkpoints are in {args.out}/, figures in {folder}/")
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("the method").add_argument
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
+    add(
+        "--unroll-steps",
+        dest="steps",
+        type=int,
+        nargs="+",
+        default=[0, 5],
+        metavar="K",
+        help="look-ahead steps of D in the generator's loss; 0 is the method alone (default: 0 5)",
+    )
+    add = parser.add_argument_group("the experiment").add_argument
+    add("--data", dest="mixtures", nargs="+", choices=("ring", "grid"), default=["ring", "grid"])
+    add(
+        "--preset",
+        choices=PRESETS,
+        default="quick",
+        help="full: the widths, learning rates, batches and length of the unrolled paper's "
+        "Appendix A. quick (default): 64 units a layer for 128, batches of 128 for 512, learning "
+        "rates of 1e-3 for 1e-4, 1,500 updates of G for 25,000",
+    )
+    add("--learning-rate", type=float, metavar="ETA", help="of both players")
+    add(
+        "--iterations",
+        dest="pairs",
+        type=int,
+        metavar="N",
+        help="updates of G (default: the preset's)",
+    )
+    cli.add_run_flags(parser, "mog_rivals", seeds=10, figures=True)
+    return parser
+
+
+def build(given: Mapping[str, Any]) -> list[Config]:
+    """Return the settings that the command line asks for."""
+    known = {name: value for name, value in given.items() if name in Config.__match_args__}
+    base = replace(PRESETS[given["preset"]], **known | {"first_seed": given["seed"]})
+    return [
+        replace(base, data=data, method=method, unroll_steps=k)
+        for data in given["mixtures"]
+        for k in given["steps"]
+        for method in given["methods"]
+    ]
+
+
+def main() -> None:
+    """Train what the command line asks for, record it and draw it."""
+    parser = arguments()
+    args = parser.parse_args()
+    report(args, cli.carry_out(parser, args, build, train, record_rows))
+
+
+if __name__ == "__main__":
+    main()
