@@ -9,10 +9,11 @@ import csv
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-from lab import toys
+from lab import overview, toys
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, str]
@@ -205,18 +206,24 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
 }
 
 
-def filled(text: str) -> str:
+def recorded(name: str) -> str:
+    """Return the table of a record."""
+    rows = records(name)
+    return TABLES[name](rows) if rows else "Not recorded yet."
+
+
+def filled(text: str, toy_page: str) -> str:
     """Return a page with the table after every `<!-- results: NAME -->` written anew."""
-    for name, table in TABLES.items():
+    experiments = partial(overview.experiments, toy_page, "docs/results/toys.md")
+    tables = {name: partial(recorded, name) for name in TABLES} | {"experiments": experiments}
+    for name, table in tables.items():
         start, end = f"<!-- results: {name} -->\n", "<!-- end -->"
         before, found, rest = text.partition(start)
         if found:
             _, closed, after = rest.partition(end)
             if not closed:
                 raise ValueError(f"a page has no {end} after {start.strip()}")
-            rows = records(name)
-            written = table(rows) if rows else "Not recorded yet."
-            text = f"{before}{start}{written}\n{end}{after}"
+            text = f"{before}{start}{table()}\n{end}{after}"
     return text
 
 
@@ -238,8 +245,9 @@ def main() -> None:
 def pages() -> dict[Path, str]:
     """Return what every page is to hold: those with tables in them, and the toys' from nothing."""
     written = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-    texts = {page: filled(page.read_text()) for page in written}
-    return texts | {ROOT / "docs" / "results" / "toys.md": toys.page()}
+    toy_page = toys.page()
+    texts = {page: filled(page.read_text(), toy_page) for page in written}
+    return texts | {ROOT / "docs" / "results" / "toys.md": toy_page}
 
 
 if __name__ == "__main__":

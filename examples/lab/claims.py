@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Row = Mapping[str, str]
+HEAD = ("claim", "of", "ours", "seeds", "verdict")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def claims(given: Iterable[tuple[str, str, Sequence[Comparison]]]) -> str:
         counts = {len(values) for c in comparisons for values in (c.larger, c.smaller)}
         seeds = "-".join(map(str, sorted(counts)))
         lines.append((claim, source, ours, seeds, f"**{verdict(comparisons)}**"))
-    return table(("claim", "of", "ours", "seeds", "verdict"), lines)
+    return table(HEAD, lines)
 
 
 class Records:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lab.claims import Comparison, Records, Row, claims, shown, table
+from lab.rivals_page import mog_rivals
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
@@ -311,6 +312,7 @@ SECTIONS: Mapping[str, Callable[[Records], str]] = {
     "mog_nonuniform": mog_nonuniform,
     "two_clusters": two_clusters,
     "five_gaussians": five_gaussians,
+    "mog_rivals": mog_rivals,
 }
 
 

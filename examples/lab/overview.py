@@ -1,0 +1,48 @@
+"""The experiments of a page at a glance: what it says of each, read from its own text."""
+
+import re
+from collections.abc import Iterable
+
+from lab.claims import HEAD, table
+
+COUNTED = {"holds": "hold", "partly": "partly", "does not hold": "not", "none": "not run"}
+
+
+def experiments(page: str, address: str) -> str:
+    """Return a table of the sections of a page that judge claims.
+
+    Args:
+        page: Its text: sections with a title, a command that runs them again, and claims.
+        address: Where it is, for the links.
+    """
+    lines = []
+    for section in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
+        title = section.partition("\n")[0]
+        command = re.search(r"`(python examples/[^`]+)`", section)
+        verdicts = list(_verdicts(section.splitlines()))
+        if command and verdicts:
+            link = f"[{title}]({address}#{_anchor(title)})"
+            lines.append((link, f"`{' '.join(command[1].split())}`", _counted(verdicts)))
+    return table(("experiment", "command", "of its claims"), lines)
+
+
+def _verdicts(lines: Iterable[str]) -> Iterable[str]:
+    inside = False
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if tuple(cells) == HEAD:
+            inside = True
+        elif not line.startswith("|"):
+            inside = False
+        elif inside and cells[-1] != "---":
+            yield cells[-1].strip("*")
+
+
+def _counted(verdicts: list[str]) -> str:
+    counts = {word: verdicts.count(verdict) for verdict, word in COUNTED.items()}
+    return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+
+
+def _anchor(title: str) -> str:
+    """Return the name that GitHub gives to a heading."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
