@@ -64,6 +64,15 @@ def ring(
     return Mixture(radius * torch.stack((angles.cos(), angles.sin()), dim=1), deviation, share)
 
 
+def grid(
+    side: int = 5, *, radius: float, deviation: float, device: str | torch.device = "cpu"
+) -> Mixture:
+    """Return Gaussians on a square grid that reaches from -radius to radius."""
+    line = torch.linspace(-radius, radius, side, device=device)
+    share = torch.full((side**2,), 1 / side**2, device=device)
+    return Mixture(torch.cartesian_prod(line, line), deviation, share)
+
+
 def mode_metrics(samples: Tensor, mixture: Mixture) -> dict[str, float]:
     """Compare samples with the modes of the mixture that they should follow.
 

@@ -40,9 +40,25 @@ class Generators:
 
 
 class Linears(nn.Module):
-    """An `nn.Linear` for each seed, with its usual initialisation."""
+    """An `nn.Linear` for each seed.
 
-    def __init__(self, inputs: int, outputs: int, rngs: Generators, *, bias: bool = True) -> None:
+    Args:
+        inputs: Features that come in.
+        outputs: And out.
+        rngs: Where the weights come from.
+        bias: Whether there is one.
+        gain: Of orthogonal weights, with zero biases; without it, PyTorch's usual initialisation.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        rngs: Generators,
+        *,
+        bias: bool = True,
+        gain: float | None = None,
+    ) -> None:
         super().__init__()
         bound = 1 / math.sqrt(inputs)
 
@@ -53,8 +69,17 @@ class Linears(nn.Module):
 
             return nn.Parameter(rngs.draw(draw))
 
-        self.weight = uniform(outputs, inputs)
-        self.bias = uniform(outputs, 1) if bias else None
+        def orthogonal(rng: torch.Generator) -> Tensor:
+            weight = torch.empty(outputs, inputs, device=rng.device)
+            return nn.init.orthogonal_(weight, gain or 0.0, generator=rng)
+
+        if gain is None:
+            self.weight = uniform(outputs, inputs)
+            self.bias = uniform(outputs, 1) if bias else None
+        else:
+            self.weight = nn.Parameter(rngs.draw(orthogonal))
+            zeros = torch.zeros(len(self.weight), outputs, 1, device=rngs.device)
+            self.bias = nn.Parameter(zeros) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return every seed's weights times its samples."""
@@ -67,12 +92,13 @@ def perceptrons(
     rngs: Generators,
     *,
     last_bias: bool = True,
+    gain: float | None = None,
 ) -> nn.Sequential:
-    """Return a perceptron for each seed, initialised as PyTorch does, linear at the end."""
+    """Return a perceptron for each seed, linear at the end; `gain` is that of `Linears`."""
     layers: list[nn.Module] = []
     for number, (inputs, outputs) in enumerate(pairwise(sizes), start=2):
         bias = last_bias or number < len(sizes)
-        layers += [Linears(inputs, outputs, rngs, bias=bias), ACTIVATIONS[activation]()]
+        layers += [Linears(inputs, outputs, rngs, bias=bias, gain=gain), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1])
 
 
