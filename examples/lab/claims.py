@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Row = Mapping[str, str]
+Setting = Mapping[str, object]
+Value = str | Callable[[Row], float]  # of a row: a column, or what follows from several
 HEAD = ("claim", "of", "ours", "seeds", "verdict")
 
 
@@ -95,6 +97,11 @@ class Records:
         wanted = {name: str(value) for name, value in settings.items()}
         return Records([r for r in self.rows if all(r[n] == v for n, v in wanted.items())])
 
+    def most(self, column: str) -> "Records":
+        """Return the rows with the value of a column that most rows have."""
+        values = [row[column] for row in self.rows]
+        return self.pick(**{column: max(values, key=values.count)}) if values else self
+
     def values(self, column: str) -> list[float]:
         """Return a column, one number a seed."""
         return [float(row[column]) for row in self.rows]
@@ -102,9 +109,9 @@ class Records:
     def compare(
         self,
         text: str,
-        column: str | Callable[[Row], float],
-        larger: Mapping[str, object],
-        smaller: Mapping[str, object],
+        column: Value,
+        larger: Setting,
+        smaller: Setting,
         *,
         denied: bool = False,
     ) -> list[Comparison]:

@@ -6,8 +6,8 @@ from lab.planar_table import planar
 
 def mog_nonuniform(records: Records) -> str:
     """Return the section on the non-uniform mixture."""
-    pairs = max(records.settings("pairs"), key=lambda n: len(records.pick(pairs=n[0]).rows))[0]
-    quick = records.pick(preset="quick", pairs=pairs)
+    quick = records.pick(preset="quick").most("pairs")
+    pairs = quick.rows[0]["pairs"]
 
     def arm(activation: str, deviation: float, k: int, first: bool) -> dict[str, object]:
         setting = {"activation": activation, "weight_deviation": deviation}
