@@ -139,8 +139,7 @@ def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
 
 def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what is kept of finished runs."""
-    size = {"pairs": config.pairs, "batch_size": config.batch_size}
-    return seeds.record_rows("mog_history", config, log, size)
+    return appendix.record_rows("mog_history", config, log)
 
 
 def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:

@@ -23,7 +23,7 @@ NOISES = 256
 WIDTH = 128  # of D too (ours)
 BETAS = (0.5, 0.999)
 WINDOW = 2.8  # half the side of the figures
-LATE = ("modes", "percent_high_quality", "percent_outside")
+LATE = ("modes", "percent_high_quality", "percent_outside", "reverse_kl_all")
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,8 @@ class Players:
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(1)  # the networks are tiny
         self.settings = settings
-        every = range(settings.first_seed, settings.first_seed + settings.seeds)
-        replaced = seeds.Generators(every, settings.device)  # by orthogonal weights, just below
-        self.rngs = seeds.Generators(every, settings.device)
+        replaced = self.new_generators()  # by orthogonal weights, just below
+        self.rngs = self.new_generators()
         self.mixture = mixture(settings.device)
         self.generator = seeds.perceptrons([NOISES, WIDTH, WIDTH, 2], "relu", replaced)
         layers = seeds.perceptrons([2, WIDTH, 1], "relu", replaced)
@@ -85,6 +84,11 @@ class Players:
         self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), rate, BETAS)
         self.game = seeds.SideBySide(unroll.Minimax(), settings.seeds)
         self.held_out = self.noise(settings.samples)
+
+    def new_generators(self) -> seeds.Generators:
+        """Return the random numbers of every seed, from the start."""
+        first = self.settings.first_seed
+        return seeds.Generators(range(first, first + self.settings.seeds), self.settings.device)
 
     def noise(self, count: int | None = None) -> Tensor:
         """Return inputs of the generators, `(seeds, noises, samples)`."""
@@ -113,20 +117,15 @@ class Players:
     def look(self, pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
         """Return the metrics of every seed, and a snapshot for the figures.
 
-        Beside those of `planar.evaluate`: `percent_outside`, samples that the figures do not show,
-        and means over the last third of the training so far of what `LATE` names.
+        Beside those of `planar.evaluate`: `percent_outside`, samples that the figures do not show.
         """
         with torch.no_grad():
             samples = self.generator(self.held_out)
         updates = pairs * (1 + self.settings.generator_steps)
         row, snapshot = planar.evaluate(samples, self.mixture, updates, earlier)
         outside = (samples.abs().amax(1) > WINDOW).double().mean(1)
-        late = [past for past in earlier if past["pairs"] >= 2 / 3 * pairs]
-        for seed, each in enumerate(row["each"]):
-            each["percent_outside"] = 100 * outside[seed].item()
-            for metric in LATE:
-                values = [*(past[metric] for past in seeds.of_seed(late, seed)), each[metric]]
-                each[f"late_{metric}"] = sum(values) / len(values)
+        for each, share in zip(row["each"], outside.tolist(), strict=True):
+            each["percent_outside"] = 100 * share
         return row, snapshot
 
     def iterate(
@@ -150,6 +149,33 @@ class Players:
             resume=resume,
             bar={"desc": label, "position": line, "unit": "pair"},
         )
+
+
+def record_rows(
+    experiment: str, settings: Settings, log: Mapping[str, Any], also: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Return what is kept of finished runs, a row a seed.
+
+    Metrics named `late_...` are means over the last third of the training.
+
+    Args:
+        experiment: Its name.
+        settings: Of all seeds.
+        log: What `runs.iterate` wrote.
+        also: More metrics to take such means of.
+    """
+    history = log["history"]
+    last_third = [row["each"] for row in history if row["pairs"] >= 2 / 3 * settings.pairs]
+    each = []
+    for seed, row in enumerate(history[-1]["each"]):
+        means = {
+            f"late_{name}": sum(rows[seed][name] for rows in last_third) / len(last_third)
+            for name in (*LATE, *also)
+        }
+        each.append(row | means)
+    last = history[-1] | {"each": each}
+    size = {"pairs": settings.pairs, "batch_size": settings.batch_size}
+    return seeds.record_rows(experiment, settings, {**log, "history": [*history, last]}, size)
 
 
 @torch.no_grad()
