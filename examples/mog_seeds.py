@@ -4,9 +4,9 @@ The runs of `mog.py`, side by side: the same seed draws the same numbers and tra
 samples, to round-off. What is compared:
 
     steps        K look-ahead steps: section 3.1 and Fig. 2 of https://arxiv.org/abs/1611.02163
-    minibatches  one minibatch for all K steps against fresh ones (section 2.5's footnote: no
-                 significant difference)
-    real-steps   K look-ahead steps against K real steps of D (section 2.3: no substitute)
+    minibatches  one minibatch for all K steps against fresh ones (section 3: no significant
+                 difference)
+    real-steps   K look-ahead steps against K real steps of D (section 2.3: not the same)
 
     python examples/mog_seeds.py --preset paper --unroll-steps 0 1 5 10
     python examples/mog_seeds.py --mixture grid --unroll-steps 0 5 10
@@ -210,6 +210,7 @@ def arguments() -> argparse.ArgumentParser:
         metavar="PAIRS",
         help="of one D and one G update (default: the preset's)",
     )
+    add("--samples", type=cli.positive, metavar="N", help="behind every metric (default: 2500)")
     add("--evaluate-every", type=cli.positive, metavar="PAIRS", help="default: the preset's")
     cli.add_run_flags(parser, RECORDS["steps"], seeds=10, figures=True)
     return parser
