@@ -7,6 +7,7 @@ from the same networks and sees the same batches.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,11 @@ class Players:
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(1)  # the networks are tiny
         self.settings = settings
-        replaced = self.new_generators()  # by orthogonal weights, just below
         self.rngs = self.new_generators()
         self.mixture = mixture(settings.device)
-        self.generator = seeds.perceptrons([NOISES, WIDTH, WIDTH, 2], "relu", replaced)
-        layers = seeds.perceptrons([2, WIDTH, 1], "relu", replaced)
-        for network in (self.generator, layers):
-            make_orthogonal(network, 0.8, self.rngs)
-        self.discriminator = nn.Sequential(Scale(0.25), *layers)
+        layers = partial(seeds.perceptrons, activation="relu", rngs=self.rngs, gain=0.8)
+        self.generator = layers([NOISES, WIDTH, WIDTH, 2])
+        self.discriminator = nn.Sequential(Scale(0.25), *layers([2, WIDTH, 1]))
         rate = settings.learning_rate
         self.g_optimizer = torch.optim.Adam(self.generator.parameters(), rate, BETAS)
         self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), rate, BETAS)
@@ -176,17 +174,3 @@ def record_rows(
     last = history[-1] | {"each": each}
     size = {"pairs": settings.pairs, "batch_size": settings.batch_size}
     return seeds.record_rows(experiment, settings, {**log, "history": [*history, last]}, size)
-
-
-@torch.no_grad()
-def make_orthogonal(network: nn.Sequential, gain: float, rngs: seeds.Generators) -> None:
-    """Make the weights of every seed orthogonal, and the biases zero (ours)."""
-    for layer in network:
-        if isinstance(layer, seeds.Linears):
-            empty = torch.empty(layer.weight.shape[1:], device=rngs.device)
-            layer.weight.copy_(rngs.draw(lambda rng, w=empty: _orthogonal(w, gain, rng)))
-            nn.init.zeros_(layer.bias)
-
-
-def _orthogonal(weight: Tensor, gain: float, rng: torch.Generator) -> Tensor:
-    return nn.init.orthogonal_(weight.clone(), gain, generator=rng)
