@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lab.claims import Records
+from lab.controls_pages import mog_dsteps, mog_resample
 from lab.nonuniform_page import mog_nonuniform
+from lab.ring_page import mog_seeds
 from lab.rivals_page import mog_rivals
 from lab.rsgan_pages import five_gaussians, two_clusters
 
@@ -30,6 +32,9 @@ beside, for all seeds of a setting, which train side by side as one network of i
 
 
 SECTIONS: Mapping[str, Callable[[Records], str]] = {
+    "mog_seeds": mog_seeds,
+    "mog_resample": mog_resample,
+    "mog_dsteps": mog_dsteps,
     "mog_nonuniform": mog_nonuniform,
     "two_clusters": two_clusters,
     "five_gaussians": five_gaussians,
