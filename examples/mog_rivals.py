@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from lab import cli, figures, planar, records, runs, seeds
-from lab.mixtures import CEILING, TABLE, Mixture, ring
+from lab.mixtures import CEILING, TABLE, Mixture, grid, ring
 from lab.networks import Scale
 from torch import Tensor, nn
 
@@ -129,17 +129,10 @@ PRESETS = {
 }
 
 
-def grid(device: str) -> Mixture:
-    """Return VEEGAN's and PacGAN's 25 Gaussians of deviation 0.05, two apart."""
-    axis = torch.arange(-4.0, 5.0, 2.0, device=device)
-    means = torch.cartesian_prod(axis, axis)
-    return Mixture(means, 0.05, torch.full((len(means),), 1 / len(means), device=device))
-
-
 def mixture_of(config: Config) -> Mixture:
-    """Return the paper's ring of eight, or the grid."""
+    """Return the paper's ring of eight, or the grid of VEEGAN and PacGAN."""
     if config.data == "grid":
-        return grid(config.device)
+        return grid(radius=4.0, deviation=0.05, device=config.device)
     return ring(radius=2.0, deviation=0.02, device=config.device)
 
 
