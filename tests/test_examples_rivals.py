@@ -145,7 +145,7 @@ def test_equals_share_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         for method, values in modes.items()
         for value in values
     ]
-    lines = page.standings(claims.Records(rows)).splitlines()[2:]
+    lines = page.standings(claims.Records(rows), 8).splitlines()[2:]
     ranks = [[cell.partition("(")[2][:1] for cell in line.split("|")[4:7]] for line in lines]
     assert ranks == [["1", "1", "2"], ["1", "1", "2"], ["3", "1", "1"]]
 
