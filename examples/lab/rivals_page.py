@@ -135,8 +135,8 @@ settings are in the file.
 
 A rank is one more than the number of arms, of those in the table, that are better by more than two
 standard errors of the difference, so that equals share it. Modes are covered better where more of
-them have a high-quality sample, and where the reverse KL of all samples is lower. Sharp samples come
-easily to a generator that sits on one mode: read them beside the modes. CPU seconds are those of
+them have a high-quality sample, and where the reverse KL of all samples is lower. Sharp samples
+come easily to a generator that sits on one mode: read them beside the modes. CPU seconds are of
 the process, so that they can be compared although the machine did other work.
 
 Scaled down: `quick` has {first["width"]} units a layer, batches of {first["batch_size"]}, a
