@@ -28,11 +28,12 @@ import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lab import cli, figures, planar, records, runs, seeds
+from lab import cli, costs, figures, planar, records, runs, seeds
 from lab.mixtures import CEILING, TABLE, Mixture, grid, ring
 from lab.networks import Scale
 from torch import Tensor, nn
@@ -51,27 +52,17 @@ class Method:
     gradient_norm: float = 0.0  # the weight of ||df/dtheta_D||^2 in G's loss
 
 
-def wgan_gp(weight: float) -> Method:
-    """Return WGAN-GP."""
-    game = unroll.Wasserstein() + unroll.GradientPenalty(weight)
-    return Method(game, betas=(0.5, 0.9), discriminator_steps=5)
-
-
-def r3gan(gamma: float) -> Method:
-    """Return RpGAN+R1+R2."""
-    game = unroll.RelativisticPairing() + unroll.R1(gamma) + unroll.R2(gamma)
-    return Method(game, betas=(0.0, 0.99))
-
-
+WGAN_GP = partial(Method, betas=(0.5, 0.9), discriminator_steps=5)
+RPGAN = partial(Method, betas=(0.0, 0.99))
 METHODS = {
     "GAN": Method(unroll.Minimax()),
     "GAN-NS": Method(unroll.NonSaturating()),
     "PacGAN2": Method(unroll.NonSaturating(), packing=2),
     "grad-norm": Method(unroll.Minimax(), gradient_norm=0.5),
-    "WGAN-GP 10": wgan_gp(10.0),
-    "WGAN-GP 0.1": wgan_gp(0.1),
-    "RpGAN+R1+R2 1": r3gan(1.0),
-    "RpGAN+R1+R2 0.1": r3gan(0.1),
+    "WGAN-GP 10": WGAN_GP(unroll.Wasserstein() + unroll.GradientPenalty(10.0)),
+    "WGAN-GP 0.1": WGAN_GP(unroll.Wasserstein() + unroll.GradientPenalty(0.1)),
+    "RpGAN+R1+R2 1": RPGAN(unroll.RelativisticPairing() + unroll.R1(1.0) + unroll.R2(1.0)),
+    "RpGAN+R1+R2 0.1": RPGAN(unroll.RelativisticPairing() + unroll.R1(0.1) + unroll.R2(0.1)),
 }
 
 
@@ -251,7 +242,7 @@ def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
 def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
     """Write the time series and the figures, and print the tables."""
     folder = args.figures or args.out
-    everything = {}
+    everything, panels = {}, {}
     for data in dict.fromkeys(config.data for config in configs):
         own = [config for config in configs if config.data == data]
         logs = {c.label: runs.read_log(c.checkpoint(args.out)) for c in own}
@@ -259,23 +250,41 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
         print(f"\nThe {data}; perfect samples have {CEILING:.2f} % high quality (HQ).\n")
         print(records.table(histories, {**TABLE, "cpu_seconds": "CPU seconds"}))
         everything |= {f"{data}, {label}": log for label, log in logs.items()}
-        mixture = mixture_of(own[0])
-        last = {label: log["snapshots"][-1][0] for label, log in logs.items()}
-        methods = list(dict.fromkeys(c.method for c in own))
-        figures.heat_maps(
-            folder / f"mog_rivals_{data}.png",
-            {
-                f"K = {k}": [last[replace(own[0], method=m, unroll_steps=k).label] for m in methods]
-                for k in dict.fromkeys(c.unroll_steps for c in own)
-            },
-            [method.replace(" ", "\n") for method in methods],
-            mixture.sample(own[0].samples, torch.Generator().manual_seed(own[0].first_seed)),
-            extent=1.25 * mixture.means.abs().max().item(),
-            caption=f"after {own[0].pairs:,} updates of G (preset {own[0].preset}, "
-            f"seed {own[0].first_seed})",
-        )
+        lines: dict[str, list[Any]] = {config.method: [] for config in own}
+        for config in own:
+            last = [history[-1] for history in histories[config.label]]
+            point = last[0]["cpu_seconds"], [row["modes"] for row in last]
+            lines[config.method].append(point)
+        panels[f"the {data}"] = lines
+        draw(folder / f"mog_rivals_{data}.png", own, logs)
+    seconds = f"CPU seconds of {configs[0].seeds} seeds"
+    costs.chart(folder / "mog_rivals_costs.png", panels, seconds=seconds, metric="modes covered")
     records.write(args.out / "metrics.csv", seeds.series(everything, configs[0].first_seed))
     print(f"\nTime series, settings and checkpoints are in {args.out}/, figures in {folder}/")
+
+
+def draw(path: Path, configs: Sequence[Config], logs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw the first seed's samples at the end, a row a K and a column a method."""
+    first, mixture = configs[0], mixture_of(configs[0])
+    methods = list(dict.fromkeys(config.method for config in configs))
+
+    def samples(method: str, k: int) -> Tensor:
+        label = replace(first, method=method, unroll_steps=k).label
+        last: Tensor = logs[label]["snapshots"][-1][0]
+        return last
+
+    figures.heat_maps(
+        path,
+        {
+            f"K = {k}": [samples(method, k) for method in methods]
+            for k in dict.fromkeys(config.unroll_steps for config in configs)
+        },
+        [method.replace(" ", "\n") for method in methods],
+        mixture.sample(first.samples, torch.Generator().manual_seed(first.first_seed)),
+        extent=1.25 * mixture.means.abs().max().item(),
+        caption=f"after {first.pairs:,} updates of G (preset {first.preset}, "
+        f"seed {first.first_seed})",
+    )
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -164,5 +164,10 @@ learning rate of {first["learning_rate"]} and {pairs} updates of G, where the un
      [comparison for rival in rivals for comparison in against([rival], "GAN", 0, 5)]),
 ))}
 
+![Modes covered against seconds](../figures/mog_rivals_costs.png)
+
+*Modes covered against what they cost, means and standard errors: hollow without looking ahead,
+filled with.*
+
 {figures}
 """  # fmt: skip
