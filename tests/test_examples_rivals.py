@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import unroll
-from tests.test_examples import example
+from tests.test_examples import example, rows, run
 
 real_rand = torch.rand
 METHODS = ["GAN", "PacGAN2", "grad-norm", "WGAN-GP 0.1", "RpGAN+R1+R2 1"]
@@ -135,19 +135,42 @@ def test_bad_arguments_are_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command_line_records_a_row_a_seed_and_draws(tmp_path: Path) -> None:
+    record = tmp_path / "record.csv"
+    command = ("--iterations", "2", "--seeds", "2", "--unroll-steps", "0", "1", "--workers", "1")
+    methods = ("--methods", "GAN", "WGAN-GP 10", "--data", "ring")
+    outcome = run(
+        "mog_rivals.py", *command, *methods, "--out", tmp_path / "out", "--record", record
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    found = sorted((row["method"], row["unroll_steps"], row["seed"]) for row in rows(record))
+    assert found == [(m, k, s) for m in ("GAN", "WGAN-GP 10") for k in "01" for s in "01"]
+    updates = {row["method"]: row["player_updates"] for row in rows(record)}
+    assert updates == {"GAN": "4", "WGAN-GP 10": "12"}  # the second has five critic steps
+    for name in ("mog_rivals_ring.png", "mog_rivals_costs.png", "metrics.csv"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
 def test_equals_share_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     page = example("lab.rivals_page", monkeypatch)
     claims = importlib.import_module("lab.claims")
     modes = {"A": (8, 8), "B": (7, 9), "C": (1, 2)}
-    rows = [
+    record = [
         {"method": method, "unroll_steps": "0", "modes": str(value), "cpu_seconds": "3.2"}
         | {"percent_high_quality": "50", "reverse_kl_all": str(value / 10)}
         for method, values in modes.items()
         for value in values
     ]
-    lines = page.standings(claims.Records(rows), 8).splitlines()[2:]
+    lines = page.standings(claims.Records(record), 8).splitlines()[2:]
     ranks = [[cell.partition("(")[2][:1] for cell in line.split("|")[4:7]] for line in lines]
     assert ranks == [["1", "1", "2"], ["1", "1", "2"], ["3", "1", "1"]]
+
+
+def test_records_know_the_value_that_most_rows_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = example("lab.claims", monkeypatch)
+    record = claims.Records([{"pairs": p, "seed": s} for p, s in ("10", "90", "11", "12")])
+    assert record.most("pairs").values("seed") == [0, 1, 2]
+    assert claims.Records([]).most("pairs").rows == []
 
 
 def test_the_overview_reads_titles_commands_and_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
