@@ -17,6 +17,10 @@ ARMS: dict[str, list[dict[str, Any]]] = {
         {"members": 3, "delay": 2, "live": False},
         {"unroll_steps": 2},
     ],
+    "mog_second_gradient": [
+        {"unroll_steps": 2},
+        {"unroll_steps": 2, "stop_gradient": True, "average": True, "generator_steps": 2},
+    ],
 }
 EVERY = [(name, arm) for name, arms in ARMS.items() for arm in arms]
 
@@ -54,18 +58,30 @@ def test_an_arm_resumes_to_the_same_numbers(
 def test_a_seed_of_an_arm_trains_among_others_as_it_does_alone(
     name: str, arm: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = trained(name, tmp_path / "three", monkeypatch, 4, seeds=3, **arm)["parts"]
-    alone = trained(name, tmp_path / "one", monkeypatch, 4, seeds=1, first_seed=1, **arm)["parts"]
+    together = trained(name, tmp_path / "three", monkeypatch, 4, seeds=3, **arm)
+    alone = trained(name, tmp_path / "one", monkeypatch, 4, seeds=1, first_seed=1, **arm)
     for part in "gd":
-        for key, parameters in alone[part].items():
-            others = together[part][key]
+        for key, parameters in alone["parts"][part].items():
+            others = together["parts"][part][key]
             assert (parameters[0] - others[1]).abs().max() < 1e-5, key
             assert (parameters[0] - others[0]).abs().max() > 1e-4, f"{key}: one for all seeds"
+    own, among = (content["log"]["history"][-1]["each"] for content in (alone, together))
+    if "second_term" in own[0]:
+        assert own[0]["second_term"] == pytest.approx(among[1]["second_term"], rel=1e-3)
+        assert own[0]["second_term"] != pytest.approx(among[0]["second_term"], rel=1e-3)
 
 
 MOG: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("mog_history", {"members": 1}, {"unroll_steps": 0}),
     ("mog_history", {"unroll_steps": 3}, {"unroll_steps": 3}),
+    *(
+        ("mog_second_gradient", arm, arm)
+        for arm in (
+            {"unroll_steps": 2, "generator_steps": 2},
+            {"unroll_steps": 3, "stop_gradient": True},
+            {"unroll_steps": 3, "stop_gradient": True, "average": True},
+        )
+    ),
 ]
 
 
@@ -77,7 +93,8 @@ def test_a_seed_trains_as_in_the_experiment_of_the_paper(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = trained(name, tmp_path / "arm", monkeypatch, 4, first_seed=4, **arm)["parts"]
+    arm = {"first_seed": 4, "learning_rate": 1e-3, **arm}
+    found = trained(name, tmp_path / "arm", monkeypatch, 4, **arm)["parts"]
     mog = example("mog", monkeypatch)
     shared = {key: value for key, value in SHORT.items() if key != "seeds"}
     config = replace(mog.PRESETS["quick"], **shared, **same, seed=5)
@@ -136,6 +153,70 @@ def test_history_records_a_row_a_seed_and_draws(tmp_path: Path) -> None:
         assert (tmp_path / "out" / f"mog_history_{name}.png").stat().st_size > 0
 
 
+def test_second_gradient_records_a_row_a_seed_and_draws(tmp_path: Path) -> None:
+    record = tmp_path / "record.csv"
+    command = ("--iterations", "6", "--seeds", "2", "--unroll-steps", "1", "2", "--workers", "1")
+    script = "mog_second_gradient.py"
+    finished = run(script, *command, "--out", tmp_path / "out", "--record", record)
+    assert finished.returncode == 0, finished.stderr
+    found = rows(record)
+    assert len(found) == 24
+    assert {(row["generator_steps"], row["pairs"]) for row in found} == {("1", "6"), ("5", "2")}
+    assert {row["player_updates"] for row in found} == {"12"}
+    arms = {(row["stop_gradient"], row["average"]) for row in found}
+    assert arms == {("False", "False"), ("True", "False"), ("True", "True")}
+    one = [row for row in found if row["unroll_steps"] == "1" and row["stop_gradient"] == "True"]
+    first, averaged = ([r for r in one if r["average"] == a] for a in ("False", "True"))
+    assert [r | {"average": "True"} for r in first] == averaged  # the same at K=1
+    for steps in "15":
+        for gradient in ("full", "first", "averaged"):
+            for name in (gradient, f"{gradient}_curves"):
+                figure = tmp_path / "out" / f"mog_second_gradient_{steps}_{name}.png"
+                assert figure.stat().st_size > 0
+
+
+def test_late_metrics_are_means_over_the_last_third(monkeypatch: pytest.MonkeyPatch) -> None:
+    appendix = example("lab.appendix", monkeypatch)
+    history = [
+        {
+            "pairs": pairs,
+            "each": [dict.fromkeys(appendix.LATE, float(pairs * seed)) for seed in (1, 2)],
+        }
+        for pairs in (0, 2, 4, 5, 6)
+    ]
+    log = {"history": history, "provenance": {"revision": "none"}}
+    found = appendix.record_rows("name", appendix.Settings(pairs=6, seeds=2), log)
+    assert [row["late_modes"] for row in found] == [5.0, 10.0]
+    assert [row["modes"] for row in found] == [6.0, 12.0]
+    assert [row["seed"] for row in found] == [0, 1]
+
+
+def test_the_steps_that_a_seed_needs_are_those_from_which_on_it_is_stable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    claims = example("lab.claims", monkeypatch)
+    page = example("lab.second_gradient_page", monkeypatch)
+    kl = {"0": (1, 1, 0, 0), "1": (0, 1, 0, 0), "2": (1, 1, 0, 1), "3": (0, 0, 0, 0)}
+    runs = [
+        {
+            "generator_steps": "5",
+            "stop_gradient": "True",
+            "average": "False",
+            "unroll_steps": str(k),
+            "seed": seed,
+            "late_reverse_kl_all": str(value),
+        }
+        for seed, values in kl.items()
+        for k, value in zip((1, 3, 5, 10), values, strict=True)
+    ]
+    ratio = page.Ratio(claims.Records(runs), "5")
+    assert ratio.needed("first") == [5.0, 5.0, 20.0, 1.0]
+    assert ratio.needed("both") == []
+    assert ratio.faster("first", "both") == []
+    (comparison,) = ratio.stable_at(("first", 5), ("first", 3))
+    assert (comparison.larger, comparison.smaller) == ([1.0] * 4, [0.0, 0.0, 0.0, 1.0])
+
+
 @pytest.mark.parametrize(
     ("script", "flag", "value"),
     [
@@ -143,6 +224,9 @@ def test_history_records_a_row_a_seed_and_draws(tmp_path: Path) -> None:
         ("mog_history.py", "--delays", "-1"),
         ("mog_history.py", "--unroll-steps", "-1"),
         ("mog_history.py", "--iterations", "0"),
+        ("mog_second_gradient.py", "--unroll-steps", "-1"),
+        ("mog_second_gradient.py", "--iterations", "0"),
+        ("mog_second_gradient.py", "--generator-steps", "0"),
     ],
 )
 def test_they_refuse_what_cannot_be_trained(

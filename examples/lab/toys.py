@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lab.claims import Records
+from lab.history_page import mog_history
 from lab.controls_pages import mog_dsteps, mog_resample
 from lab.nonuniform_page import mog_nonuniform
 from lab.ring_page import mog_seeds
 from lab.rivals_page import mog_rivals
 from lab.rsgan_pages import five_gaussians, two_clusters
+from lab.second_gradient_page import mog_second_gradient
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
@@ -35,6 +37,8 @@ SECTIONS: Mapping[str, Callable[[Records], str]] = {
     "mog_seeds": mog_seeds,
     "mog_resample": mog_resample,
     "mog_dsteps": mog_dsteps,
+    "mog_history": mog_history,
+    "mog_second_gradient": mog_second_gradient,
     "mog_nonuniform": mog_nonuniform,
     "two_clusters": two_clusters,
     "five_gaussians": five_gaussians,

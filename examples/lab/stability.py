@@ -1,0 +1,39 @@
+"""What the sections on Appendix B share: which runs are stable, and their columns."""
+
+from lab.claims import Records, Row, shown
+
+STABLE = 0.1  # nats; ln(8/7) = 0.134 is the least that a missing mode of eight costs
+RULE = f"""A run is stable where the reverse KL of all its samples is below {STABLE} on average over
+the last third of the training: a generator that misses one mode of the eight has 0.134 at least.
+Other columns named "late" are averages over that third, too."""
+
+
+def stable(row: Row) -> float:
+    """Return 1 for a stable run, else 0."""
+    return float(float(row["late_reverse_kl_all"]) < STABLE)
+
+
+def counted(seeds: Records) -> str:
+    """Return how many runs are stable."""
+    return f"{sum(map(stable, seeds.rows)):.0f} / {len(seeds.rows)}"
+
+
+def late(seeds: Records) -> tuple[str, ...]:
+    """Return the cells that both tables have."""
+    return (
+        counted(seeds),
+        shown(seeds.values("late_reverse_kl_all"), 3),
+        shown(seeds.values("late_modes")),
+        shown(seeds.values("late_percent_high_quality"), 1),
+        shown(seeds.values("rotations"), 1),
+        shown(seeds.values("late_percent_outside"), 1),
+    )
+
+
+LATE = ("stable seeds", "late reverse KL", "late modes", "late % high quality", "rotations")
+LATE += ("late % outside",)
+
+
+def figure(name: str, caption: str) -> str:
+    """Return a figure and its caption."""
+    return f"![{caption}](../figures/{name}.png)\n\n*{caption}*"
