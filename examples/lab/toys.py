@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lab.claims import Records
-from lab.history_page import mog_history
 from lab.controls_pages import mog_dsteps, mog_resample
+from lab.history_page import mog_history
 from lab.nonuniform_page import mog_nonuniform
 from lab.ring_page import mog_seeds
 from lab.rivals_page import mog_rivals
