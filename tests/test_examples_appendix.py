@@ -135,8 +135,8 @@ def test_an_ensemble_holds_the_discriminators_that_it_says(monkeypatch: pytest.M
 
 def test_history_records_a_row_a_seed_and_draws(tmp_path: Path) -> None:
     record = tmp_path / "record.csv"
-    command = ("--iterations", "2", "--seeds", "2", "--members", "1", "5", "--delays", "3")
-    command += ("--unroll-steps", "1", "--workers", "1")
+    arms = ("--members", "1", "5", "--delays", "3", "--unroll-steps", "1")
+    command = ("--iterations", "2", "--seeds", "2", "--workers", "1", *arms)
     finished = run("mog_history.py", *command, "--out", tmp_path / "out", "--record", record)
     assert finished.returncode == 0, finished.stderr
     columns = ("unroll_steps", "members", "delay", "live")
