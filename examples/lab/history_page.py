@@ -57,6 +57,15 @@ def mog_history(records: Records) -> str:
             f"late modes, K=10 against {text}", "late_modes", ahead, back
         )
     ]
+    drawn = {
+        "ensembles": "Ensembles of the last N, and looking K steps ahead, seed 0.",
+        "delays": "Five members, the newest D itself, with delays, seed 0.",
+        "sampled": "Five members, all as sampled, with delays, seed 0.",
+        "ensembles_curves": "Metrics: thin lines are seeds, thick ones their means.",
+    }
+    if all(live for _, live in delays):
+        del drawn["sampled"]
+    figures = "\n\n".join(figure(f"mog_history_{name}", text) for name, text in drawn.items())
     return f"""## Looking back: past discriminators
 
 `mog_history.py`, Appendix B.1: G's loss is the mean of f over an ensemble of N discriminators: the
@@ -82,13 +91,7 @@ weak evidence. Again: `python examples/mog_history.py --record`.
     ("ours", "looking ten steps ahead does what no looking back does", instead),
 ))}
 
-{figure("mog_history_ensembles", "Ensembles of the last N, and looking ahead (K), seed 0.")}
-
-{figure("mog_history_delays", "Five members, the newest D itself, with delays, seed 0.")}
-
-{figure("mog_history_sampled", "Five members, all as sampled, with delays, seed 0.")}
-
-{figure("mog_history_ensembles_curves", "Metrics: thin lines are seeds, thick ones their means.")}
+{figures}
 """  # fmt: skip
 
 
