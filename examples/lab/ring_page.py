@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from lab.claims import Comparison, Records, claims, moments, shown, table
+from lab.claims import Comparison, Records, claims, shown, table
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "docs" / "results" / "published.csv"
 K = "unroll_steps"
@@ -93,8 +93,7 @@ def arms_of(records: Records) -> list[Arm]:
 
 def mog_seeds(records: Records) -> str:
     """Return the section on Fig. 2 and on the mixtures of VEEGAN and PacGAN."""
-    constant = records.pick(half_life=0)
-    ring = constant.pick(mixture="fig2")
+    ring = records.pick(mixture="fig2")
     presets = [own for name in ("paper", "quick") if (own := ring.pick(preset=name)).rows]
     arms = [arms_of(own) for own in presets]
 
@@ -112,11 +111,12 @@ def mog_seeds(records: Records) -> str:
         everywhere.append(Comparison(text, full, [0.0] * len(full)))
 
     protocols = "\n\n".join(
-        f"{text}, ours:\n\n{runs(own, *SETTING)}\n\n{published(mixture)}\n\n"
+        f"{text}, ours, again by {_command(own)}:\n\n"
+        f"{runs(own, *SETTING)}\n\n{published(mixture)}\n\n"
         f"![Samples over training](../figures/mog_seeds_quick_{mixture}.png)\n\n"
         f"*The {mixture}: generated samples of seed 0 over training.*"
         for mixture, text in (("ring", "The ring"), ("grid", "The grid"))
-        if (own := constant.pick(mixture=mixture)).rows
+        if (own := records.pick(mixture=mixture)).rows
     )
     return f"""## Fig. 2: eight Gaussians on a ring
 
@@ -127,9 +127,9 @@ PacGAN's, over the high-quality samples (n/a where a seed had none), "all" count
 its nearest mode. "Rotations" counts how often the mode that holds more than half of the samples
 changes between two evaluations. Perfect samples are 98.89 % high quality.
 
-Scaled down: batches of {ring.rows[0]["batch_size"]}, and the pairs of updates below for the 25,000
-of Appendix A. `paper` has its learning rates, 1e-4; `quick` has 1e-3. Claims are judged at the
-longest runs of each that have every K. Again: {"; ".join(map(_command, arms))}.
+Scaled down: batches of {ring.rows[0]["batch_size"]} for 512, and the pairs of updates below for the
+25,000 of Appendix A. `paper` has its learning rates, 1e-4; `quick` has 1e-3. Claims are judged at
+the longest runs of each that have every K. Again: {"; ".join(map(_command, presets))}.
 
 {chr(10).join(runs(own, *SETTING) + chr(10) for own in presets)}
 
@@ -143,14 +143,14 @@ longest runs of each that have every K. Again: {"; ".join(map(_command, arms))}.
     ("ours", "more steps are sharper", ladder(SHARP)),
     ("VEEGAN", "five steps cover more modes than none, on its ring and grid", [
         comparison for mixture in ("ring", "grid")
-        for comparison in better(constant, MODES, *(
+        for comparison in better(records, MODES, *(
             (f"{mixture} K={k}", {"mixture": mixture, K: k}) for k in (5, 0)
         ))
     ]),
 ))}
 
 {chr(10).join(map(_figures, presets))}
-{_notebook(ring.pick(preset="notebook"))}{_falling(records)}
+{_notebook(ring.pick(preset="notebook"))}
 ### The mixtures of VEEGAN and PacGAN
 
 The ring of radius 1 and deviation 0.01 and the 5x5 grid from -4 to 4 of deviation 0.05, as PacGAN's
@@ -166,13 +166,14 @@ def listed(records: Records) -> str:
     return " ".join(k for (k,) in records.settings(K))
 
 
-def _command(arms: Sequence[Arm]) -> str:
-    """Return how a preset's runs are made again."""
-    setting = arms[0][1]
-    ks = " ".join(str(each[K]) for _, each in arms)
+def _command(own: Records) -> str:
+    """Return how the longest runs of a setting are made again."""
+    pairs = own.settings("pairs")[-1][0]
+    first = own.pick(pairs=pairs).rows[0]
+    mixture = "" if first["mixture"] == "fig2" else f" --mixture {first['mixture']}"
     return (
-        f"`python examples/mog_seeds.py --preset {setting['preset']} --batch-size "
-        f"{setting['batch_size']} --iterations {setting['pairs']} --unroll-steps {ks} --record "
+        f"`python examples/mog_seeds.py --preset {first['preset']}{mixture} --batch-size "
+        f"{first['batch_size']} --iterations {pairs} --unroll-steps {listed(own)} --record "
         f"--figures`"
     )
 
@@ -197,35 +198,7 @@ def _notebook(records: Records) -> str:
 ### The authors' notebook
 
 Preset `notebook` (`mog.py --help`), with 8 distinct modes. Scaled down: {int(first["pairs"]):,}
-pairs for 25,000, batches of {first["batch_size"]} for 512.
+pairs for 25,000, batches of {first["batch_size"]} for 512. Again: {_command(records)}.
 
 {runs(records, *SETTING)}
-"""
-
-
-def _falling(records: Records) -> str:
-    """Return what it takes for sharp samples: the runs whose learning rates fall."""
-    falling = Records([row for row in records.pick(mixture="fig2").rows if row["half_life"] != "0"])
-    if not falling.rows:
-        return ""
-    names = ("preset", "activation", "discriminator_layers", "pairs", "batch_size")
-    names += ("generator_lr", "discriminator_lr", "half_life", K)
-    found = []
-    for values in falling.settings(*names):
-        setting = dict(zip(names, values, strict=True))
-        own = falling.pick(**setting)
-        found.append((moments(own.values(MODES))[0], moments(own.values(SHARP))[0], values))
-    modes, quality, values = max(found)
-    reached = "reached" if modes == 8 and quality >= 90 else "not reached"
-    setting_text = ", ".join(
-        f"{HEADS.get(name, name)} {value}" for name, value in zip(names, values, strict=True)
-    )
-    return f"""
-### Sharp samples
-
-With constant learning rates the samples stay blurred; here both rates fall, halved every so many
-pairs. The goal of all modes in every seed and 90 % high quality is {reached}: {modes:.2f} modes and
-{quality:.1f} % at best, with {setting_text}.
-
-{runs(falling, *names)}
 """

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lab.claims import Records
-from lab.controls_pages import mog_dsteps, mog_resample
+from lab.controls_pages import mog_dsteps, mog_resample, mog_sharp
 from lab.history_page import mog_history
 from lab.nonuniform_page import mog_nonuniform
 from lab.ring_page import mog_seeds
@@ -35,6 +35,7 @@ beside, for all seeds of a setting, which train side by side as one network of i
 
 SECTIONS: Mapping[str, Callable[[Records], str]] = {
     "mog_seeds": mog_seeds,
+    "mog_sharp": mog_sharp,
     "mog_resample": mog_resample,
     "mog_dsteps": mog_dsteps,
     "mog_history": mog_history,
