@@ -170,6 +170,8 @@ def test_records_know_the_value_that_most_rows_have(monkeypatch: pytest.MonkeyPa
     claims = example("lab.claims", monkeypatch)
     record = claims.Records([{"pairs": p, "seed": s} for p, s in ("10", "90", "11", "12")])
     assert record.most("pairs").values("seed") == [0, 1, 2]
+    equal = claims.Records([{"pairs": "500"}, {"pairs": "1000"}])
+    assert equal.most("pairs").values("pairs") == [1000]
     assert claims.Records([]).most("pairs").rows == []
 
 

@@ -98,9 +98,11 @@ class Records:
         return Records([r for r in self.rows if all(r[n] == v for n, v in wanted.items())])
 
     def most(self, column: str) -> "Records":
-        """Return the rows with the value of a column that most rows have."""
-        values = [row[column] for row in self.rows]
-        return self.pick(**{column: max(values, key=values.count)}) if values else self
+        """Return the rows with the number in a column that most rows have, the larger of equals."""
+        if not self.rows:
+            return self
+        found = [int(row[column]) for row in self.rows]
+        return self.pick(**{column: max(found, key=lambda number: (found.count(number), number))})
 
     def values(self, column: str) -> list[float]:
         """Return a column, one number a seed."""

@@ -86,7 +86,7 @@ def tried(pilot: Records) -> str:
 def mog_rivals(records: Records) -> str:
     """Return the section on the rivals."""
     pilot = Records([row for row in records.rows if int(row["seed"]) >= PILOT])
-    final = Records([row for row in records.rows if int(row["seed"]) < PILOT])
+    final = Records([row for row in records.rows if int(row["seed"]) < PILOT]).most("pairs")
     first = final.rows[0]
     pairs = f"{int(first['pairs']):,}"
     methods = list(dict.fromkeys(row["method"] for row in final.rows))
