@@ -1,5 +1,7 @@
 """What the sections on Appendix B share: which runs are stable, and their columns."""
 
+from collections.abc import Mapping, Sequence
+
 from lab.claims import Records, Row, shown
 
 STABLE = 0.1  # nats; ln(8/7) = 0.134 is the least that a missing mode of eight costs
@@ -32,6 +34,15 @@ def late(seeds: Records) -> tuple[str, ...]:
 
 LATE = ("stable seeds", "late reverse KL", "late modes", "late % high quality", "rotations")
 LATE += ("late % outside",)
+
+
+def not_run(
+    records: Records, names: Sequence[str], wanted: Mapping[str, tuple[object, ...]]
+) -> str:
+    """Return a sentence on the wanted settings, by their names, that are not in the record."""
+    ran = set(records.settings(*names))
+    missing = [name for name, values in wanted.items() if tuple(map(str, values)) not in ran]
+    return f" Not run, for time: {', '.join(missing)}." if missing else ""
 
 
 def figure(name: str, caption: str) -> str:
