@@ -116,9 +116,9 @@ one held-out batch, whichever G follows.
 
 {RULE}
 
-Samples "outside" are those that the figures do not show. The steps needed are the least K of {", ".join(map(str, ks))} from
-which on a seed is stable, at every larger one too; a seed that is not stable at the largest counts
-as twice that, {one.never}.
+Samples "outside" are those that the figures do not show. The steps needed are the least K, of those
+that were run, from which on a seed is stable, at every larger one too; a seed that is not stable at
+the largest counts as twice the largest of all, {one.never}.
 
 Scaled down: `quick` has {longest:,.0f} updates of G and D for 50,000, at twenty times the paper's
 learning rates, and batches of {first["batch_size"]}. Steps so large leave the samples scattered
