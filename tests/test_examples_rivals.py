@@ -156,14 +156,31 @@ def test_equals_share_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     claims = importlib.import_module("lab.claims")
     modes = {"A": (8, 8), "B": (7, 9), "C": (1, 2)}
     record = [
-        {"method": method, "unroll_steps": "0", "modes": str(value), "cpu_seconds": "3.2"}
+        {
+            "method": method,
+            "unroll_steps": "0",
+            "pairs": "1500",
+            "modes": str(value),
+            "cpu_seconds": "3.2",
+        }
         | {"percent_high_quality": "50", "reverse_kl_all": str(value / 10)}
         for method, values in modes.items()
         for value in values
     ]
     lines = page.standings(claims.Records(record), 8).splitlines()[2:]
-    ranks = [[cell.partition("(")[2][:1] for cell in line.split("|")[4:7]] for line in lines]
+    ranks = [[cell.partition("(")[2][:1] for cell in line.split("|")[5:8]] for line in lines]
     assert ranks == [["1", "1", "2"], ["1", "1", "2"], ["3", "1", "1"]]
+
+
+def test_the_same_seconds_are_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = example("lab.rivals_page", monkeypatch)
+    claims = importlib.import_module("lab.claims")
+    found = [("A", "5", "10", "30"), ("A", "0", "10", "10"), ("A", "0", "40", "39"),
+             ("B", "0", "10", "20"), ("B", "0", "20", "41"), ("B", "5", "10", "90")]  # fmt: skip
+    names = ("method", "unroll_steps", "pairs", "cpu_seconds")
+    record = claims.Records([dict(zip(names, row, strict=True)) for row in found])
+    fair = page.same_seconds(record, record.pick(method="A", unroll_steps=5))
+    assert fair.settings(*names) == [found[2], found[0], found[3]]
 
 
 def test_records_know_the_value_that_most_rows_have(monkeypatch: pytest.MonkeyPatch) -> None:
