@@ -10,10 +10,11 @@ from lab.claims import Comparison, Records, claims, shown, table
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "docs" / "results" / "published.csv"
 K = "unroll_steps"
+SHARE = "modes_quarter_share"
 MODES, SHARP, EVEN, ROTATIONS = "modes", "percent_high_quality", "reverse_kl_all", "rotations"
 METRICS = {
     MODES: ("modes", 2),
-    "modes_quarter_share": ("modes, a quarter share", 2),
+    SHARE: ("modes, a quarter share", 2),
     SHARP: ("% high quality", 2),
     "reverse_kl_high_quality": ("reverse KL, HQ", 3),
     EVEN: ("reverse KL, all", 3),
@@ -56,7 +57,7 @@ def better(
     records: Records, metric: str, one: Arm, other: Arm, *, denied: bool = False
 ) -> list[Comparison]:
     """Return the comparison whose claim is that the first arm does better than the other."""
-    if metric not in (MODES, SHARP):  # the less the better
+    if metric not in (MODES, SHARE, SHARP):  # the less the better
         one, other = other, one
     text = f"{METRICS[metric][0]}, {one[0]} against {other[0]}"
     return records.compare(text, metric, one[1], other[1], denied=denied)
@@ -125,7 +126,9 @@ counts with one high-quality sample (within three deviations of it) of 2,500; "a
 for a quarter of the samples that the mode should have, all of high quality. "Reverse KL, HQ" is
 PacGAN's, over the high-quality samples (n/a where a seed had none), "all" counts every sample for
 its nearest mode. "Rotations" counts how often the mode that holds more than half of the samples
-changes between two evaluations. Perfect samples are 98.89 % high quality.
+changes between two evaluations. Perfect samples are 98.89 % high quality. Samples spread evenly
+over the ring's disc, blind to the modes, would be 0.72 % and still hit most of them: modes say
+little where the quality is no higher, and a quarter share is then the measure.
 
 Scaled down: batches of {ring.rows[0]["batch_size"]} for 512, and the pairs of updates below for the
 25,000 of Appendix A. `paper` has its learning rates, 1e-4; `quick` has 1e-3. Claims are judged at
@@ -135,7 +138,7 @@ the longest runs of each that have every K. Again: {"; ".join(map(_command, pres
 
 {claims((
     ("paper", "with the most steps it spreads over all modes",
-     [*everywhere, *ends(MODES), *ends(EVEN)]),
+     [*everywhere, *ends(MODES), *ends(SHARE), *ends(EVEN)]),
     ("paper", "without unrolling it rotates through the modes", ends(ROTATIONS)),
     ("ours", "more steps cover more modes", ladder(MODES)),
     ("ours", "more steps spread more evenly", ladder(EVEN)),
