@@ -8,7 +8,9 @@ from pathlib import Path
 
 from lab.claims import Comparison, Records, claims, shown, table
 
-PUBLISHED = Path(__file__).resolve().parents[2] / "docs" / "results" / "published.csv"
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+PUBLISHED = RESULTS / "published.csv"
+ALONE = RESULTS / "mog.csv"  # of mog.py, a run at a time
 K = "unroll_steps"
 SHARE = "modes_quarter_share"
 MODES, SHARP, EVEN, ROTATIONS = "modes", "percent_high_quality", "reverse_kl_all", "rotations"
@@ -36,7 +38,7 @@ Arm = tuple[str, Mapping[str, object]]  # its name and its settings
 
 def runs(records: Records, *names: str) -> str:
     """Return a table of settings: metrics over seeds."""
-    most = 25 if records.rows[0]["mixture"] == "grid" else 8
+    most = 25 if records.rows[0].get("mixture") == "grid" else 8
     lines = []
     for setting in records.settings(*names):
         seeds = records.pick(**dict(zip(names, setting, strict=True)))
@@ -87,16 +89,23 @@ def arms_of(records: Records) -> list[Arm]:
     pairs = max(lengths, key=lambda n: (len(records.pick(pairs=n).settings(K)), int(n)))
     preset, batch = (records.rows[0][name] for name in ("preset", "batch_size"))
     return [
-        (f"{preset} K={k}", {"preset": preset, "batch_size": batch, "pairs": pairs, K: k})
+        (f"{preset} {batch} K={k}", {"preset": preset, "batch_size": batch, "pairs": pairs, K: k})
         for (k,) in records.pick(pairs=pairs).settings(K)
     ]
 
 
 def mog_seeds(records: Records) -> str:
     """Return the section on Fig. 2 and on the mixtures of VEEGAN and PacGAN."""
-    ring = records.pick(mixture="fig2")
-    presets = [own for name in ("paper", "quick") if (own := ring.pick(preset=name)).rows]
-    arms = [arms_of(own) for own in presets]
+    side_by_side = records.pick(mixture="fig2")
+    with ALONE.open(newline="") as file:
+        ring = Records([*csv.DictReader(file), *side_by_side.rows])
+    groups = [
+        ring.pick(preset=preset, batch_size=batch)
+        for preset, batch in ring.settings("preset", "batch_size")
+        if preset != "notebook"
+    ]
+    commanded = sorted(groups, key=lambda own: "mixture" not in own.rows[0])
+    arms = [arms_of(own) for own in groups]
 
     def ends(metric: str) -> list[Comparison]:
         return [c for each in arms for c in better(ring, metric, each[-1], each[0])]
@@ -119,6 +128,7 @@ def mog_seeds(records: Records) -> str:
         for mixture, text in (("ring", "The ring"), ("grid", "The grid"))
         if (own := records.pick(mixture=mixture)).rows
     )
+    drawn = [preset for (preset,) in side_by_side.settings("preset") if preset != "notebook"]
     return f"""## Fig. 2: eight Gaussians on a ring
 
 `mog_seeds.py`: the runs of `mog.py`, many seeds side by side, each as it would be alone. A mode
@@ -130,11 +140,14 @@ changes between two evaluations. Perfect samples are 98.89 % high quality. Sampl
 over the ring's disc, blind to the modes, would be 0.72 % and still hit most of them: modes say
 little where the quality is no higher, and a quarter share is then the measure.
 
-Scaled down: batches of {ring.rows[0]["batch_size"]} for 512, and the pairs of updates below for the
-25,000 of Appendix A. `paper` has its learning rates, 1e-4; `quick` has 1e-3. Claims are judged at
-the longest runs of each that have every K. Again: {"; ".join(map(_command, presets))}.
+Scaled down: the pairs of updates and the batches below, for the 25,000 pairs of Appendix A and our
+batches of 512. `paper` has its learning rates, 1e-4; `quick` has 1e-3. Claims are judged for each
+preset and batch size, which name the arms, at the longest runs that have most values of K. Again:
+{"; ".join(map(_command, commanded))}.
 
-{chr(10).join(runs(own, *SETTING) + chr(10) for own in presets)}
+{runs(ring.pick(preset="paper"), *SETTING)}
+
+{runs(ring.pick(preset="quick"), *SETTING)}
 
 {claims((
     ("paper", "with the most steps it spreads over all modes",
@@ -152,8 +165,8 @@ the longest runs of each that have every K. Again: {"; ".join(map(_command, pres
     ]),
 ))}
 
-{chr(10).join(map(_figures, presets))}
-{_notebook(ring.pick(preset="notebook"))}
+{chr(10).join(map(_figures, drawn))}
+{_notebook(side_by_side.pick(preset="notebook"))}
 ### The mixtures of VEEGAN and PacGAN
 
 The ring of radius 1 and deviation 0.01 and the 5x5 grid from -4 to 4 of deviation 0.05, as PacGAN's
@@ -173,16 +186,15 @@ def _command(own: Records) -> str:
     """Return how the longest runs of a setting are made again."""
     pairs = own.settings("pairs")[-1][0]
     first = own.pick(pairs=pairs).rows[0]
+    length = f"--preset {first['preset']} --iterations {pairs} --unroll-steps {listed(own)}"
+    if "mixture" not in first:
+        return f"`python examples/mog.py {length} --seeds 10 --record`"
     mixture = "" if first["mixture"] == "fig2" else f" --mixture {first['mixture']}"
-    return (
-        f"`python examples/mog_seeds.py --preset {first['preset']}{mixture} --batch-size "
-        f"{first['batch_size']} --iterations {pairs} --unroll-steps {listed(own)} --record "
-        f"--figures`"
-    )
+    size = f"--batch-size {first['batch_size']}{mixture}"
+    return f"`python examples/mog_seeds.py {length} {size} --record --figures`"
 
 
-def _figures(own: Records) -> str:
-    preset = own.rows[0]["preset"]
+def _figures(preset: str) -> str:
     return f"""![Samples over training](../figures/mog_seeds_{preset}_fig2.png)
 
 *Generated samples of seed 0 over training, `{preset}`.*
