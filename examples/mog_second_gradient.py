@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from lab import appendix, cli, figures, records, runs, seeds
-from lab.mixtures import CEILING, TABLE
+from lab.mixtures import TABLE
 from torch import Tensor
 
 import unroll
@@ -32,7 +32,7 @@ GRADIENTS = {
 NAMES = {"full": "both terms", "first": "first term", "averaged": "first term, averaged"}
 CURVES = {
     "modes": "modes captured",
-    "percent_high_quality": "high-quality samples (%)",
+    "percent_outside": "samples outside the figures (%)",
     "reverse_kl_all": "reverse KL, all samples (nats)",
     "second_term": "second term / first term",
 }
@@ -140,7 +140,7 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
             caption=f"updates of G and D ({NAMES[gradient]}, {steps} G steps per D step, "
             f"seed {first.first_seed})",
         )
-        ideal = {"modes": appendix.MODES, "percent_high_quality": CEILING}
+        ideal = {"modes": appendix.MODES}
         figures.curves(
             folder / f"{name}_curves.png", histories, CURVES, x="player_updates", ideal=ideal
         )

@@ -89,7 +89,7 @@ coordinate.
 Scaled down: `quick` of `mog.py`, with learning rates of 1e-3 for 1e-4, {pairs:,} pairs for 25,000
 and batches of {first["batch_size"]}. The values of N and of the delay are our choice; the longest
 delay lasts {_longest(quick)} of the training. There are {seeds} seeds a setting: "no difference" is
-weak evidence.{not_run(quick, names, WANTED)} Again: `python examples/mog_history.py --record`.
+weak evidence.{not_run(quick, names, WANTED)} Again: `python examples/mog_history.py --record --figures`.
 
 {table(head, lines)}
 
