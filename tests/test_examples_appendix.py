@@ -210,8 +210,10 @@ def test_the_steps_that_a_seed_needs_are_those_from_which_on_it_is_stable(
         for k, value in zip((1, 3, 5, 10), values, strict=True)
     ]
     ratio = page.Ratio(claims.Records(runs), "5")
-    assert ratio.needed("first") == [5.0, 5.0, 20.0, 1.0]
-    assert ratio.needed("both") == []
+    assert ratio.ran("first") == [1, 3, 5, 10]
+    assert ratio.needed("first", [1, 3, 5, 10]) == [5.0, 5.0, 20.0, 1.0]
+    assert ratio.needed("first", [1, 3]) == [6.0, 6.0, 6.0, 1.0]
+    assert ratio.ran("both") == []
     assert ratio.faster("first", "both") == []
     (comparison,) = ratio.stable_at(("first", 5), ("first", 3))
     assert (comparison.larger, comparison.smaller) == ([1.0] * 4, [0.0, 0.0, 0.0, 1.0])

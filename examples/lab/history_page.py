@@ -3,10 +3,11 @@
 from lab.claims import Records, Setting, claims, table
 from lab.stability import LATE, RULE, figure, late, not_run
 
-WANTED: dict[str, tuple[object, ...]] = {
-    "N=50": (0, 50, 1, True),
-    **{f"delay {delay}": (0, 5, delay, True) for delay in (10, 100, 500)},
-    **{f"delay {delay}, newest as sampled": (0, 5, delay, False) for delay in (10, 100, 500)},
+DELAYS = (10, 100, 500)
+WANTED: dict[tuple[str, int], tuple[object, ...]] = {
+    ("N =", 50): (0, 50, 1, True),
+    **{("delay", delay): (0, 5, delay, True) for delay in DELAYS},
+    **{("delay, the newest as sampled,", delay): (0, 5, delay, False) for delay in DELAYS},
 }
 
 
@@ -89,7 +90,8 @@ coordinate.
 Scaled down: `quick` of `mog.py`, with learning rates of 1e-3 for 1e-4, {pairs:,} pairs for 25,000
 and batches of {first["batch_size"]}. The values of N and of the delay are our choice; the longest
 delay lasts {_longest(quick)} of the training. There are {seeds} seeds a setting: "no difference" is
-weak evidence.{not_run(quick, names, WANTED)} Again: `python examples/mog_history.py --record --figures`.
+weak evidence.{not_run(quick, names, WANTED)} Again:
+`python examples/mog_history.py --record --figures`.
 
 {table(head, lines)}
 

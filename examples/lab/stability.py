@@ -37,12 +37,18 @@ LATE += ("late % outside",)
 
 
 def not_run(
-    records: Records, names: Sequence[str], wanted: Mapping[str, tuple[object, ...]]
+    records: Records,
+    names: Sequence[str],
+    wanted: Mapping[tuple[str, int], tuple[object, ...]],
 ) -> str:
-    """Return a sentence on the wanted settings, by their names, that are not in the record."""
+    """Return a sentence on the wanted settings, by arm and value, that are not in the record."""
     ran = set(records.settings(*names))
-    missing = [name for name, values in wanted.items() if tuple(map(str, values)) not in ran]
-    return f" Not run, for time: {', '.join(missing)}." if missing else ""
+    missing: dict[str, list[str]] = {}
+    for (arm, value), setting in wanted.items():
+        if tuple(map(str, setting)) not in ran:
+            missing.setdefault(arm, []).append(str(value))
+    listed = "; ".join(f"{arm} {', '.join(values)}" for arm, values in missing.items())
+    return f" Not run, for time: {listed}." if listed else ""
 
 
 def figure(name: str, caption: str) -> str:
