@@ -23,7 +23,7 @@ def experiments(page: str, address: str) -> str:
         if command and verdicts:
             link = f"[{title}]({address}#{_anchor(title)})"
             lines.append((link, f"`{' '.join(command[1].split())}`", _counted(verdicts)))
-    return table(("experiment", "command", "of its claims"), lines)
+    return table(("experiment", "command", "claims"), lines)
 
 
 def _verdicts(lines: Iterable[str]) -> Iterable[str]:
