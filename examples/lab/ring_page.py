@@ -143,7 +143,7 @@ little where the quality is no higher, and a quarter share is then the measure.
 Scaled down: the pairs of updates and the batches below, for the 25,000 pairs of Appendix A and our
 batches of 512. `paper` has its learning rates, 1e-4; `quick` has 1e-3. Claims are judged for each
 preset and batch size, which name the arms, at the longest runs that have most values of K. Again:
-{"; ".join(map(_command, commanded))}.
+{"; ".join(map(_command, commanded))}. {_missing(records)}
 
 {runs(ring.pick(preset="paper"), *SETTING)}
 
@@ -203,6 +203,20 @@ def _figures(preset: str) -> str:
 
 *Metrics over training, `{preset}`: thin lines are seeds, thick ones their means.*
 """
+
+
+def _missing(records: Records) -> str:
+    """Return what was to be run and was not."""
+    wanted: dict[str, dict[str, object]] = {
+        f"`paper` with K={k} at 25,000 pairs": {"preset": "paper", "pairs": 25_000, K: k}
+        for k in (0, 1, 5, 10)
+    }
+    wanted |= {f"`notebook` with K={k}": {"preset": "notebook", K: k} for k in (0, 5)}
+    for mixture in ("ring", "grid"):
+        names = {k: f"the {mixture} with K={k}" for k in (0, 5, 10)}
+        wanted |= {name: {"mixture": mixture, K: k} for k, name in names.items()}
+    missing = [name for name, setting in wanted.items() if not records.pick(**setting).rows]
+    return f"Not run, for time: {'; '.join(missing)}." if missing else ""
 
 
 def _notebook(records: Records) -> str:
