@@ -79,7 +79,16 @@ def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
     return recurrent
 
 
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Products with a few columns, as derivatives of one with few features are, are slow in BLAS."""
+    if weight.dim() != 2 or not 1 < weight.shape[1] <= 8 or input.dim() != 2:
+        return F.linear(input, weight, bias)
+    columns = weight.t().contiguous()
+    return input @ columns if bias is None else torch.addmm(bias, input, columns)
+
+
 _TWICE: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: _linear,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     torch._weight_norm: _weight_norm,
@@ -140,7 +149,8 @@ class _InDiscriminator(_Replacing):
 
 def discriminator_forward(*, twice: bool) -> TorchFunctionMode:
     """Return the context of D's forward pass; ``twice`` gives it right higher derivatives."""
-    return _InDiscriminator(_TWICE if twice else {})
+    kind = _Replacing if torch.compiler.is_compiling() else _InDiscriminator
+    return kind(_TWICE if twice else {})
 
 
 def differentiable_roots(*, adagrad: bool) -> TorchFunctionMode:

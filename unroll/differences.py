@@ -17,8 +17,7 @@ from unroll.loss import UnrolledGeneratorLoss
 from unroll.optimizers import inner_optimizer, unwrap_optimizer
 from unroll.randomness import random_state, set_random_state
 from unroll.stateless import Batch, Stateless, held, hooked, tensors
-from unroll.steps.discriminator import At
-from unroll.steps.lookahead import Point
+from unroll.steps.discriminator import At, Point
 
 TOLERANCE = 1e-5  # of check_gradients; a lost second derivative is seldom below 1e-4
 DIRECTIONS = 3  # for each tensor of fakes

@@ -22,8 +22,9 @@ from unroll.steps.checks import (
     checked_steps,
     minibatches_checked,
 )
-from unroll.steps.discriminator import At, UnrolledDiscriminator
-from unroll.steps.lookahead import LookAhead, Point
+from unroll.steps.compiled import CompiledStep
+from unroll.steps.discriminator import At, Point, UnrolledDiscriminator
+from unroll.steps.lookahead import LookAhead
 from unroll.steps.ranks import agreed, resolved_sync
 
 
@@ -96,6 +97,7 @@ class UnrolledGeneratorLoss(nn.Module):
         stop_gradient: bool = False,
         average: bool = False,
         checkpoint: bool = False,
+        compile: bool = False,
         project: Project | None = None,
         sync: bool | None = None,
     ) -> None:
@@ -126,6 +128,7 @@ class UnrolledGeneratorLoss(nn.Module):
         self.stop_gradient = stop_gradient
         self.average = average
         self.checkpoint = checkpoint
+        self._compile = compile
         self.sync, self._group = resolved_sync(discriminator, sync)
         trainable = {name for name, p in parameters.items() if p.requires_grad}
         floating = {name for name, p in parameters.items() if p.is_floating_point()}
@@ -134,6 +137,7 @@ class UnrolledGeneratorLoss(nn.Module):
 
     _inspected: bool
     _inspected_value: bool
+    _compiled: CompiledStep | None
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set a plain attribute: nn.Module's own would make D a submodule of its loss."""
@@ -141,6 +145,9 @@ class UnrolledGeneratorLoss(nn.Module):
         if name in ("discriminator", "optimizer", "objective", "project", "checkpoint"):
             object.__setattr__(self, "_inspected", False)
             object.__setattr__(self, "_inspected_value", False)
+        if name in ("discriminator", "optimizer", "objective", "project", "_compile"):
+            compiled = CompiledStep() if getattr(self, "_compile", False) else None
+            object.__setattr__(self, "_compiled", compiled)
 
     def forward(
         self,
@@ -229,6 +236,7 @@ class UnrolledGeneratorLoss(nn.Module):
             project=self.project,
             sync=self.sync,
             group=self._group,
+            compiled=self._compiled,
             inspected=self._inspected,
         )
         points = ahead.trajectory(pairs, average=self.average)
@@ -259,7 +267,7 @@ class UnrolledGeneratorLoss(nn.Module):
             f"{type(self.discriminator).__name__}, {type(self.optimizer).__name__}, "
             f"{self.objective}, unroll_steps={self.unroll_steps}, "
             f"stop_gradient={self.stop_gradient}, average={self.average}, "
-            f"checkpoint={self.checkpoint}, sync={self.sync}"
+            f"checkpoint={self.checkpoint}, compile={self._compile}, sync={self.sync}"
         )
 
     def _pairs(

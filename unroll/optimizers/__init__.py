@@ -22,6 +22,7 @@ class InnerOptimizer(Protocol):
     """The optimizer of D as it stands at one call."""
 
     names: frozenset[str]  # of D's parameters that it trains
+    traceable: bool  # whether torch.compile can trace its step
 
     def initial_state(self) -> Any:
         """Return the state to start from, apart from everything that the user holds."""
@@ -31,6 +32,10 @@ class InnerOptimizer(Protocol):
         self, parameters: Tensors, gradients: Tensors, state: Any
     ) -> tuple[dict[str, Tensor], Any]:
         """Return theta_D^{k+1} and the next state; parameters without a gradient are skipped."""
+        ...
+
+    def as_inputs(self, state: Any) -> Any:
+        """Return the state, what changes from step to step as tensors: inputs of compiled code."""
         ...
 
     def export(self, state: Any) -> Any:

@@ -170,6 +170,8 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
     torch.optim.Rprop: rprop,
 }
 
+BRANCHING = (asgd, nadam, radam)  # on numbers that change from step to step
+
 
 def _descent(p: Tensor, g: Tensor, h: Hyper) -> Tensor:
     """Return the gradient to descend, with that of weight decay where it is a penalty (L2)."""

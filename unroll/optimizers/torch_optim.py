@@ -5,14 +5,14 @@ Parameters that take the same step are one flat vector, on which a rule (:mod:`r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from unroll.optimizers.rules import RULES, Rule
+from unroll.optimizers.rules import BRANCHING, RULES, Rule
 
 Tensors = Mapping[str, Tensor]
 SCALARS = ("step", "mu_product", "eta", "mu")  # of the state: one number for all elements
@@ -53,11 +53,16 @@ class _Bucket(NamedTuple):
             names = tuple(part)
             yield _Bucket(names, self.hyper, _join([per_name[name] for name in names]))
 
+    def numbers(self, form: Callable[[Any], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return state and hyper-parameters, those that change over training in another form."""
+        state = {k: form(v) if k in SCALARS else v for k, v in self.state.items()}
+        return state, {**self.hyper, "lr": form(self.hyper["lr"])}
+
     def per_name(self, like: Tensors) -> dict[str, dict[str, Any]]:
         """Return the state of each parameter, in its shape."""
         shaped = [like[name] for name in self.names]
         columns = {
-            key: _unflatten(value, shaped) if isinstance(value, Tensor) else [value] * len(shaped)
+            key: [float(value)] * len(shaped) if key in SCALARS else _unflatten(value, shaped)
             for key, value in self.state.items()
         }
         return {
@@ -77,7 +82,7 @@ def _unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 def _join(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
-        key: _flatten([s[key] for s in states]) if isinstance(value, Tensor) else value
+        key: value if key in SCALARS else _flatten([s[key] for s in states])
         for key, value in states[0].items()
     }
 
@@ -88,6 +93,7 @@ class TorchOptim:
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Tensors) -> None:
         names = {id(p): name for name, p in parameters.items()}
         self._rule, self._parameters = _rule(optimizer), parameters
+        self.traceable = self._rule not in BRANCHING
         self._buckets: list[_Bucket] = []
         for group in optimizer.param_groups:
             hyper = {
@@ -123,11 +129,21 @@ class TorchOptim:
             if bucket.names[0] in gradients:
                 theta = [parameters[name] for name in bucket.names]
                 gradient = _flatten([gradients[name] for name in bucket.names])
-                flat, s = self._rule(_flatten(theta), gradient, dict(bucket.state), bucket.hyper)
+                flat, s = self._rule(_flatten(theta), gradient, *bucket.numbers(_scalar))
                 moved |= zip(bucket.names, _unflatten(flat, theta), strict=True)
                 bucket = _Bucket(bucket.names, bucket.hyper, s)
             new_state.append(bucket)
         return moved, new_state
+
+    def as_inputs(self, state: list[_Bucket]) -> list[_Bucket]:
+        """Return the state, what changes from step to step as tensors: inputs of compiled code."""
+        if not self.traceable:
+            return state
+        found = []
+        for bucket in state:
+            s, h = bucket.numbers(_matrix)
+            found.append(_Bucket(bucket.names, h, s))
+        return found
 
     def export(self, state: list[_Bucket]) -> dict[str, dict[str, Any]]:
         """Return the state as the user's optimizer keeps it."""
@@ -142,6 +158,17 @@ def _setting(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_setting, value))
     return value.detach().clone().squeeze() if isinstance(value, Tensor) else value
+
+
+def _scalar(value: Any) -> Any:
+    """Return a number or a 0-d tensor, which does not change the type of what it multiplies."""
+    return value.reshape(()) if isinstance(value, Tensor) else value
+
+
+def _matrix(value: Any) -> Tensor:
+    """Return a 1x1 tensor: torch.compile takes the value of a 0-d one for a constant at first."""
+    given = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    return given.reshape(1, 1)
 
 
 def _live(key: str, value: Any) -> Any:

@@ -20,6 +20,8 @@ Tensors = Mapping[str, Tensor]
 class Transformation:
     """A torchopt transformation: its own ``init`` and ``update``, never in place."""
 
+    traceable = False  # trees of tensors that torch.compile does not know
+
     def __init__(
         self,
         impl: GradientTransformation,
@@ -101,6 +103,10 @@ class Transformation:
         finally:
             _fill(self._cells, live)
         return moved, (new_states, new_values)
+
+    def as_inputs(self, state: Any) -> Any:
+        """Return the state: it consists of tensors."""
+        return state
 
     def export(self, state: Any) -> Any:
         """Return the state as the user's optimizer keeps it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -12,12 +12,35 @@ from unroll.derivatives import discriminator_forward
 from unroll.stateless import Batch, Stateless, held
 
 
+class Point(NamedTuple):
+    """Where the look-ahead stands after k steps."""
+
+    parameters: Mapping[str, Tensor]  # theta_D^k
+    buffers: Mapping[str, Tensor]
+    optimizer_state: Any
+    loss: Tensor | None = None  # D's before the step that led here, detached
+
+
+class PureModule(Protocol):
+    """An ``nn.Module`` as a function of its parameters and buffers."""
+
+    def __call__(
+        self,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Return ``module(*args, **kwargs)`` and the buffers that it leaves behind."""
+        ...
+
+
 class At:
     """D at some theta_D^k: the pure callable that objectives get. Its buffers evolve."""
 
     def __init__(
         self,
-        module: Stateless,
+        module: PureModule,
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,18 +23,10 @@ from unroll.stateless import (
     tensors,
 )
 from unroll.steps.checks import Project, check_scalar, projected, same
-from unroll.steps.discriminator import At
+from unroll.steps.compiled import CompiledStep, Game
+from unroll.steps.discriminator import At, Point
 from unroll.steps.ranks import averaged
 from unroll.steps.recompute import recomputed, refuse_unrepeatable
-
-
-class Point(NamedTuple):
-    """Where the look-ahead stands after k steps."""
-
-    parameters: Mapping[str, Tensor]  # theta_D^k
-    buffers: Mapping[str, Tensor]
-    optimizer_state: Any
-    loss: Tensor | None = None  # D's before the step that led here, detached
 
 
 @contextmanager
@@ -61,6 +53,7 @@ class LookAhead:
     project: Project | None
     sync: bool  # whether gradients are averaged over the ranks of ``group``
     group: Any
+    compiled: CompiledStep | None  # what runs in place of eager steps
     inspected: bool  # whether a first step has been searched for broken derivatives
     losses: list[Tensor] = field(default_factory=list)  # D's before each step, detached
 
@@ -84,13 +77,24 @@ class LookAhead:
     def _advance(self, point: Point, fake: Batch, real: Batch) -> Point:
         if self.constant:
             fake, real = map_tensors(Tensor.detach, (fake, real))
-        if not self.checkpoint or self.constant:
-            return self._step(point, fake, real, graph=not self.constant)
+            return self._once(point, fake, real, graph=False)
+        if not self.checkpoint:
+            return self._once(point, fake, real, graph=True)
         inspected = self.inspected
-        following = recomputed(self._step, self.module.module, point, fake, real)
+        following = recomputed(self._once, self.module.module, point, fake, real)
         if self.inspected and not inspected:
             refuse_unrepeatable(self._step, self.module.module, (point, fake, real))
         return following
+
+    def _once(self, point: Point, fake: Batch, real: Batch, *, graph: bool) -> Point:
+        given = (point, fake, real)
+        uninspected = point.loss is None and not (self.inspected or self.constant)
+        if self.compiled is None or self.sync or uninspected:
+            return self._step(*given, graph=graph)
+        module = self.module.module
+        game = Game(module, self.optimizer, self.objective, self.project, self.moving)
+        following = self.compiled(self._step, game, given, graph=graph)
+        return following if graph else self._without_graph(following, point)
 
     def _step(self, point: Point, fake: Batch, real: Batch, *, graph: bool) -> Point:
         """Return theta_D^{k+1} = theta_D^k + eta df/dtheta_D^k (Eq. 7)."""
@@ -109,6 +113,8 @@ class LookAhead:
             check_scalar(loss, "discriminator_loss")
             local = self._gradients(loss, theta)
             gradients = self._over_ranks(local, theta, tensors((fake, real)))
+            if self.compiled is not None:
+                self.compiled.reached = tuple(gradients)
         with (
             torch.set_grad_enabled(graph or inspect),
             torch.autocast(loss.device.type, enabled=False),  # optimizers keep full precision

@@ -29,7 +29,7 @@ def recomputed(step: Step[P], module: nn.Module, point: P, fake: Batch, real: Ba
     given = (point, fake, real)
     run = _Run(step, module, given)
     outputs = _Recompute.apply(run, *tensors(given))
-    following: P = _filled(run.result, outputs)
+    following: P = filled(run.result, outputs)
     return following
 
 
@@ -41,18 +41,18 @@ def refuse_unrepeatable(step: Step[P], module: nn.Module, given: tuple[P, Batch,
     """
     device = next(module.parameters()).device
     state = random_state(device)
-    inputs = _leaves(tensors(given), [t.requires_grad for t in tensors(given)])
+    inputs = leaves(tensors(given), [t.requires_grad for t in tensors(given)])
     results: list[list[Tensor]] = []
-    leaves: list[dict[int, Tensor]] = []
+    ends: list[dict[int, Tensor]] = []
     for _ in range(2):
         with replayed(state, device), held(module):
-            results.append(tensors(step(*_filled(given, inputs), graph=True)))
+            results.append(tensors(step(*filled(given, inputs), graph=True)))
         variables = [getattr(node, "variable", None) for node in graph(results[-1])]
-        leaves.append({id(v): v for v in variables if v is not None})
+        ends.append({id(v): v for v in variables if v is not None})
     _check_repeated(results[0], results[1])
     known = {id(t) for t in inputs}
-    for name, leaf in leaves[0].items():
-        if name in leaves[1] and name not in known:
+    for name, leaf in ends[0].items():
+        if name in ends[1] and name not in known:
             raise RuntimeError(
                 "checkpoint: the look-ahead uses a tensor that requires a gradient and is no part "
                 f"of the batch (shape {tuple(leaf.shape)}; in the objective or in project=), whose "
@@ -92,7 +92,7 @@ class _Run:
         )
 
     def first(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        result = self.step(*_filled(self.given, inputs), graph=False)
+        result = self.step(*filled(self.given, inputs), graph=False)
         self.result = _emptied(result)
         return tensors(result)
 
@@ -104,7 +104,7 @@ class _Run:
         ):
             for submodule, training in zip(self.module.modules(), self.training, strict=True):
                 submodule.training = training
-            return tensors(self.step(*_filled(self.given, inputs), graph=True))
+            return tensors(self.step(*filled(self.given, inputs), graph=True))
 
 
 class _Recompute(torch.autograd.Function):
@@ -113,7 +113,7 @@ class _Recompute(torch.autograd.Function):
         ctx.run = run
         ctx.set_materialize_grads(False)  # a zero into an infinite slope would be NaN
         ctx.save_for_backward(*inputs)
-        found = run.first(_leaves(inputs, ctx.needs_input_grad[1:]))
+        found = run.first(leaves(inputs, ctx.needs_input_grad[1:]))
         outputs = tuple(t.detach() for t in found)
         constants = [o for o, t in zip(outputs, found, strict=True) if not t.requires_grad]
         run.constants = [
@@ -130,7 +130,7 @@ class _Recompute(torch.autograd.Function):
                 "create_graph=True asked for more. Set checkpoint=False for this loss."
             )
         needed = ctx.needs_input_grad[1:]
-        inputs = _leaves(ctx.saved_tensors, needed)
+        inputs = leaves(ctx.saved_tensors, needed)
         with torch.enable_grad():
             outputs = ctx.run.again(inputs)
         _check_repeated(ctx.run.constants, outputs)
@@ -147,7 +147,8 @@ class _Recompute(torch.autograd.Function):
         return None, *(next(found) if need else None for need in needed)
 
 
-def _leaves(values: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+def leaves(values: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    """Return the same tensors without a history; ``needed`` says which require gradients."""
     return [v.detach().requires_grad_(need) for v, need in zip(values, needed, strict=True)]
 
 
@@ -155,6 +156,7 @@ def _emptied(value: Any) -> Any:
     return map_tensors(lambda _: _PLACEHOLDER, value)
 
 
-def _filled(value: Any, with_: Sequence[Tensor]) -> Any:
+def filled(value: Any, with_: Sequence[Tensor]) -> Any:
+    """Return a value with these tensors in place of its own."""
     iterator = iter(with_)
     return map_tensors(lambda _: next(iterator), value)

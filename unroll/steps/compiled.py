@@ -1,0 +1,236 @@
+"""A look-ahead step and its adjoint as compiled code, the same for every k."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+
+from unroll.game.objectives import Objective
+from unroll.optimizers import InnerOptimizer
+from unroll.randomness import RandomState, random_state, replayed, set_random_state
+from unroll.stateless import Batch, map_tensors, tensors
+from unroll.steps.backend import inductor
+from unroll.steps.checks import Project, projected
+from unroll.steps.discriminator import At, Point
+from unroll.steps.recompute import Step, filled, leaves
+
+Given = tuple[Point, Batch, Batch]
+
+
+class Functional:
+    """``module`` as a pure function, in a form that ``torch.compile`` can trace."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(
+        self,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Return ``module(*args, **kwargs)`` and the buffers that it leaves behind."""
+        left = {name: buffer.clone() for name, buffer in buffers.items()}
+        output = functional_call(self.module, ({**parameters}, left), args, {**kwargs})
+        return output, left
+
+
+@dataclass(frozen=True)
+class Game:
+    """What a step consists of, besides tensors."""
+
+    module: nn.Module
+    optimizer: InnerOptimizer
+    objective: Objective
+    project: Project | None
+    moving: frozenset[str]  # names of the parameters that take steps
+
+
+def _traced(
+    game: Game,
+    reached: tuple[str, ...],
+    theta: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    state: Any,
+    fake: Batch,
+    real: Batch,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Any, Tensor]:
+    """Return theta_D^{k+1} (Eq. 7), D's buffers, the optimizer's state and D's loss.
+
+    Where the optimizer cannot be traced, the gradients are in place of theta_D^{k+1}.
+    """
+
+    def loss(moving: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        d = At(Functional(game.module), {**theta, **moving}, buffers, twice=True)
+        return game.objective.discriminator_loss(d, fake, real), d.buffers
+
+    differentiate = grad_and_value(loss, has_aux=True)
+    found, (value, left) = differentiate({name: theta[name] for name in reached})
+    if game.optimizer.traceable:
+        with torch.autocast(value.device.type, enabled=False):
+            moved, state = game.optimizer.step(theta, found, state)
+        found = {name: moved[name] for name in reached}
+    return found, dict(left), state, value.detach()
+
+
+class CompiledStep:
+    """A step that is compiled at its first use; eager, with one warning, where that fails.
+
+    Whatever is compiled is compared with the eager step first, derivatives included.
+    """
+
+    def __init__(self) -> None:
+        # A code object of its own: torch counts recompilations by code object.
+        function = FunctionType(_traced.__code__.replace(), _traced.__globals__)
+        self._function = torch.compile(function, backend=self._compile, fullgraph=True)
+        self._fresh = False  # whether there is new code, which has not been compared yet
+        self._eager = False  # for good
+        self.reached: tuple[str, ...] | None = None  # parameters with a gradient in eager steps
+
+    def __deepcopy__(self, memo: object) -> CompiledStep:
+        """Return one that has compiled nothing: code belongs to its game."""
+        return CompiledStep()
+
+    def __reduce__(self) -> Any:
+        """Leave compiled code out of a pickle."""
+        return CompiledStep, ()
+
+    def _compile(self, graph: Any, inputs: Sequence[Any]) -> Any:
+        self._fresh = True
+        return inductor(graph, inputs)
+
+    def __call__(self, step: Step[Point], game: Game, given: Given, *, graph: bool) -> Point:
+        """Return what ``step(*given, graph=graph)`` does."""
+        hooks = any(p._backward_hooks for p in game.module.parameters())
+        if hooks:
+            self._fall_back("a parameter of D has gradient hooks")
+        if self._eager or self.reached is None:
+            return step(*given, graph=graph)
+        point, fake, real = given
+        inputs = game.optimizer.as_inputs(point.optimizer_state)
+        given = _alike(game, (point._replace(optimizer_state=inputs), fake, real), graph=graph)
+        device = next(game.module.parameters()).device
+        before = random_state(device)
+        try:
+            following = self._run(game, *given, graph=graph)
+            if self._fresh:
+                self._compare(step, game, given, before, graph=graph)
+                self._fresh = False
+        except Exception as error:  # whatever a backend raises: the eager step has the last word
+            set_random_state(before, device)
+            self._fall_back(f"{type(error).__name__}: {error}")
+            return step(*given, graph=graph)
+        return following
+
+    def _run(self, game: Game, point: Point, fake: Batch, real: Batch, *, graph: bool) -> Point:
+        theta = dict(point.parameters)
+        assert self.reached is not None
+        with torch.set_grad_enabled(graph), torch.compiler.set_stance("default"):
+            state = point.optimizer_state
+            given = state if game.optimizer.traceable else None
+            found, buffers, traced, loss = self._function(
+                game, self.reached, theta, dict(point.buffers), given, fake, real
+            )
+        with torch.set_grad_enabled(graph), torch.autocast(loss.device.type, enabled=False):
+            if game.optimizer.traceable:
+                state = traced
+            else:
+                found, state = game.optimizer.step(theta, found, state)
+            moved = {**theta, **found}
+            if game.project is not None:
+                moved = projected(game.project, moved, inspect=False)
+        return Point(moved, buffers, state, loss)
+
+    def _fall_back(self, reason: str) -> None:
+        if not self._eager:
+            self._eager = True
+            warnings.warn(
+                f"compile: the look-ahead runs uncompiled: {reason}. The result is the same; set "
+                "compile=False to have it without this warning.",
+                stacklevel=2,
+            )
+
+    def _compare(
+        self, step: Step[Point], game: Game, given: Given, state: RandomState, *, graph: bool
+    ) -> None:
+        """Refuse compiled code that differs from the eager step by more than round-off does."""
+
+        def compiled(point: Point, fake: Batch, real: Batch, *, graph: bool) -> Point:
+            return self._run(game, point, fake, real, graph=graph)
+
+        device = next(game.module.parameters()).device
+        found = []
+        runs: tuple[tuple[Step[Point], Given], ...] = (
+            (compiled, given),
+            (step, given),
+            (step, map_tensors(_nudged, given)),
+        )
+        for function, inputs in runs:
+            with replayed(state, device):
+                values = _values_and_derivatives(function, inputs, graph=graph)
+                found.append((values, tensors(random_state(device))))
+        (ours, drawn), (eager, drawn_eagerly), (nudged, _) = found
+        for a, b, c in zip(ours, eager, nudged, strict=True):
+            error, norm = _norm(a - b), _norm(b)
+            if not error <= 1e-3 * norm + 10 * _norm(c - b):
+                raise RuntimeError(f"its result is off by {error:.1e} in {norm:.1e}")
+        if not all(map(torch.equal, drawn, drawn_eagerly)):
+            raise RuntimeError("it draws other random numbers")
+
+
+def _alike(game: Game, given: Given, *, graph: bool) -> Given:
+    """Return what a step starts from, so that one piece of compiled code serves all k."""
+    if not graph:
+        constants: Given = map_tensors(Tensor.detach, given)
+        return constants
+    point, fake, real = given
+    theta = {name: _leaf(p, name in game.moving) for name, p in point.parameters.items()}
+    state = point.optimizer_state
+    if game.optimizer.traceable:  # flat vectors, besides numbers
+        state = map_tensors(lambda t: _leaf(t, t.dim() == 1), state)
+    return point._replace(parameters=theta, optimizer_state=state), fake, real
+
+
+def _leaf(tensor: Tensor, needed: bool) -> Tensor:
+    return tensor.detach().requires_grad_() if needed and not tensor.requires_grad else tensor
+
+
+def _values_and_derivatives(step: Step[Point], given: Given, *, graph: bool) -> list[Tensor]:
+    """Return what a step leads to, and the derivatives of two functions of it in all inputs."""
+    inputs = leaves(tensors(given), [t.requires_grad for t in tensors(given)])
+    point, fake, real = filled(given, inputs)
+    following = step(point, fake, real, graph=graph)
+    moved = [p - point.parameters[name] for name, p in following.parameters.items()]
+    state = tensors(following.optimizer_state)
+    values = [*moved, *following.buffers.values(), *state]
+    wanted = [t for t in inputs if t.requires_grad]
+    for outputs in ([*following.parameters.values()], state) if graph else ():
+        # Of theta_D^{k+1} alone, round-off may be all there is (Adam's first step): so twice.
+        seeded = [t for t in outputs if t.grad_fn is not None]
+        if seeded:
+            seeds = [torch.arange(t.numel(), out=torch.empty_like(t)).cos() for t in seeded]
+            values += torch.autograd.grad(
+                seeded, wanted, seeds, allow_unused=True, retain_graph=True, materialize_grads=True
+            )
+    return [value.detach() for value in values]
+
+
+def _nudged(tensor: Tensor) -> Tensor:
+    """Return a tensor that is off by a few units in the last place."""
+    if not tensor.is_floating_point():
+        return tensor
+    pattern = torch.linspace(-8, 8, tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    off = 1 + torch.finfo(tensor.dtype).eps * pattern.view(tensor.shape)
+    return (tensor.detach() * off).requires_grad_(tensor.requires_grad)
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.double().norm())
