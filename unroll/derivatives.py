@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -80,7 +81,7 @@ def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Products with a few columns, as derivatives of one with few features are, are slow in BLAS."""
+    """BLAS is slow where few features make derivatives into products with few columns."""
     if weight.dim() != 2 or not 1 < weight.shape[1] <= 8 or input.dim() != 2:
         return F.linear(input, weight, bias)
     columns = weight.t().contiguous()
@@ -147,10 +148,15 @@ class _InDiscriminator(_Replacing):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def discriminator_forward(*, twice: bool) -> TorchFunctionMode:
-    """Return the context of D's forward pass; ``twice`` gives it right higher derivatives."""
-    kind = _Replacing if torch.compiler.is_compiling() else _InDiscriminator
-    return kind(_TWICE if twice else {})
+def discriminator_forward(*, twice: bool, watched: bool) -> AbstractContextManager[object]:
+    """Return the context of D's forward pass.
+
+    ``twice`` gives it right higher derivatives; ``watched`` refuses recomputation inside D.
+    """
+    table = _TWICE if twice else {}
+    if torch.compiler.is_compiling():
+        return _Replacing(table)
+    return _InDiscriminator(table) if twice or watched else nullcontext()
 
 
 def differentiable_roots(*, adagrad: bool) -> TorchFunctionMode:

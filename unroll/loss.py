@@ -23,7 +23,7 @@ from unroll.steps.checks import (
     minibatches_checked,
 )
 from unroll.steps.compiled import CompiledStep
-from unroll.steps.discriminator import At, Point, UnrolledDiscriminator
+from unroll.steps.discriminator import At, Point, UnrolledDiscriminator, start
 from unroll.steps.lookahead import LookAhead
 from unroll.steps.ranks import agreed, resolved_sync
 
@@ -178,7 +178,10 @@ class UnrolledGeneratorLoss(nn.Module):
         needs_graph = torch.is_grad_enabled() and not self.stop_gradient
         pairs = self._pairs(fake, real, minibatches, needs_graph=needs_graph)
         with held(self.discriminator):
-            points, _ = self._look_ahead(pairs, optimizer_state)
+            if self.unroll_steps or self.sync or optimizer_state is not None:
+                points, _ = self._look_ahead(pairs, optimizer_state)
+            else:  # f_0 needs no optimizer
+                points = [start(Stateless(self.discriminator))]
             return self._surrogate(points, fake, real)
 
     def unroll(
@@ -251,7 +254,9 @@ class UnrolledGeneratorLoss(nn.Module):
             constant = self._constant or point.loss is None  # theta_D^0 takes no gradient
             keep = _detached if constant else _unchanged
             theta = {name: keep(p) for name, p in point.parameters.items()}
-            d = At(module, theta, point.buffers, twice=not constant)
+            # At theta_D, which needs no watching, a D that recomputes itself does so rightly.
+            watched = point.loss is not None or not self._inspected_value
+            d = At(module, theta, point.buffers, twice=not constant, watched=watched)
             value = self.objective.generator_loss(d, aliased(fake), aliased(real))
             check_scalar(value, "generator_loss")
             if not self._inspected_value and value.requires_grad:

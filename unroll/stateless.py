@@ -80,15 +80,20 @@ class Stateless:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.parameters: dict[str, Tensor] = dict(module.named_parameters())
-        self.buffers: dict[str, Tensor] = dict(module.named_buffers())
-        names = {id(t): name for name, t in (self.parameters | self.buffers).items()}
-        self._places: dict[str, list[tuple[dict[str, Any], str]]] = {n: [] for n in names.values()}
-        for submodule in module.modules():
-            for container in (submodule._parameters, submodule._buffers):
+        self.parameters: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
+        self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        names: dict[int, str] = {}
+        for prefix, submodule in module.named_modules():
+            for found, container in (
+                (self.parameters, submodule._parameters),
+                (self.buffers, submodule._buffers),
+            ):
                 for key, tensor in container.items():
                     if tensor is not None:  # a tied tensor has several places and one name
-                        self._places[names[id(tensor)]].append((container, key))
+                        name = names.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
+                        found.setdefault(name, tensor)
+                        self._places.setdefault(name, []).append((container, key))
 
     def __call__(
         self,
@@ -138,7 +143,7 @@ def mutation_message(name: str) -> str:
 def _containers(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
     """Collect the containers in a value, however deep, each with a copy of what it holds."""
     if isinstance(value, (dict, list, set, deque)) and id(value) not in found:
-        found[id(value)] = (value, value.copy())
+        found[id(value)] = (value, value.copy() if value else ())
         for item in value.values() if isinstance(value, dict) else value:
             _containers(item, found)
 
@@ -150,36 +155,31 @@ def held(module: nn.Module) -> Iterator[None]:
     Attributes that a forward pass or a hook sets are restored, spectral norm's power iteration
     stands still, compiled parts run uncompiled (they cannot be differentiated twice).
     """
-    saved: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    submodules = list(module.modules())
+    saved = [(vars(submodule), dict(vars(submodule))) for submodule in submodules]
     containers: dict[int, tuple[Any, Any]] = {}  # parameters, buffers, lists that D may fill
-    for submodule in module.modules():
-        attributes = vars(submodule)
-        saved.append((attributes, dict(attributes)))
-        for value in attributes.values():
+    for _, before in saved:
+        for value in before.values():
             _containers(value, containers)
-    spectral_hooks = [
-        (hook, hook.n_power_iterations)
-        for submodule in module.modules()
-        for hook in submodule._forward_pre_hooks.values()
-        if isinstance(hook, SpectralNorm)
-    ]
+    hooks = (hook for submodule in submodules for hook in submodule._forward_pre_hooks.values())
+    spectral_hooks = [(h, h.n_power_iterations) for h in hooks if isinstance(h, SpectralNorm)]
     cache = parametrize._cache_enabled, parametrize._cache
     try:
         parametrize._cache_enabled, parametrize._cache = 0, {}  # it would hold theta_D^0's weights
-        for attributes, _ in saved:
-            for name, value in list(attributes.items()):
-                if isinstance(value, Tensor):  # an unregistered tensor, perhaps changed in place
-                    attributes[name] = value.clone()
-        own = {id(t) for t in (*module.parameters(), *module.buffers())}
+        registered = (d for m in submodules for d in (m._parameters, m._buffers))
+        own = {id(tensor) for d in registered for tensor in d.values()}
+        # Clones of unregistered tensors, which D perhaps changes in place.
+        for attributes, before in saved:
+            attributes.update({k: v.clone() for k, v in before.items() if isinstance(v, Tensor)})
         for container, content in containers.values():
-            if not isinstance(container, set):
+            if content and not isinstance(container, set):
                 items = content.items() if isinstance(container, dict) else enumerate(content)
                 for key, value in items:
                     if isinstance(value, Tensor) and id(value) not in own:
                         container[key] = value.clone()
         for hook, _ in spectral_hooks:
             hook.n_power_iterations = 0
-        for submodule in module.modules():
+        for submodule in submodules:
             if isinstance(submodule, _SpectralNorm):
                 submodule.training = False
         with torch.compiler.set_stance("force_eager"):

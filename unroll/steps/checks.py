@@ -43,13 +43,18 @@ def check_scalar(loss: Tensor, method: str) -> None:
 def minibatches_checked(
     minibatches: Iterable[tuple[Batch, Batch]], steps: int, *, needs_graph: bool
 ) -> Iterator[tuple[Batch, Batch]]:
-    """Yield exactly ``steps`` (fake_k, real_k) pairs, and draw no more than that."""
+    """Return an iterator over exactly ``steps`` (fake_k, real_k) pairs, which draws no more."""
     if not isinstance(minibatches, Iterable):
         raise TypeError(
             "minibatches: must be an iterable of (fake, real) pairs; got "
             f"{type(minibatches).__name__}. Pass for instance a list of {steps} pairs."
         )
-    iterator = iter(minibatches)
+    return _exactly(iter(minibatches), steps, needs_graph=needs_graph)
+
+
+def _exactly(
+    iterator: Iterator[tuple[Batch, Batch]], steps: int, *, needs_graph: bool
+) -> Iterator[tuple[Batch, Batch]]:
     for k in range(steps):
         try:
             pair = next(iterator)

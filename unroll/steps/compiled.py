@@ -70,7 +70,7 @@ def _traced(
 
     def loss(moving: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         d = At(Functional(game.module), {**theta, **moving}, buffers, twice=True)
-        return game.objective.discriminator_loss(d, fake, real), d.buffers
+        return game.objective.discriminator_loss(d, fake, real), dict(d.buffers)
 
     differentiate = grad_and_value(loss, has_aux=True)
     found, (value, left) = differentiate({name: theta[name] for name in reached})
@@ -78,7 +78,7 @@ def _traced(
         with torch.autocast(value.device.type, enabled=False):
             moved, state = game.optimizer.step(theta, found, state)
         found = {name: moved[name] for name in reached}
-    return found, dict(left), state, value.detach()
+    return found, left, state, value.detach()
 
 
 class CompiledStep:

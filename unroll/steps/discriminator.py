@@ -21,6 +21,13 @@ class Point(NamedTuple):
     loss: Tensor | None = None  # D's before the step that led here, detached
 
 
+def start(module: Stateless, optimizer_state: Any = None) -> Point:
+    """Return theta_D^0 = theta_D (Eq. 6), apart from what the user holds."""
+    parameters = {name: p.detach().clone() for name, p in module.parameters.items()}
+    buffers = {name: b.detach().clone() for name, b in module.buffers.items()}
+    return Point(parameters, buffers, optimizer_state)
+
+
 class PureModule(Protocol):
     """An ``nn.Module`` as a function of its parameters and buffers."""
 
@@ -45,9 +52,10 @@ class At:
         buffers: Mapping[str, Tensor],
         *,
         twice: bool = False,
+        watched: bool = True,
     ) -> None:
         self.module, self.parameters, self.buffers = module, parameters, buffers
-        self.twice = twice
+        self.twice, self.watched = twice, watched
 
     def __call__(self, batch: Batch) -> Any:
         """Return D(x) for a tensor, D(*x) for a tuple, D(**x) for a mapping."""
@@ -57,7 +65,7 @@ class At:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return ``D(*args, **kwargs)``."""
-        with discriminator_forward(twice=self.twice):
+        with discriminator_forward(twice=self.twice, watched=self.watched):
             output, self.buffers = self.module(self.parameters, self.buffers, args, kwargs)
         return output
 

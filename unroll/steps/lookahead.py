@@ -24,7 +24,7 @@ from unroll.stateless import (
 )
 from unroll.steps.checks import Project, check_scalar, projected, same
 from unroll.steps.compiled import CompiledStep, Game
-from unroll.steps.discriminator import At, Point
+from unroll.steps.discriminator import At, Point, start
 from unroll.steps.ranks import averaged
 from unroll.steps.recompute import recomputed, refuse_unrepeatable
 
@@ -62,9 +62,7 @@ class LookAhead:
 
         Returns theta_D^K, or theta_D^1..K with ``average``.
         """
-        parameters = {name: p.detach().clone() for name, p in self.module.parameters.items()}
-        buffers = {name: b.detach().clone() for name, b in self.module.buffers.items()}
-        point = Point(parameters, buffers, self.optimizer.initial_state())
+        point = start(self.module, self.optimizer.initial_state())
         points: list[Point] = []
         with _without_autocast_cache():
             for fake, real in batches:
