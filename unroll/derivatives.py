@@ -80,16 +80,7 @@ def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
     return recurrent
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """BLAS is slow where few features make derivatives into products with few columns."""
-    if weight.dim() != 2 or not 1 < weight.shape[1] <= 8 or input.dim() != 2:
-        return F.linear(input, weight, bias)
-    columns = weight.t().contiguous()
-    return input @ columns if bias is None else torch.addmm(bias, input, columns)
-
-
 _TWICE: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.linear: _linear,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     torch._weight_norm: _weight_norm,

@@ -52,10 +52,21 @@ def _first_floating(batch: Batch, what: str) -> Tensor:
     )
 
 
-def _squared_gradient_norm(discriminator: Discriminator, batch: Batch, x: Tensor) -> Tensor:
+def _squared_gradient_norm(
+    discriminator: Discriminator, batch: Batch, old: Tensor, x: Tensor
+) -> Tensor:
     """Return ``||dD/dx||^2`` per sample, where ``x`` takes the place of a tensor of the batch."""
-    output = one_tensor(discriminator, batch)
-    (gradient,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+
+    def output(point: Tensor) -> Tensor:
+        return one_tensor(discriminator, _replace(batch, old, point)).sum()
+
+    gradient: Tensor
+    if torch.compiler.is_compiling():  # torch.compile differentiates by torch.func only
+        gradient = torch.func.grad(output)(x)
+    else:
+        # A view, so that the derivative is the partial one even if others depend on x.
+        point = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(output(point), point, create_graph=True)
     return gradient.square().reshape(len(gradient), -1).sum(1)
 
 
@@ -65,9 +76,7 @@ def _replace(batch: Batch, old: Tensor, new: Tensor) -> Batch:
 
 def _input_penalty(discriminator: Discriminator, batch: Batch, gamma: float, what: str) -> Tensor:
     x = _first_floating(batch, what)
-    # A view, so that the derivative is the partial one even if x depends on others in the batch.
-    point = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-    norms = _squared_gradient_norm(discriminator, _replace(batch, x, point), point)
+    norms = _squared_gradient_norm(discriminator, batch, x, x)
     return gamma / 2 * norms.mean()
 
 
@@ -131,10 +140,8 @@ class GradientPenalty:
             _first_floating(real, "real"), _first_floating(fake, "fake"), "GradientPenalty"
         )
         share = torch.rand(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
-        point = share * x + (1 - share) * y
-        if not point.requires_grad:
-            point.requires_grad_()
-        norms = safe_sqrt(_squared_gradient_norm(discriminator, _replace(real, x, point), point))
+        between = share * x + (1 - share) * y
+        norms = safe_sqrt(_squared_gradient_norm(discriminator, real, x, between))
         return self.weight * (norms - 1).square().mean()
 
     def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:

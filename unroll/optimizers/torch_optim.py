@@ -93,7 +93,6 @@ class TorchOptim:
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Tensors) -> None:
         names = {id(p): name for name, p in parameters.items()}
         self._rule, self._parameters = _rule(optimizer), parameters
-        self.traceable = self._rule not in BRANCHING
         self._buckets: list[_Bucket] = []
         for group in optimizer.param_groups:
             hyper = {
@@ -114,6 +113,9 @@ class TorchOptim:
                 bucket_hyper = hyper | {"scalar_dtype": scalar_dtype}
                 self._buckets.append(_Bucket(bucket_names, bucket_hyper, _join(states)))
         self.names = frozenset(name for bucket in self._buckets for name in bucket.names)
+        # A learning rate that is a tensor rounds as torch's own step does it, in eager code only.
+        rounds = any(isinstance(bucket.hyper["lr"], Tensor) for bucket in self._buckets)
+        self.traceable = not rounds and self._rule not in BRANCHING
 
     def initial_state(self) -> list[_Bucket]:
         """Return the live state, apart from what the user holds."""

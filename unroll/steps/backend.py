@@ -23,11 +23,11 @@ def inductor(graph: Any, inputs: Sequence[Any]) -> Any:
     settings = {"fallback_random": True, "layout_optimization": False}
     with config.patch(settings):
         table = dict(select_decomp_table())
-    table |= {torch.ops.aten.mm.default: _mm, torch.ops.aten.addmm.default: _addmm}
+    table |= {torch.ops.aten.mm.default: product, torch.ops.aten.addmm.default: product_and_bias}
     return compile_fx(graph, inputs, decompositions=table, config_patches=settings)
 
 
-def _mm(a: Tensor, b: Tensor) -> Any:
+def product(a: Tensor, b: Tensor) -> Any:
     """Return ``a @ b`` in operations that fuse with others, where BLAS is slow.
 
     The first layer of a D on points, the last one of any D, and their derivatives are products with
@@ -48,6 +48,9 @@ def _mm(a: Tensor, b: Tensor) -> Any:
     return NotImplemented
 
 
-def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    product = _mm(a, b) if beta == 1 and alpha == 1 else NotImplemented
-    return product if product is NotImplemented else bias + product
+def product_and_bias(
+    bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Any:
+    """Return ``bias + a @ b`` in the same way."""
+    found = product(a, b) if beta == 1 and alpha == 1 else NotImplemented
+    return found if found is NotImplemented else bias + found

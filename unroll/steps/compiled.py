@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,28 +106,32 @@ class CompiledStep:
 
     def _compile(self, graph: Any, inputs: Sequence[Any]) -> Any:
         self._fresh = True
+        torch._functorch.config.donated_buffer = False  # it refuses backward(retain_graph=True)
         return inductor(graph, inputs)
 
-    def __call__(self, step: Step[Point], game: Game, given: Given, *, graph: bool) -> Point:
-        """Return what ``step(*given, graph=graph)`` does."""
-        hooks = any(p._backward_hooks for p in game.module.parameters())
-        if hooks:
-            self._fall_back("a parameter of D has gradient hooks")
-        if self._eager or self.reached is None:
-            return step(*given, graph=graph)
+    def __call__(
+        self, step: Step[Point], game: Game, given: Given, *, graph: bool, eager: bool
+    ) -> Point:
+        """Return what ``step(*given, graph=graph)`` does; by itself where ``eager``."""
+        if any(p._backward_hooks for p in game.module.parameters()):
+            self.fall_back("a parameter of D has gradient hooks")
         point, fake, real = given
         inputs = game.optimizer.as_inputs(point.optimizer_state)
-        given = _alike(game, (point._replace(optimizer_state=inputs), fake, real), graph=graph)
+        given = (point._replace(optimizer_state=inputs), fake, real)
+        if eager or self._eager or self.reached is None:
+            return step(*given, graph=graph)
+        given = _alike(game, given, graph=graph)
         device = next(game.module.parameters()).device
         before = random_state(device)
         try:
-            following = self._run(game, *given, graph=graph)
-            if self._fresh:
-                self._compare(step, game, given, before, graph=graph)
-                self._fresh = False
+            with _quiet():
+                following = self._run(game, *given, graph=graph)
+                if self._fresh:
+                    self._compare(step, game, given, before, graph=graph)
+            self._fresh = False
         except Exception as error:  # whatever a backend raises: the eager step has the last word
             set_random_state(before, device)
-            self._fall_back(f"{type(error).__name__}: {error}")
+            self.fall_back(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             return step(*given, graph=graph)
         return following
 
@@ -149,12 +154,13 @@ class CompiledStep:
                 moved = projected(game.project, moved, inspect=False)
         return Point(moved, buffers, state, loss)
 
-    def _fall_back(self, reason: str) -> None:
+    def fall_back(self, reason: str) -> None:
+        """Stay eager from now on, and say why, once."""
         if not self._eager:
             self._eager = True
             warnings.warn(
-                f"compile: the look-ahead runs uncompiled: {reason}. The result is the same; set "
-                "compile=False to have it without this warning.",
+                f"compile: the look-ahead runs uncompiled, with the same result: {reason}. Set "
+                "compile=False, or change what is named.",
                 stacklevel=2,
             )
 
@@ -186,6 +192,20 @@ class CompiledStep:
             raise RuntimeError("it draws other random numbers")
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ignore what torch warns of when it compiles, which the user may have made an error.
+
+    ``warnings.catch_warnings`` would make Python forget which warnings it has shown once.
+    """
+    filters, ignore = cast("list[Any]", warnings.filters), ("ignore", None, Warning, None, 0)
+    filters.insert(0, ignore)
+    try:
+        yield
+    finally:
+        filters.remove(ignore)
+
+
 def _alike(game: Game, given: Given, *, graph: bool) -> Given:
     """Return what a step starts from, so that one piece of compiled code serves all k."""
     if not graph:
@@ -194,8 +214,8 @@ def _alike(game: Game, given: Given, *, graph: bool) -> Given:
     point, fake, real = given
     theta = {name: _leaf(p, name in game.moving) for name, p in point.parameters.items()}
     state = point.optimizer_state
-    if game.optimizer.traceable:  # flat vectors, besides numbers
-        state = map_tensors(lambda t: _leaf(t, t.dim() == 1), state)
+    if game.optimizer.traceable:  # flat vectors, and numbers, which are constants
+        state = map_tensors(lambda t: _leaf(t, True) if t.dim() == 1 else t.detach(), state)
     return point._replace(parameters=theta, optimizer_state=state), fake, real
 
 

@@ -86,12 +86,14 @@ class LookAhead:
 
     def _once(self, point: Point, fake: Batch, real: Batch, *, graph: bool) -> Point:
         given = (point, fake, real)
-        uninspected = point.loss is None and not (self.inspected or self.constant)
-        if self.compiled is None or self.sync or uninspected:
+        if self.compiled is None:
             return self._step(*given, graph=graph)
+        uninspected = point.loss is None and not (self.inspected or self.constant)
+        if self.sync:
+            self.compiled.fall_back("its gradients are averaged over ranks (sync)")
         module = self.module.module
         game = Game(module, self.optimizer, self.objective, self.project, self.moving)
-        following = self.compiled(self._step, game, given, graph=graph)
+        following = self.compiled(self._step, game, given, graph=graph, eager=uninspected)
         return following if graph else self._without_graph(following, point)
 
     def _step(self, point: Point, fake: Batch, real: Batch, *, graph: bool) -> Point:

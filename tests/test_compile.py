@@ -1,0 +1,490 @@
+"""``compile=True``: the eager gradient, from one piece of code for all K, or eager with a warning.
+
+Most tests trace and differentiate as a compilation does, but run the graphs as they are
+("aot_eager"); those marked by ``generated`` have Inductor generate code.
+"""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo import lookup_backend
+
+import unroll
+from tests.games import OBJECTIVES, Squared, normalised_discriminator
+from tests.players import OPTIMIZERS, batches, small, train
+from tests.settings import DEVICE, randn
+from tests.snapshot import changes, snapshot
+from tests.zoo import ZOO
+from unroll import UnrolledGeneratorLoss, gradient_terms
+from unroll.steps import backend, compiled
+
+pytestmark = pytest.mark.plain  # one test below has both options
+
+compilations: list[int] = []  # numbers of nodes
+
+
+@pytest.fixture(autouse=True)
+def _traced_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    compilations.clear()
+    generated = request.node.get_closest_marker("generated")
+    inner = backend.inductor if generated else lookup_backend("aot_eager")
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        compilations.append(len(graph.graph.nodes))
+        return inner(graph, inputs)
+
+    monkeypatch.setattr(compiled, "inductor", counted)
+    yield
+    torch._dynamo.reset()
+
+
+generated = pytest.mark.generated
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def both(
+    d: nn.Module, optimizer: Any, run: Callable[[UnrolledGeneratorLoss], Any], **options: Any
+) -> tuple[Any, Any]:
+    """Return what ``run`` gives with the eager loss and with the compiled one."""
+    before, results = snapshot(d, optimizer), []
+    for compile in (False, True):
+        torch.manual_seed(5)
+        loss = UnrolledGeneratorLoss(d, optimizer, compile=compile, **options)
+        results.append((run(loss), torch.get_rng_state()))
+    (eager, state), (fast, other_state) = results
+    assert torch.equal(state, other_state), "the random numbers went apart"
+    assert not changes(before, d, optimizer)
+    return eager, fast
+
+
+def assert_close(got: Any, wanted: Any, tolerance: float) -> None:
+    for a, b in zip(got, wanted, strict=True):
+        error = (a - b).double().norm() / b.double().norm().clamp_min(1e-4)
+        assert error <= tolerance, f"off by {error:.1e}"
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.GroupNorm(1, 5), nn.Tanh(), nn.Linear(5, 1)).to(
+        DEVICE, torch.float64
+    )
+
+
+def value_and_gradients(loss: UnrolledGeneratorLoss, calls: int = 2) -> list[Tensor]:
+    """Return f_K and its gradient in all fakes, of two calls with re-sampled minibatches."""
+    found = []
+    for _ in range(calls):
+        pairs = batches(loss.unroll_steps + 1)
+        fakes = [leaf(fake) for fake, _ in pairs]
+        again = zip(fakes[1:], [real for _, real in pairs[1:]], strict=True)
+        value = loss(fakes[0], pairs[0][1], minibatches=again)
+        found += [value, *torch.autograd.grad(value, fakes)]
+    return found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Adam", "Adam amsgrad", "Adam tensor lr", "AdamW amsgrad", "SGD nesterov",
+        "RMSprop centered", "Adagrad", "Adadelta", "Adamax", "NAdam decoupled",
+        "torchopt.SGD dampening", "torchopt.MetaAdam",
+    ],
+)  # fmt: skip
+def test_every_kind_of_optimizer(name: str) -> None:
+    d = small()
+    optimizer = OPTIMIZERS[name](d)
+    train(d, optimizer, batches(2, seed=1))
+    eager, fast = both(d, optimizer, value_and_gradients, unroll_steps=3)
+    assert_close(fast, eager, 1e-12)
+    assert len(compilations) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "in-place LeakyReLU, conv", "BatchNorm1d", "GroupNorm", "spectral norm", "dropout",
+        "attention, weights", "conditional, mapping", "many outputs", "unused parameters",
+        "frozen backbone", "changing buffers, in place", "projection, mapping, R1",
+    ],
+)  # fmt: skip
+def test_every_kind_of_discriminator(name: str) -> None:
+    animal = ZOO[name]
+    d = animal.make()
+    optimizer = torch.optim.Adam(d.parameters(), lr=0.01, betas=(0.5, 0.9))
+    draws = randn(4, 5, *animal.shape)
+    train(d, optimizer, [(animal.feed(draws[0]), animal.feed(draws[1]))], animal.objective)
+
+    def run(loss: UnrolledGeneratorLoss) -> list[Tensor]:
+        found = []
+        for _ in range(2):
+            fake, real = leaf(draws[2]), leaf(draws[3])
+            value = loss(animal.feed(fake), animal.feed(real))
+            found += [value, *torch.autograd.grad(value, (fake, real))]
+        return found
+
+    eager, fast = both(d, optimizer, run, objective=animal.objective, unroll_steps=3)
+    assert_close(fast, eager, 1e-12)
+    # The state of parameters that take no steps is apart from the first step on.
+    assert len(compilations) == (2 if name == "unused parameters" else 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["hinge", "bce", "average", "pairing+r1+r2", "wasserstein+gp", "own"]
+)
+def test_every_kind_of_objective(name: str) -> None:
+    d = normalised() if "+" in name else small()  # BatchNorm has no third derivative
+    optimizer = torch.optim.SGD(d.parameters(), lr=0.1, momentum=0.5)
+
+    def run(loss: UnrolledGeneratorLoss) -> list[Tensor]:
+        return value_and_gradients(loss, calls=1)
+
+    eager, fast = both(d, optimizer, run, objective=OBJECTIVES[name], unroll_steps=2)
+    assert_close(fast, eager, 1e-12)
+    assert len(compilations) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"average": True},
+        {"stop_gradient": True},
+        {"checkpoint": True},
+        {"project": lambda theta: {name: p.clamp(-0.3, 0.3) for name, p in theta.items()}},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_option(options: dict[str, Any]) -> None:
+    d = small()
+    optimizer = torch.optim.Adam(d.parameters(), lr=0.05)
+    ((fake, real),) = batches(1)
+    train(d, optimizer, batches(2, seed=1))
+
+    def run(loss: UnrolledGeneratorLoss) -> list[Tensor]:
+        found = []
+        for _ in range(2):
+            x = leaf(fake)
+            value = loss(x, real)
+            found += [value, *torch.autograd.grad(value, x)]
+            with torch.no_grad():
+                found.append(loss(x, real))
+        ahead = loss.unroll(fake, real)
+        return [*found, *ahead.parameters.values(), ahead.losses, ahead(real)]
+
+    eager, fast = both(d, optimizer, run, unroll_steps=3, **options)
+    assert_close(fast, eager, 1e-12)
+    assert 1 <= len(compilations) <= 3  # with gradients, without, and without those of fakes
+
+
+def test_central_differences() -> None:
+    d = normalised_discriminator().to(DEVICE, torch.float64)
+    optimizer = torch.optim.Adam(d.parameters(), lr=0.05)
+    fake, real = randn(6, 2), randn(6, 2)
+    train(d, optimizer, [(fake, real)])
+    loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=3, compile=True)
+    loss(leaf(fake), real)
+    assert torch.autograd.gradcheck(lambda x: loss(x, real), leaf(fake), fast_mode=True)
+    assert compilations
+
+
+def test_the_two_terms_and_a_graph_that_is_kept() -> None:
+    d, generator = small(), nn.Linear(3, 4).to(DEVICE, torch.float64)
+    optimizer = torch.optim.Adam(d.parameters(), lr=0.01)
+    ((_, real),) = batches(1)
+    z = randn(5, 3)
+
+    def run(loss: UnrolledGeneratorLoss) -> list[Tensor]:
+        fake = generator(z)
+        first, second = gradient_terms(loss, fake, real, generator.parameters())
+        value = loss(fake, real)
+        whole = [
+            torch.autograd.grad(value, list(generator.parameters()), retain_graph=True)
+            for _ in range(2)
+        ]
+        return [*first, *second, *whole[0], *whole[1]]
+
+    eager, fast = both(d, optimizer, run, unroll_steps=3)
+    assert_close(fast, eager, 1e-12)
+
+
+def test_code_serves_all_steps_learning_rates_and_data() -> None:
+    d = small()
+    optimizer = torch.optim.Adam(d.parameters(), lr=0.05)
+    loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2, compile=True)
+    other = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2)
+    pairs = batches(6)
+    train(d, optimizer, pairs[:1])
+
+    def check() -> None:
+        fake, real = pairs.pop()
+        x, y = leaf(fake), leaf(fake)
+        (a,) = torch.autograd.grad(loss(x, real), x)
+        (b,) = torch.autograd.grad(other(y, real), y)
+        assert_close([a], [b], 1e-12)
+
+    check()
+    assert len(compilations) == 1
+    optimizer.param_groups[0]["lr"] = 0.02
+    check()
+    loss.unroll_steps = other.unroll_steps = 7
+    check()
+    train(d, optimizer, pairs[:1])  # the step count
+    check()
+    assert len(compilations) == 1
+    d.eval()
+    check()
+    optimizer.param_groups[0]["betas"] = (0.3, 0.9)
+    check()
+    assert len(compilations) > 1
+
+
+def test_a_change_in_the_discriminator_counts() -> None:
+    class Fading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.alpha = nn.Linear(4, 1), nn.Linear(4, 1), 0.5
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = (1 - self.alpha) * self.a(x).tanh() + self.alpha * self.b(x).sin()
+            return output
+
+    d = Fading().to(DEVICE, torch.float64)
+    optimizer = torch.optim.Adam(d.parameters(), lr=0.05)
+    ((fake, real),) = batches(1)
+
+    def run(loss: UnrolledGeneratorLoss) -> list[Tensor]:
+        found = []
+        for d.alpha in (0.5, 0.6, 0.7, 0.5):
+            x = leaf(fake)
+            value = loss(x, real)
+            found += [value, *torch.autograd.grad(value, x)]
+        return found
+
+    eager, fast = both(d, optimizer, run, unroll_steps=3)
+    assert_close(fast, eager, 1e-12)
+
+
+# What falls back.
+
+
+def falls_back(
+    d: nn.Module, reason: str, optimizer: Any = None, change: Callable[[], Any] = lambda: None
+) -> None:
+    """Check that the result is that of the eager loss, after one warning."""
+    optimizer = optimizer or torch.optim.Adam(d.parameters(), lr=0.05)
+    change()
+    ((fake, real),) = batches(1)
+
+    def run(loss: UnrolledGeneratorLoss) -> list[Tensor]:
+        found = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                x = leaf(fake)
+                value = loss(x, real)
+                found += [value, *torch.autograd.grad(value, x)]
+        messages.append([str(w.message) for w in caught if "uncompiled" in str(w.message)])
+        return found
+
+    messages: list[list[str]] = []
+    eager, fast = both(d, optimizer, run, unroll_steps=3)
+    assert_close(fast, eager, 0.0)
+    (none, (message,)) = messages
+    assert not none
+    assert message.startswith("compile: the look-ahead runs uncompiled, with the same result: ")
+    assert reason in message
+    assert "\n" not in message
+
+
+def test_code_that_cannot_be_traced() -> None:
+    class Deciding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.layer(x)
+            return output if output.sum() > 0 else 2 * output
+
+    falls_back(Deciding().to(DEVICE, torch.float64), "ata-dependent")
+
+
+def test_a_derivative_that_only_the_eager_step_has() -> None:
+    d = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 1)), nn.Tanh())
+    falls_back(d.to(DEVICE, torch.float64), "result is off by")
+
+
+def test_gradient_hooks() -> None:
+    d = small()
+    next(d.parameters()).register_hook(lambda g: 2 * g)
+    falls_back(d, "hooks")
+
+
+def test_a_backend_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(compiled, "inductor", broken)
+    falls_back(small(), "no compiler")
+
+
+@pytest.mark.parametrize("wrong", ["value", "derivative"])
+def test_a_backend_that_is_wrong(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right: Any = lookup_backend("aot_eager")
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, x: Tensor) -> Tensor:
+            return x.clone() if wrong == "derivative" else 1.01 * x
+
+        @staticmethod
+        def backward(_: Any, grad: Tensor) -> Tensor:
+            return 1.01 * grad if wrong == "derivative" else grad
+
+    def off(graph: Any, inputs: Any) -> Any:
+        code = right(graph, inputs)
+
+        def run(*args: Any) -> Any:
+            return [Doubled.apply(t) if t.requires_grad else t for t in code(*args)]
+
+        return run
+
+    monkeypatch.setattr(compiled, "inductor", off)
+    d = small()
+    optimizer = torch.optim.SGD(d.parameters(), lr=0.5, momentum=0.9)
+    train(d, optimizer, batches(1))
+    falls_back(d, "result is off by", optimizer)
+
+
+def test_a_backend_that_draws_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    right: Any = lookup_backend("aot_eager")
+
+    def drawing(graph: Any, inputs: Any) -> Any:
+        code = right(graph, inputs)
+        return lambda *args: (torch.rand(1), code(*args))[1]
+
+    monkeypatch.setattr(compiled, "inductor", drawing)
+    falls_back(small(), "draws other random numbers")
+
+
+def test_what_a_user_raises_passes_through() -> None:
+    class Moody(Squared):
+        def discriminator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
+            if len(fake) == 3:
+                raise LookupError("three is too few")
+            return super().discriminator_loss(discriminator, fake, real)
+
+    d = small()
+    loss = UnrolledGeneratorLoss(
+        d, torch.optim.SGD(d.parameters(), lr=0.1), Moody(), unroll_steps=2, compile=True
+    )
+    ((fake, real),) = batches(1)
+    loss(leaf(fake), real)
+    with (
+        pytest.warns(UserWarning, match="runs uncompiled"),
+        pytest.raises(LookupError, match="too few"),
+    ):
+        loss(leaf(fake[:3]), real[:3])
+
+
+def test_first_derivatives_only() -> None:
+    d = normalised()
+    loss = UnrolledGeneratorLoss(
+        d, torch.optim.SGD(d.parameters(), lr=0.1), unroll_steps=2, compile=True
+    )
+    ((fake, real),) = batches(1)
+    x = leaf(fake)
+    (gradient,) = torch.autograd.grad(loss(x, real), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        torch.autograd.grad(gradient.sum(), x)
+
+
+def test_copies_and_pickles_start_without_code() -> None:
+    d = small()
+    loss = UnrolledGeneratorLoss(
+        d, torch.optim.SGD(d.parameters(), lr=0.1), unroll_steps=2, compile=True
+    )
+    ((fake, real),) = batches(1)
+    value = loss(leaf(fake), real)
+    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(other(leaf(fake), real), value)
+    assert "compile=True" in repr(loss)
+
+
+def test_check_gradients() -> None:
+    d = small()
+    loss = UnrolledGeneratorLoss(
+        d, torch.optim.Adam(d.parameters(), lr=0.05), unroll_steps=2, compile=True
+    )
+    ((fake, real),) = batches(1)
+    assert unroll.check_gradients(loss, leaf(fake), real).ok
+
+
+# Generated code.
+
+
+def planar() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1))
+
+
+def image() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.LeakyReLU(0.2), nn.Dropout(0.3),
+        nn.Flatten(), nn.Linear(16, 1),
+    )  # fmt: skip
+
+
+@generated
+@pytest.mark.parametrize(
+    ("make", "shape", "optimizer"),
+    [
+        (planar, (64, 2), lambda p: torch.optim.Adam(p, lr=1e-2, betas=(0.5, 0.999))),
+        (planar, (64, 2), lambda p: torch.optim.RMSprop(p, lr=1e-3)),
+        (image, (8, 1, 4, 4), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+    ],
+    ids=["planar, Adam", "planar, RMSprop", "images with BatchNorm and dropout, SGD"],
+)
+def test_generated_code(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], optimizer: Callable[..., Any]
+) -> None:
+    d = make().to(DEVICE)
+    trained_by = optimizer(d.parameters())
+    draws = torch.randn(12, *shape, device=DEVICE)
+    train(d, trained_by, [(draws[i], draws[i + 1]) for i in range(0, 10, 2)])
+
+    def run(loss: UnrolledGeneratorLoss) -> list[Tensor]:
+        found = []
+        for k in (2, 5):
+            loss.unroll_steps = k
+            x = leaf(draws[10])
+            value = loss(x, draws[11])
+            found += [value, *torch.autograd.grad(value, x)]
+        return found
+
+    eager, fast = both(d, trained_by, run, unroll_steps=2)
+    assert_close(fast, eager, 1e-5)
+    assert len(compilations) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("inner", [1, 3, 4, 9])
+@pytest.mark.parametrize("columns", [1, 2, 4, 6])
+def test_products_that_are_written_out(rows: int, inner: int, columns: int) -> None:
+    a, b, bias = randn(rows, inner), randn(inner, columns), randn(columns)
+    written = backend.product(a, b)
+    with_bias = backend.product_and_bias(bias, a, b)
+    if inner > 4 and rows > 1 and columns > 4:
+        assert written is with_bias is NotImplemented
+        return
+    if DEVICE.type == "cpu":
+        torch.testing.assert_close(written, a @ b)
+        torch.testing.assert_close(with_bias, a @ b + bias)
+    assert backend.product(a.half(), b.half()) is NotImplemented
+    assert backend.product_and_bias(bias, a, b, alpha=2) is NotImplemented
