@@ -236,7 +236,10 @@ def _values_and_derivatives(step: Step[Point], given: Given, *, graph: bool) -> 
         # Of theta_D^{k+1} alone, round-off may be all there is (Adam's first step): so twice.
         seeded = [t for t in outputs if t.grad_fn is not None]
         if seeded:
-            seeds = [torch.arange(t.numel(), out=torch.empty_like(t)).cos() for t in seeded]
+            seeds = [
+                torch.arange(t.numel(), dtype=t.dtype, device=t.device).cos().view(t.shape)
+                for t in seeded
+            ]
             values += torch.autograd.grad(
                 seeded, wanted, seeds, allow_unused=True, retain_graph=True, materialize_grads=True
             )
