@@ -6,9 +6,9 @@ python -m tests.benchmarks --record        write docs/results/benchmarks.csv and
 python -m tests.benchmarks --record --resume    go on
 python -m tests.benchmarks --only 'paper K=(1|10) default'
 
-A cell is a network, a K and an allocator. Every peer first takes two steps in a process of its own,
-for the time of the first, the peak of its memory and its gradient; a peer whose gradient is not
-that of `unroll` ends the command. Then all take turns in one process, round after round.
+A cell is a network, a K and an allocator. Every peer first takes three steps in a process of its
+own, for the time of the first, the peak of its memory and its gradient; a peer whose gradient is
+not that of `unroll` ends the command. Then all take turns in one process, round after round.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--without", action="append", default=[], choices=PEERS, metavar="PEER")
     parser.add_argument("--budget", type=float, help="seconds of timing a cell (60; --quick: 5)")
     parser.add_argument(
-        "--limit", type=float, default=600.0, help="seconds for two steps of a peer on their own"
+        "--limit", type=float, default=600.0, help="seconds for three steps of a peer on their own"
     )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--jax", type=Path, default=cache, help="JAX's environment; made if absent")

@@ -47,11 +47,13 @@ def first_step(peer: str, network: str, k: int, jax: Path | None) -> tuple[Any, 
             return found | worker.versions, gradient
     step = build(peer, played, k)
     times = [time.perf_counter()]
-    for _ in range(2):
+    for _ in range(3):
         gradient = step()
         times.append(time.perf_counter())
     peak = kib("/proc/self/status", "VmHWM")  # getrusage's would be the parent's, if larger
-    found = {"first": times[1] - times[0], "second": times[2] - times[1], "peak_kib": peak}
+    # A compiled step is compiled at its second use, which is in the second call where K = 1.
+    steady = times[3] - times[2]
+    found = {"first": times[2] - times[0] - steady, "second": steady, "peak_kib": peak}
     return found, gradient
 
 

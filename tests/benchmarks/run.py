@@ -42,13 +42,17 @@ class Bench:
     peers: Sequence[str]
     threads: int
     budget: float  # seconds of timing a cell
-    limit: float  # seconds that two steps of a peer may take
+    limit: float  # seconds that three steps of a peer may take
     jax: Path | None
     failed: dict[tuple[str, str, str], tuple[int, str]] = field(default_factory=dict)
 
     def measure(self, cell: Cell) -> list[Row]:
         """Return a row for every peer, or stop at a wrong gradient."""
-        first, gradients, status = self._first_steps(cell)
+        with tempfile.TemporaryDirectory() as folder:
+            return self._measure(cell, Path(folder))
+
+    def _measure(self, cell: Cell, folder: Path) -> list[Row]:
+        first, gradients, status = self._first_steps(cell, folder)
         errors = disagreements(cell.network, gradients)
         load = os.getloadavg()[0]
         seconds = {peer: found["second"] for peer, found in first.items()}
@@ -56,7 +60,7 @@ class Bench:
         if seconds:
             arguments = ["--timed", json.dumps(seconds), "--budget", str(self.budget)]
             try:
-                results = self._child(cell, arguments, limit=None)
+                results = self._child(cell, folder, arguments, limit=None)
             except OverBudget as over:
                 status |= dict.fromkeys(seconds, f"{over}, in turns")
         jax = first.get(JAX, {})
@@ -85,27 +89,28 @@ class Bench:
         return rows
 
     def _first_steps(
-        self, cell: Cell
+        self, cell: Cell, folder: Path
     ) -> tuple[dict[str, Any], dict[str, list[Tensor]], dict[str, str]]:
         first, gradients, status = dict[str, Any](), dict[str, list[Tensor]](), dict[str, str]()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "gradient.pt"
-            for peer in self.peers:
-                key = (peer, cell.network, cell.allocator)
-                least, reason = self.failed.get(key, (sys.maxsize, ""))
-                if cell.unroll_steps >= least:
-                    status[peer] = reason
-                    continue
-                try:
-                    arguments = ["--first", peer, "--gradient", str(path)]
-                    first[peer] = self._child(cell, arguments, limit=self.limit)
-                    gradients[peer], status[peer] = torch.load(path), "ok"
-                except OverBudget as over:
-                    status[peer] = str(over)
-                    self.failed[key] = cell.unroll_steps, str(over)
+        path = folder / "gradient.pt"
+        for peer in self.peers:
+            key = (peer, cell.network, cell.allocator)
+            least, reason = self.failed.get(key, (sys.maxsize, ""))
+            if cell.unroll_steps >= least:
+                status[peer] = reason
+                continue
+            try:
+                arguments = ["--first", peer, "--gradient", str(path)]
+                first[peer] = self._child(cell, folder, arguments, limit=self.limit)
+                gradients[peer], status[peer] = torch.load(path), "ok"
+            except OverBudget as over:
+                status[peer] = str(over)
+                self.failed[key] = cell.unroll_steps, str(over)
         return first, gradients, status
 
-    def _child(self, cell: Cell, arguments: Sequence[str], *, limit: float | None) -> Any:
+    def _child(
+        self, cell: Cell, folder: Path, arguments: Sequence[str], *, limit: float | None
+    ) -> Any:
         command = [sys.executable, "-m", "tests.benchmarks.cell", cell.network]
         command += [str(cell.unroll_steps), "--threads", str(self.threads), *arguments]
         command += ["--jax", str(self.jax)] if self.jax else []
@@ -113,6 +118,7 @@ class Bench:
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
         }
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # without code from earlier
         return last_line(command, environment | threads | ALLOCATORS[cell.allocator], limit)
 
 
