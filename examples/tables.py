@@ -193,6 +193,36 @@ def benchmarks(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def compiled(rows: Sequence[Row]) -> str:
+    """Return how many pairs compiled steps serve, how exactly, and which run uncompiled."""
+    served = [row for row in rows if row["compiled"] == "True"]
+    revisions = ", ".join(sorted({row["revision"] for row in rows}))
+    summary = (
+        f"{len(served)} of {len(rows)} pairs are served by compiled steps; f_K and its gradients "
+        f"differ by {worst(served)} at worst from those of uncompiled ones. torch "
+        f"{rows[0]['torch']}, revision {revisions}. The others run uncompiled, after a warning:"
+    )
+    others = [row for row in rows if row["compiled"] != "True"]
+    lines = [[row["discriminator"], row["optimizer"], f"`{row['reason']}`"] for row in others]
+    return f"{summary}\n\n{markdown(['discriminator', 'optimizer', 'reason'], lines)}"
+
+
+def costs(rows: Sequence[Row], steps: int = 10) -> str:
+    """Return what a generator step costs at one K, in times of K training steps of D."""
+    peers = ("unroll", "unroll, compile", "unroll, checkpoint")
+    cells = [r for r in rows if r["unroll_steps"] == str(steps) and r["allocator"] == "default"]
+    lines = []
+    for network in dict.fromkeys(row["network"] for row in cells):
+        found = {r["peer"]: r for r in cells if r["network"] == network and r["status"] == "ok"}
+        best = found.get(found["unroll"]["best_torch_peer"])
+        others = (best, found.get("JAX, optax"))
+        ratios = [f"{float(r['vs_plain']):.2f}" if r else "" for r in others]
+        own = [f"{float(found[p]['vs_plain']):.2f}" if p in found else "" for p in peers]
+        lines.append([network, f"{number(found['plain']['median_ms'])} ms", *own, *ratios])
+    head = ["D", f"{steps} training steps of D", "`unroll`", "`compile=True`", "`checkpoint=True`"]
+    return markdown([*head, "fastest other in PyTorch", "JAX"], lines)
+
+
 def number(text: str) -> str:
     """Return three digits of a positive number, without an exponent."""
     return f"{float(text):.{max(0, 2 - math.floor(math.log10(float(text))))}f}"
@@ -202,6 +232,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "mog": mog,
     "correctness": correctness,
     "optimizers": optimizers,
+    "compiled": compiled,
     "benchmarks": benchmarks,
 }
 
@@ -215,7 +246,8 @@ def recorded(name: str) -> str:
 def filled(text: str, toy_page: str) -> str:
     """Return a page with the table after every `<!-- results: NAME -->` written anew."""
     experiments = partial(overview.experiments, toy_page, "docs/results/toys.md")
-    tables = {name: partial(recorded, name) for name in TABLES} | {"experiments": experiments}
+    tables = {name: partial(recorded, name) for name in TABLES}
+    tables |= {"experiments": experiments, "costs": lambda: costs(records("benchmarks"))}
     for name, table in tables.items():
         start, end = f"<!-- results: {name} -->\n", "<!-- end -->"
         before, found, rest = text.partition(start)
