@@ -53,8 +53,9 @@ def panel(axes: Axes, rows: Sequence[Row], value: Value, least: float) -> None:
 
 
 def figure(rows: Sequence[Row], value: Value, label: str, least: float = 0.0) -> Figure:
-    """Return a panel for every network (columns) and allocator (rows)."""
-    networks = [name for name in NETWORKS if any(row["network"] == name for row in rows)]
+    """Return a panel for every network (columns) with values, and every allocator (rows)."""
+    known = {r["network"] for r in rows if (value(r, rows) or 0.0) > least}
+    networks = [name for name in NETWORKS if name in known]
     allocators = sorted({row["allocator"] for row in rows})
     size = (3 * len(networks) + 2, 2.6 * len(allocators) + 0.4)
     drawn = Figure(figsize=size, layout="constrained")
