@@ -245,6 +245,17 @@ def test_code_serves_all_steps_learning_rates_and_data() -> None:
     assert len(compilations) > 1
 
 
+def test_every_loss_has_code_of_its_own() -> None:
+    for size in (3, 4, 5):
+        d = nn.Sequential(nn.Linear(size, 2 * size), nn.Tanh(), nn.Linear(2 * size, 1))
+        optimizer = torch.optim.Adam(d.parameters(), lr=0.05)
+        loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=3, compile=True)
+        loss(torch.randn(size, size, requires_grad=True), torch.randn(size, size))
+        train(d, optimizer, [(torch.randn(size, size), torch.randn(size, size))])
+        loss(torch.randn(size, size, requires_grad=True), torch.randn(size, size))
+    assert len(compilations) == 3
+
+
 def test_a_change_in_the_discriminator_counts() -> None:
     class Fading(nn.Module):
         def __init__(self) -> None:

@@ -91,7 +91,10 @@ class CompiledStep:
     def __init__(self) -> None:
         # A code object of its own: torch counts recompilations by code object.
         function = FunctionType(_traced.__code__.replace(), _traced.__globals__)
-        self._function = torch.compile(function, backend=self._compile, fullgraph=True)
+        # Shapes are constants: torch would take those of another loss for a reason to vary them.
+        self._function = torch.compile(
+            function, backend=self._compile, fullgraph=True, dynamic=False
+        )
         self._fresh = False  # whether there is new code, which has not been compared yet
         self._eager = False  # for good
         self.reached: tuple[str, ...] | None = None  # parameters with a gradient in eager steps
