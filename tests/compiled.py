@@ -71,6 +71,7 @@ def row(discriminator: str, optimizer_name: str) -> Row:
         float((b - a).norm() / a.norm()) if a.norm() else float(b.norm())
         for a, b in zip(*found, strict=True)
     ]
+    torch._dynamo.reset()
     reasons = [str(w.message) for w in caught if "runs uncompiled" in str(w.message)]
     return {
         "discriminator": discriminator,
@@ -106,9 +107,7 @@ def main() -> None:
     path = RESULTS / "compiled.csv" if options.record else None
     record = Record(path, ("discriminator", "optimizer"), pairs, wrong, options.only)
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(
-        options.jobs, mp_context=spawn, initializer=_started, max_tasks_per_child=8
-    ) as pool:
+    with ProcessPoolExecutor(options.jobs, mp_context=spawn, initializer=_started) as pool:
         for done in pool.map(row, *zip(*record.missing, strict=True)) if record.missing else ():
             record.extend([done])
             print(*done.values(), sep=" | ", flush=True)
