@@ -1,0 +1,1 @@
+"""The tests, and the commands that write their records."""
