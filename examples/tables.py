@@ -1,4 +1,4 @@
-"""Write the tables of the pages, and docs/results/toys.md, from the records in docs/results/.
+"""Write the tables of the pages, and the experiments' pages, from the records in docs/results/.
 
 python examples/tables.py            rewrite them
 python examples/tables.py --check    fail if one does not follow from its records
@@ -8,12 +8,13 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
 
-from lab import overview, toys
+from lab import cifar_pages, mnist_pages, overview, toys
+from lab.pages import page
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, str]
@@ -243,11 +244,13 @@ def recorded(name: str) -> str:
     return TABLES[name](rows) if rows else "Not recorded yet."
 
 
-def filled(text: str, toy_page: str) -> str:
+def filled(text: str, experiments: Mapping[str, str]) -> str:
     """Return a page with the table after every `<!-- results: NAME -->` written anew."""
-    experiments = partial(overview.experiments, toy_page, "docs/results/toys.md")
     tables = {name: partial(recorded, name) for name in TABLES}
-    tables |= {"experiments": experiments, "costs": lambda: costs(records("benchmarks"))}
+    tables |= {
+        "experiments": partial(overview.experiments, experiments),
+        "costs": lambda: costs(records("benchmarks")),
+    }
     for name, table in tables.items():
         start, end = f"<!-- results: {name} -->\n", "<!-- end -->"
         before, found, rest = text.partition(start)
@@ -266,20 +269,24 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args().check
-    for page, text in pages().items():
-        if page.exists() and page.read_text() == text:
+    for path, text in pages().items():
+        if path.exists() and path.read_text() == text:
             continue
         if check:
-            sys.exit(f"{page.relative_to(ROOT)}: run python examples/tables.py")
-        page.write_text(text)
+            sys.exit(f"{path.relative_to(ROOT)}: run python examples/tables.py")
+        path.write_text(text)
 
 
 def pages() -> dict[Path, str]:
-    """Return what every page is to hold: those with tables in them, and the toys' from nothing."""
+    """Return what every page holds: those with tables in them, and those from records alone."""
     written = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-    toy_page = toys.page()
-    texts = {page: filled(page.read_text(), toy_page) for page in written}
-    return texts | {ROOT / "docs" / "results" / "toys.md": toy_page}
+    results = ROOT / "docs" / "results"
+    made = {"toys": toys.page()}
+    for name, module in (("mnist", mnist_pages), ("cifar10", cifar_pages)):
+        made[name] = page(module.INTRODUCTION, module.SECTIONS, results)
+    addresses = {f"docs/results/{name}.md": text for name, text in made.items() if text}
+    texts = {path: filled(path.read_text(), addresses) for path in written}
+    return texts | {ROOT / address: text for address, text in addresses.items()}
 
 
 if __name__ == "__main__":

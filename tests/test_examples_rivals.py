@@ -205,8 +205,23 @@ def test_the_overview_reads_titles_commands_and_verdicts(monkeypatch: pytest.Mon
         ("us", "five", []),
     ])  # fmt: skip
     section = f"## B.1: a Title\n\nAgain: `python examples/a.py\n--record`.\n\n{judged}\n\n| a |\n"
-    found = overview.experiments(f"# Page\n\n{section}\n## Nothing judged\n\ntext\n", "page.md")
+    page = f"# Page\n\n{section}\n## Nothing judged\n\ntext\n"
+    found = overview.experiments({"page.md": page, "empty.md": ""})
     assert found.splitlines()[2:] == [
         "| [B.1: a Title](page.md#b1-a-title) | `python examples/a.py --record` "
         "| 2 hold, 1 partly, 1 not, 1 not run |"
     ]
+
+
+def test_a_page_has_the_sections_that_have_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = example("lab.pages", monkeypatch)
+
+    def section(results: Path) -> str:
+        record = results / "mnist.csv"
+        return record.read_text() if record.exists() else ""
+
+    assert pages.page("# Title\n", [section], tmp_path) == ""
+    (tmp_path / "mnist.csv").write_text("## One\n")
+    assert pages.page("# Title\n", [section], tmp_path) == "# Title\n\n## One\n"

@@ -1,29 +1,32 @@
-"""The experiments of a page at a glance: what it says of each, read from its own text."""
+"""The experiments of the pages at a glance: what they say of each, read from their own text."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from lab.claims import HEAD, table
 
 COUNTED = {"holds": "hold", "partly": "partly", "does not hold": "not", "none": "not run"}
 
 
-def experiments(page: str, address: str) -> str:
-    """Return a table of the sections of a page that judge claims.
+def experiments(pages: Mapping[str, str]) -> str:
+    """Return a table of the sections that judge claims.
 
     Args:
-        page: Its text: sections with a title, a command that runs them again, and claims.
-        address: Where it is, for the links.
+        pages: The text of each page by its address: sections with a title, a command that runs
+            them again, and claims.
     """
-    lines = []
+    lines = [line for address, page in pages.items() for line in _sections(page, address)]
+    return table(("experiment", "command", "claims"), lines)
+
+
+def _sections(page: str, address: str) -> Iterable[tuple[str, str, str]]:
     for section in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
         title = section.partition("\n")[0]
         command = re.search(r"`(python examples/[^`]+)`", section)
         verdicts = list(_verdicts(section.splitlines()))
         if command and verdicts:
             link = f"[{title}]({address}#{_anchor(title)})"
-            lines.append((link, f"`{' '.join(command[1].split())}`", _counted(verdicts)))
-    return table(("experiment", "command", "claims"), lines)
+            yield link, f"`{' '.join(command[1].split())}`", _counted(verdicts)
 
 
 def _verdicts(lines: Iterable[str]) -> Iterable[str]:
