@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -74,6 +75,19 @@ def add_run_flags(
         )
 
 
+def check_writable(flag: str, folder: Path) -> None:
+    """Refuse a folder in which no file can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{flag} must be in a folder that can be written to, {folder} cannot ({error}): give "
+            "another one"
+        ) from error
+
+
 def carry_out(
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,
@@ -82,6 +96,7 @@ def carry_out(
     rows: Callable[[Any, dict[str, Any]], Iterable[dict[str, Any]]],
     *,
     length: str = "pairs",
+    keep: bool = False,
 ) -> list[Any]:
     """Train what the command line asks for, and record each run as it finishes.
 
@@ -92,14 +107,24 @@ def carry_out(
         train: Called with a configuration and the line of its progress bar.
         rows: Given a configuration and its log, returns the rows of its record.
         length: The setting that a resumed run may have more of.
+        keep: Whether to refuse to begin anew a run that has a checkpoint.
     """
     try:
         torch.empty(0, device=args.device)
         configs = build({name: value for name, value in vars(args).items() if value is not None})
         for config in configs:
-            if args.resume and config.checkpoint(args.out).exists():
-                runs.check(config.checkpoint(args.out), asdict(config), length=length)
-    except (AssertionError, RuntimeError, ValueError) as error:
+            path = config.checkpoint(args.out)
+            if args.resume and path.exists():
+                runs.check(path, asdict(config), length=length)
+            elif keep and path.exists():
+                raise ValueError(
+                    f"--out must not hold the run already, there is {path}: continue it with "
+                    "--resume, or give another folder"
+                )
+        check_writable("--out", args.out)
+        if args.record is not None:
+            check_writable("--record", args.record.parent)
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
         parser.error(str(error))
 
     settings = {"command": sys.argv, **runs.provenance(), "runs": [asdict(c) for c in configs]}

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 SECONDS_BETWEEN_CHECKPOINTS = 10
+SECONDS_AT_RISK = 45  # where evaluations are further apart than that
 Settings = TypeVar("Settings")
 Result = TypeVar("Result")
 
@@ -112,7 +113,11 @@ def read_log(path: Path) -> dict[str, Any]:
 
 def check(path: Path, settings: Mapping[str, Any], *, length: str) -> None:
     """Refuse the checkpoint of a run with other settings; the one named `length` may have grown."""
-    then = torch.load(path, map_location="cpu", weights_only=True)["settings"]
+    try:
+        then = torch.load(path, map_location="cpu", weights_only=True)["settings"]
+    except Exception as error:  # pickle, zip and torch have one each
+        message = f"{path} cannot be read ({error}): delete it, or use another folder"
+        raise ValueError(message) from error
     odd = {name for name in settings.keys() | then.keys() if settings.get(name) != then.get(name)}
     if odd == {length} and settings[length] > then[length]:
         return
@@ -155,17 +160,20 @@ def iterate(
     if resume and path.exists():
         log = load(path, parts, rng)
     history, snapshots = log["history"], log["snapshots"]
-    done, earlier = (history[-1][counts], history[-1]["seconds"]) if history else (0, 0.0)
+    last = history[-1] if history else {counts: 0, "seconds": 0.0}
+    done, earlier = log.pop("since", (last[counts], last["seconds"]))
     if done < length:
         log["provenance"] = provenance()
-    if done % every and done < length:  # the last evaluation of a shorter run was off the schedule
+    if last[counts] % every and done < length:  # a shorter run's last evaluation, off the schedule
         del history[-1], snapshots[-1]
     started = saved = time.perf_counter()
 
+    def elapsed() -> float:
+        return round(earlier + time.perf_counter() - started, 1)
+
     def look(iteration: int) -> None:
         row, snapshot = evaluate(iteration, history)
-        seconds = round(earlier + time.perf_counter() - started, 1)
-        history.append({counts: iteration, **row, "seconds": seconds})
+        history.append({counts: iteration, **row, "seconds": elapsed()})
         snapshots.append(snapshot)
 
     if not history:
@@ -181,6 +189,9 @@ def iterate(
             if iteration == length or time.perf_counter() - saved > SECONDS_BETWEEN_CHECKPOINTS:
                 save(path, settings, parts, rng, log)
                 saved = time.perf_counter()
+        elif time.perf_counter() - saved > SECONDS_AT_RISK:
+            save(path, settings, parts, rng, {**log, "since": (iteration, elapsed())})
+            saved = time.perf_counter()
 
 
 def run_all(
