@@ -7,6 +7,8 @@ from dataclasses import dataclass
 Row = Mapping[str, str]
 Setting = Mapping[str, object]
 Value = str | Callable[[Row], float]  # of a row: a column, or what follows from several
+FEWEST = 3  # seeds a side, to judge by
+TOO_FEW = "too few runs to say"
 HEAD = ("claim", "of", "ours", "seeds", "verdict")
 
 
@@ -77,7 +79,8 @@ def claims(given: Iterable[tuple[str, str, Sequence[Comparison]]]) -> str:
         ours = "; ".join(map(str, comparisons))
         counts = {len(values) for c in comparisons for values in (c.larger, c.smaller)}
         seeds = "-".join(map(str, sorted(counts)))
-        lines.append((claim, source, ours, seeds, f"**{verdict(comparisons)}**"))
+        judged = verdict(comparisons) if min(counts) >= FEWEST else TOO_FEW
+        lines.append((claim, source, ours, seeds, f"**{judged}**"))
     return table(HEAD, lines)
 
 

@@ -3,9 +3,15 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from lab.claims import HEAD, table
+from lab.claims import HEAD, TOO_FEW, table
 
-COUNTED = {"holds": "hold", "partly": "partly", "does not hold": "not", "none": "not run"}
+COUNTED = {
+    "holds": "hold",
+    "partly": "partly",
+    "does not hold": "not",
+    TOO_FEW: "too few runs",
+    "none": "not run",
+}
 
 
 def experiments(pages: Mapping[str, str]) -> str:
