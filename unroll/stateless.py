@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,12 +140,13 @@ def mutation_message(name: str) -> str:
     )
 
 
-def _containers(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
-    """Collect the containers in a value, however deep, each with a copy of what it holds."""
-    if isinstance(value, (dict, list, set, deque)) and id(value) not in found:
-        found[id(value)] = (value, value.copy() if value else ())
-        for item in value.values() if isinstance(value, dict) else value:
-            _containers(item, found)
+def _containers(values: Iterable[Any], found: dict[int, tuple[Any, Any]]) -> None:
+    """Collect the containers among values, however deep, each with a copy of what it holds."""
+    for value in values:
+        if isinstance(value, (dict, list, set, deque)) and id(value) not in found:
+            found[id(value)] = (value, value.copy() if value else ())
+            if value:
+                _containers(value.values() if isinstance(value, dict) else value, found)
 
 
 @contextmanager
@@ -156,11 +157,10 @@ def held(module: nn.Module) -> Iterator[None]:
     stands still, compiled parts run uncompiled (they cannot be differentiated twice).
     """
     submodules = list(module.modules())
-    saved = [(vars(submodule), dict(vars(submodule))) for submodule in submodules]
+    saved = [(vars(submodule), vars(submodule).copy()) for submodule in submodules]
     containers: dict[int, tuple[Any, Any]] = {}  # parameters, buffers, lists that D may fill
     for _, before in saved:
-        for value in before.values():
-            _containers(value, containers)
+        _containers(before.values(), containers)
     hooks = (hook for submodule in submodules for hook in submodule._forward_pre_hooks.values())
     spectral_hooks = [(h, h.n_power_iterations) for h in hooks if isinstance(h, SpectralNorm)]
     cache = parametrize._cache_enabled, parametrize._cache
@@ -170,7 +170,9 @@ def held(module: nn.Module) -> Iterator[None]:
         own = {id(tensor) for d in registered for tensor in d.values()}
         # Clones of unregistered tensors, which D perhaps changes in place.
         for attributes, before in saved:
-            attributes.update({k: v.clone() for k, v in before.items() if isinstance(v, Tensor)})
+            for key, value in before.items():
+                if isinstance(value, Tensor):
+                    attributes[key] = value.clone()
         for container, content in containers.values():
             if content and not isinstance(container, set):
                 items = content.items() if isinstance(container, dict) else enumerate(content)
@@ -191,9 +193,10 @@ def held(module: nn.Module) -> Iterator[None]:
             attributes.clear()
             attributes.update(before)
         for container, content in containers.values():
-            container.clear()
-            refill = container.update if isinstance(container, (dict, set)) else container.extend
-            refill(content)
+            if container or content:
+                container.clear()
+                add = container.update if isinstance(container, (dict, set)) else container.extend
+                add(content)
         parametrize._cache_enabled, parametrize._cache = cache
 
 

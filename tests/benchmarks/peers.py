@@ -145,7 +145,8 @@ def with_higher(game: Game, k: int) -> Step:
 
 
 Build = Callable[[Game, int], Step]
-PLAIN, UNROLL, CHECKPOINT, JAX = "plain", "unroll", "unroll, checkpoint", "JAX, optax"
+PLAIN, UNROLL, CHECKPOINT = "plain", "unroll", "unroll, checkpoint"
+COMPILE, JAX = "unroll, compile", "JAX, optax"
 RIVALS: dict[str, Build] = {
     "by hand, torchopt": by_hand,
     "torchopt.MetaAdam": meta_adam,
@@ -154,7 +155,7 @@ RIVALS: dict[str, Build] = {
 OWN: dict[str, Build] = {
     UNROLL: unrolled,
     CHECKPOINT: partial(unrolled, checkpoint=True),
-    "unroll, compile": partial(unrolled, compile=True),
+    COMPILE: partial(unrolled, compile=True),
 }
 TORCH_PEERS: dict[str, Build] = {PLAIN: plain, **OWN, **RIVALS}
 PEERS = (*TORCH_PEERS, JAX)
@@ -174,7 +175,7 @@ def absent() -> dict[str, str]:
     if installed("higher") == "absent":
         reasons["higher"] = "pip install higher"
     if "compile" not in inspect.signature(unroll.UnrolledGeneratorLoss).parameters:
-        reasons["unroll, compile"] = "UnrolledGeneratorLoss has no compile= yet"
+        reasons[COMPILE] = "UnrolledGeneratorLoss has no compile= yet"
     return reasons
 
 
