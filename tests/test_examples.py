@@ -4,6 +4,7 @@ import csv
 import importlib
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,3 +247,16 @@ def test_verdicts_count_differences_of_more_than_two_standard_errors(
 def test_the_tables_of_the_pages_follow_from_the_records() -> None:
     checked = run("tables.py", "--check")
     assert checked.returncode == 0, checked.stderr
+
+
+def test_seconds_are_those_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = example("lab.runs", monkeypatch)
+    rng = torch.Generator()
+
+    def wait(_: int, __: Any) -> tuple[dict[str, Any], None]:
+        time.sleep(0.3)
+        return {}, None
+
+    settings = {"length": 1, "every": 1, "resume": False, "bar": {"disable": True}}
+    list(runs.iterate(tmp_path / "run.pt", {}, {}, rng, wait, **settings))
+    assert runs.read_log(tmp_path / "run.pt")["history"][-1]["seconds"] < 0.3

@@ -140,8 +140,12 @@ def iterate(
     resume: bool,
     bar: Mapping[str, Any],
     counts: str = "pairs",
+    writes: bool = True,
 ) -> Iterator[int]:
     """Count the iterations of a training loop; evaluate and save between them.
+
+    The `seconds` of a row are CPU time of the process, which other work on the machine hardly
+    changes; on other devices they are the clock's.
 
     Args:
         path: The checkpoint; `settings`, `parts` and `rng` are what it holds, as in `save`.
@@ -155,6 +159,7 @@ def iterate(
         resume: Whether to start from the checkpoint, if there is one.
         bar: What the progress bar is to look like.
         counts: What an iteration is, as a column of the rows: a pair of one D and one G update.
+        writes: Whether this process saves; of several ranks that train alike, one does.
     """
     log: dict[str, Any] = {"history": [], "snapshots": []}
     if resume and path.exists():
@@ -166,15 +171,22 @@ def iterate(
         log["provenance"] = provenance()
     if last[counts] % every and done < length:  # a shorter run's last evaluation, off the schedule
         del history[-1], snapshots[-1]
-    started = saved = time.perf_counter()
+    clock = time.process_time if torch.device(rng.device).type == "cpu" else time.perf_counter
+    started, saved = clock(), time.perf_counter()
 
     def elapsed() -> float:
-        return round(earlier + time.perf_counter() - started, 1)
+        return round(earlier + clock() - started, 1)
 
     def look(iteration: int) -> None:
         row, snapshot = evaluate(iteration, history)
         history.append({counts: iteration, **row, "seconds": elapsed()})
         snapshots.append(snapshot)
+
+    def keep(log: Mapping[str, Any]) -> None:
+        nonlocal saved
+        if writes:
+            save(path, settings, parts, rng, log)
+        saved = time.perf_counter()
 
     if not history:
         look(0)
@@ -187,11 +199,9 @@ def iterate(
         if iteration % every == 0 or iteration == length:
             look(iteration)
             if iteration == length or time.perf_counter() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-                save(path, settings, parts, rng, log)
-                saved = time.perf_counter()
+                keep(log)
         elif time.perf_counter() - saved > SECONDS_AT_RISK:
-            save(path, settings, parts, rng, {**log, "since": (iteration, elapsed())})
-            saved = time.perf_counter()
+            keep({**log, "since": (iteration, elapsed())})
 
 
 def run_all(
