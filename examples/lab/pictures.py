@@ -60,7 +60,7 @@ def grid(
             ax.spines[:].set_visible(False)
         row[0].set_ylabel(name)
         for ax, cell in zip(row, cells, strict=False):
-            ax.imshow(cell.movedim(0, -1), interpolation="nearest")
+            ax.imshow(cell.movedim(0, -1).numpy(), interpolation="nearest")
     for ax, title in zip(axes[0], columns, strict=True):
         ax.set_title(title)
     if caption:
