@@ -1,0 +1,319 @@
+"""An LSTM that draws MNIST digits column by column, without and with unrolling.
+
+Section 3.2, Fig. 3 and Appendix C of Metz, Poole, Pfau and Sohl-Dickstein, "Unrolled Generative
+Adversarial Networks" (ICLR 2017, https://arxiv.org/abs/1611.02163): a recurrent generator against a
+convolutional discriminator. Its claims: without unrolling (K=0) the generator quickly collapses and
+"rotates through a sequence of single modes"; with K=20 it "disperses and appears to cover the whole
+data distribution".
+
+    python examples/train_classifier.py                 once: what tells digits apart
+    python examples/rnn_mnist.py                        K=0 and K=20, preset small
+    python examples/rnn_mnist.py --preset paper         Appendix C, for a GPU or patience
+"""
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lab import classifier, cli, coverage, digits, rnn_figures, runs
+from lab.mixtures import rotation
+from torch import Tensor, nn
+
+import unroll
+
+SIDE = 28
+SHOWN = 16  # samples of each evaluation that are kept for the figure
+GAMES = {"minimax": unroll.Minimax(), "non-saturating": unroll.NonSaturating()}
+STATES = ("both", "hidden", "cell")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. The defaults are Appendix C; "ours" marks a choice where the paper is silent."""
+
+    preset: str = "paper"
+    unroll_steps: int = 20
+    game: str = (
+        "non-saturating"  # Appendix C's -L_G and -L_D: both are printed with their signs off
+    )
+    learning_rate: float = 1e-4
+    beta1: float = 0.5
+    noise_size: int = 256
+    width: int = 256
+    initial_state: str = "both"  # of the LSTM: its hidden state, its cell or both (ours)
+    compile: bool = False
+    samples: int = 10_000  # behind every metric (ours)
+    classifier: str = ""  # the hash of what counts them
+    evaluate_every: int = 1500
+    record_every: int = 15_000
+    device: str = "cpu"
+    seed: int = 0
+    pairs: int = 75_000  # of updates, D first (ours); 150k updates of either
+    batch_size: int = 64  # ours
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained."""
+        if self.unroll_steps < 0:
+            raise ValueError(f"--unroll-steps must not be negative, got {self.unroll_steps}")
+        for name in ("pairs", "learning_rate"):
+            if getattr(self, name) <= 0:
+                flag = name.replace("pairs", "iterations").replace("_", "-")
+                raise ValueError(f"--{flag} must be positive, got {getattr(self, name)}")
+
+    def checkpoint(self, folder: Path) -> Path:
+        """Return where the run is kept."""
+        name = f"{self.preset}-K{self.unroll_steps}-seed{self.seed}.pt"
+        return folder / "checkpoints" / name
+
+
+PRESETS = {
+    "small": Config(
+        "small",
+        learning_rate=1e-3,
+        samples=256,
+        evaluate_every=20,
+        record_every=100,
+        pairs=200,
+        batch_size=16,
+    ),
+    "paper": Config("paper"),
+}
+
+
+class Generator(nn.Module):
+    """An LSTM whose initial state is the noise, and whose outputs are the columns of an image.
+
+    Args:
+        config: The widths, and which state the noise becomes; it has no other input.
+        rng: Draws the weights.
+    """
+
+    def __init__(self, config: Config, rng: torch.Generator) -> None:
+        super().__init__()
+        self.first = nn.Linear(config.noise_size, config.width)
+        self.lstm = nn.LSTM(1, config.width, batch_first=True)
+        self.last = nn.Linear(config.width, SIDE)
+        self.initial_state = config.initial_state
+        xavier(self, rng)
+        forget = slice(config.width, 2 * config.width)  # of the gates i, f, g, o
+        self.lstm.bias_ih_l0.data[forget] = 1.0  # nn.LSTM adds two biases: 1 in total
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return images, `(N, 1, 28, 28)` in [-1, 1]."""
+        noise = self.first(z).relu().unsqueeze(0)
+        nothing = torch.zeros_like(noise)
+        hidden = nothing if self.initial_state == "cell" else noise
+        cell = nothing if self.initial_state == "hidden" else noise
+        columns, _ = self.lstm(z.new_zeros(len(z), SIDE, 1), (hidden, cell))
+        return self.last(columns).tanh().mT.unsqueeze(1)
+
+
+def discriminator(rng: torch.Generator) -> nn.Sequential:
+    """Return the convolutional D of Appendix C; kernels of 3x3 as in Appendix D."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((1, 16), (16, 32), (32, 32)):
+        layers += [
+            nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
+            nn.BatchNorm2d(outputs),
+            nn.LeakyReLU(0.3),
+        ]
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 4 * 4, 1))
+    xavier(network, rng)
+    return network
+
+
+def xavier(network: nn.Module, rng: torch.Generator) -> None:
+    """Initialise weights as Glorot & Bengio (2010), and biases to zero."""
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.xavier_uniform_(parameter, generator=rng)
+        elif "bias" in name:
+            nn.init.zeros_(parameter)
+
+
+def train(
+    config: Config,
+    line: int,
+    *,
+    folder: Path,
+    resume: bool,
+    data_root: Path | None,
+    classifier_file: Path | None,
+) -> Config:
+    """Train one GAN; what comes of it is in its checkpoint."""
+    torch.set_num_threads(1)  # the networks are small
+    weights = torch.Generator().manual_seed(config.seed)
+    generator = Generator(config, weights).to(config.device)
+    d = discriminator(weights).to(config.device)
+    betas = (config.beta1, 0.999)
+    g_optimizer = torch.optim.Adam(generator.parameters(), config.learning_rate, betas)
+    d_optimizer = torch.optim.Adam(d.parameters(), config.learning_rate, betas)
+    data = digits.mnist(data_root).to(config.device)
+    counter = classifier.load(classifier_file, config.device)
+    variance = data.at(torch.arange(config.samples, device=config.device)).var(0).sum()
+    rng = torch.Generator(config.device).manual_seed(config.seed)
+
+    def noise(count: int = config.batch_size) -> Tensor:
+        return torch.randn(count, config.noise_size, generator=rng, device=config.device)
+
+    held_out = noise(config.samples)
+    ticked = time.process_time()
+
+    @torch.no_grad()
+    def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Tensor]:
+        nonlocal ticked
+        spent = time.process_time() - ticked if pairs else 0.0
+        before = earlier[-1]["cpu_seconds"] if earlier else 0.0
+        samples = torch.cat([generator(z) for z in held_out.split(1000)])
+        found = coverage.class_metrics(classifier.classify(counter, samples))
+        row = {
+            "player_updates": 2 * pairs,
+            "classes": found["classes"],
+            "class_entropy": found["class_entropy"],
+            "largest_mode": found["dominant_class"],
+            "largest_mode_share": found["dominant_share"],
+            "spread": (samples.var(0).sum() / variance).item(),
+        }
+        row |= rotation([*earlier, row]) | {"cpu_seconds": round(before + spent, 2)}
+        ticked = time.process_time()
+        return row, samples[:SHOWN].add(1).mul(127.5).round().byte().cpu()
+
+    iterations = runs.iterate(
+        config.checkpoint(folder),
+        asdict(config),
+        {"g": generator, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer},
+        rng,
+        evaluate,
+        length=config.pairs,
+        every=config.evaluate_every,
+        resume=resume,
+        bar={
+            "desc": f"K={config.unroll_steps} seed {config.seed}",
+            "position": line,
+            "unit": "pair",
+        },
+    )
+
+    game = GAMES[config.game]
+    unrolled = unroll.UnrolledGeneratorLoss(
+        d, d_optimizer, game, unroll_steps=config.unroll_steps, compile=config.compile
+    )
+    for _ in iterations:
+        real = data.sample(config.batch_size, rng)
+        d_loss = game.discriminator_loss(d, generator(noise()).detach(), real)
+        d_optimizer.zero_grad()
+        d_loss.backward()
+        d_optimizer.step()
+
+        g_loss = unrolled(generator(noise()), data.sample(config.batch_size, rng))
+        g_optimizer.zero_grad()
+        g_loss.backward()
+        g_optimizer.step()
+    return config
+
+
+def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what is kept of a finished run: a row for every `record_every` pairs."""
+    rows = []
+    for result in log["history"]:
+        pairs = result["pairs"]
+        if not pairs or (pairs % config.record_every and pairs != config.pairs):
+            continue
+        settings = asdict(config)
+        batch_size, device = settings.pop("batch_size"), settings.pop("device")
+        size = {"player_updates": result["player_updates"], "batch_size": batch_size}
+        row = {"experiment": "rnn_mnist", **settings, **size, **result, "device": device}
+        rows.append(row | log["provenance"])
+    return rows
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Return the command line, explained in the paper's terms."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("the method").add_argument
+    add(
+        "--unroll-steps",
+        dest="steps",
+        type=int,
+        nargs="+",
+        default=[0, 20],
+        metavar="K",
+        help="look-ahead steps of D in the generator's loss (Eq. 7-9); 0 is the standard GAN "
+        "(default: 0 20)",
+    )
+    add("--game", choices=GAMES, help="default: non-saturating, as Appendix C's L_G")
+    add(
+        "--initial-state",
+        choices=STATES,
+        help="what of the LSTM's state the noise becomes (default: both); the paper does not say",
+    )
+    add("--compile", action="store_true", help="compile the look-ahead step and its adjoint")
+    add = parser.add_argument_group("the experiment").add_argument
+    add(
+        "--preset",
+        choices=PRESETS,
+        default="small",
+        help="paper: Appendix C, 75,000 pairs of updates. small (default): the same networks, with "
+        "batches of 16 for 64, 200 pairs and learning rates of 1e-3 for 1e-4",
+    )
+    add("--learning-rate", type=float, metavar="ETA", help="Adam's, for both")
+    add("--batch-size", type=cli.positive, metavar="N", help="default: the preset's")
+    add(
+        "--iterations",
+        dest="pairs",
+        type=int,
+        metavar="PAIRS",
+        help="of one D and one G update; the paper counts single updates, two a pair "
+        "(default: the preset's)",
+    )
+    add(
+        "--standard-iterations",
+        dest="standard",
+        type=int,
+        metavar="PAIRS",
+        help="the same at K=0, to compare at equal time too (default: as many)",
+    )
+    add("--samples", type=cli.positive, metavar="N", help="behind every metric")
+    add("--evaluate-every", type=cli.positive, metavar="PAIRS", help="default: the preset's")
+    add("--record-every", type=cli.positive, metavar="PAIRS", help="default: the preset's")
+    classifier.add_classifier_flag(parser)
+    digits.add_data_flag(parser)
+    cli.add_run_flags(parser, "rnn_mnist", figures=True)
+    return parser
+
+
+def build(given: Mapping[str, Any]) -> list[Config]:
+    """Return the runs that the command line asks for; what they need must be there."""
+    root, file = given.get("data_root"), given.get("classifier")
+    digits.mnist(root)
+    classifier.load(file)
+    known = {name: value for name, value in given.items() if name in Config.__match_args__}
+    known["classifier"] = classifier.facts(file)["hash"]
+    base = replace(PRESETS[given["preset"]], **known)
+    standard = given.get("standard", base.pairs)
+    first = given["seed"]
+    return [
+        replace(base, unroll_steps=k, seed=seed, pairs=base.pairs if k else standard)
+        for k in dict.fromkeys(given["steps"])
+        for seed in range(first, first + given["seeds"])
+    ]
+
+
+def main() -> None:
+    """Train what the command line asks for, record it and draw it."""
+    parser = arguments()
+    args = parser.parse_args()
+    task = partial(train, data_root=args.data_root, classifier_file=args.classifier)
+    configs = cli.carry_out(parser, args, build, task, record_rows, keep=True)
+    rnn_figures.report(args.out, args.figures or args.out, configs)
+
+
+if __name__ == "__main__":
+    main()
