@@ -1,0 +1,56 @@
+"""An update of a player that refuses numbers that are not finite, and the curves of its losses."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lab import runs
+
+
+class Losses(nn.Module):
+    """Averages of losses over about the last ten pairs of updates: state, as parameters are."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        self.values: Tensor
+        self.register_buffer("values", torch.full((len(names),), torch.nan))
+
+    def add(self, *losses: Tensor) -> None:
+        """Take in the losses of a pair."""
+        fresh = torch.stack([loss.detach().float() for loss in losses])
+        self.values = torch.where(self.values.isnan(), fresh, 0.9 * self.values + 0.1 * fresh)
+
+    def row(self) -> dict[str, float]:
+        """Return the averages by name; NaN before the first pair."""
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor, who: str, checkpoint: Path) -> None:
+    """Take a step, unless the loss or a gradient is not finite.
+
+    Args:
+        optimizer: The player's.
+        loss: What it minimises.
+        who: The player and the moment, for the error.
+        checkpoint: Where the run is kept.
+    """
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not torch.isfinite(loss + norm):
+        kept = f"{checkpoint} is of {_reached(checkpoint)}" if checkpoint.exists() else "none yet"
+        raise FloatingPointError(
+            f"{who}: the loss and its gradient must be finite, they are {loss.item():g} and "
+            f"{norm.item():g} (the last checkpoint: {kept}): lower the learning rates, or leave "
+            "--amp, in another folder"
+        )
+    optimizer.step()
+
+
+def _reached(checkpoint: Path) -> str:
+    log = runs.read_log(checkpoint)
+    return f"pair {log['since'][0] if 'since' in log else log['history'][-1]['pairs']}"
