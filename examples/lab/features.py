@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,7 @@ class Classifier(nn.Module):
         return features, self.classes(features)
 
 
+@cache
 def load(name: str, device: str = "cpu") -> Extractor:
     """Return the extractor that `--features` names."""
     if name == "inception":

@@ -1,0 +1,187 @@
+"""FID, KID, Inception Score, precision and recall of generated images, for any GAN.
+
+What is generated comes from a folder of images, or from a checkpoint of an example here; what it is
+compared with is a folder of images or CIFAR-10. A folder may have `train` and `test`.
+
+    python examples/evaluate.py SAMPLES_FOLDER REAL_FOLDER
+    python examples/evaluate.py runs/rsgan/checkpoints/RUN.pt cifar10 --split test
+    python examples/evaluate.py FAKE REAL --features CLASSIFIER.pt      of image_classifier.py
+    python examples/evaluate.py FAKE REAL --features my_package.models:build
+
+The features are those of the Inception network that FID is defined on, unless --features names
+another network. Which numbers can be compared with published ones:
+
+    Inception, 10,000 images of each side, all of CIFAR-10's test images   with RS-GAN's eval.py
+    Inception, 50,000 generated images, all of CIFAR-10's training images  with most later tables
+    other counts, or a part of a data set     with each other alone: FID grows as counts shrink
+    other features, such as a classifier's    with each other alone
+    precision and recall                      only at equal counts and features: their balls
+                                              around samples shrink as counts grow
+"""
+
+import argparse
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lab import cli, features, image_folder, image_metrics, records, runs
+from lab.samples import Sampler, subset
+from torch import Tensor
+
+EXPERIMENT = "evaluate"
+CIFAR = "cifar10"
+RULE = "--sampler must be the name of a function, as in rsgan:sampler or file.py:name"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is compared with what, and by which features."""
+
+    fake: str
+    real: str
+    split: str = "test"
+    fake_split: str = "train"
+    features: str = "inception"
+    sampler: str = "rsgan:sampler"
+    samples: int = 10_000
+    size: int = 32
+    seed: int = 0
+    device: str = "cpu"
+
+
+def read(where: str, split: str, config: Config, option: str) -> tuple[str, Tensor]:
+    """Return images of bytes, and the name that the record gives them."""
+    path = Path(where)
+    if path.suffix == ".pt":
+        open_checkpoint = features.named(config.sampler, RULE)
+        try:
+            make: Sampler = open_checkpoint(path, config.device)
+        except Exception as error:  # torch.load raises whatever a damaged file leads to
+            raise ValueError(
+                f"{option} {path} cannot be read by --sampler {config.sampler}: {error}"
+            ) from error
+        found = make(config.samples, torch.Generator(config.device).manual_seed(config.seed))
+        if found.dtype != torch.uint8 or found.ndim != 4:
+            raise TypeError(
+                f"--sampler {config.sampler} must make images of bytes (N, 3, H, W), got "
+                f"{found.dtype} {tuple(found.shape)}"
+            )
+        return path.stem, found
+    root = None if where == CIFAR else path
+    if root is not None and not root.is_dir():
+        raise ValueError(
+            f"{option} must be a folder of images, a checkpoint (*.pt) or {CIFAR}, there is no "
+            f"{where}"
+        )
+    images = image_folder.load(root, split=split, size=config.size)
+    inside = root is not None and (root / split).is_dir()
+    name = f"{images.name}/{split}" if inside or root is None else images.name
+    return name, subset(images.pixels, config.samples, config.seed)
+
+
+def evaluate(config: Config) -> dict[str, str | int | float]:
+    """Return the row of the record."""
+    started = time.process_time()
+    network = features.load(config.features, config.device)
+    fake_name, fake = read(config.fake, config.fake_split, config, "FAKE")
+    real_name, real = read(config.real, config.split, config, "REAL")
+    found = image_metrics.measure(network(fake), network(real), seed=config.seed)
+    return {
+        "experiment": EXPERIMENT,
+        "fake": fake_name,
+        "real": real_name,
+        "features": network.name,
+        "fake_images": len(fake),
+        "real_images": len(real),
+        "size": config.size,
+        "seed": config.seed,
+        **found,
+        "seconds": round(time.process_time() - started, 1),
+        "device": config.device,
+        **runs.provenance(),
+    }
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("fake", metavar="FAKE", help="a folder of generated images, or a checkpoint")
+    add("real", metavar="REAL", help=f"a folder of images, or {CIFAR}")
+    add(
+        "--split",
+        choices=image_folder.SPLITS,
+        default="test",
+        help="of REAL, where it has both (default: %(default)s)",
+    )
+    add(
+        "--fake-split",
+        choices=image_folder.SPLITS,
+        default="train",
+        help="of FAKE, where it has both (default: %(default)s)",
+    )
+    add(
+        "--features",
+        default="inception",
+        metavar="NETWORK",
+        help="inception (default; fetched by torch-fidelity), a checkpoint of image_classifier.py, "
+        "or package.module:name or file.py:name, a function that returns a module: images in "
+        "[-1, 1] to features, or to a pair of features and logits",
+    )
+    add(
+        "--sampler",
+        default="rsgan:sampler",
+        metavar="NAME",
+        help="of the function that opens a checkpoint: given its path and a device, it returns a "
+        "function of a count and a torch.Generator that makes images of bytes "
+        "(default: %(default)s)",
+    )
+    add(
+        "--samples",
+        type=cli.positive,
+        default=10_000,
+        metavar="N",
+        help="images of each side, or all where there are fewer (default: 10,000)",
+    )
+    add("--size", type=cli.positive, default=32, metavar="SIDE", help="default: %(default)s")
+    add("--seed", type=int, default=0, help="of samples, subsets and clusters (default: 0)")
+    add("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
+    add(
+        "--record",
+        type=Path,
+        nargs="?",
+        const=records.RESULTS / f"{EXPERIMENT}.csv",
+        metavar="FILE",
+        help=f"append a row to FILE (default: docs/results/{EXPERIMENT}.csv)",
+    )
+    return parser
+
+
+def main() -> None:
+    """Measure what the command line asks for, print it and record it."""
+    parser = arguments()
+    args = parser.parse_args()
+    given = {name: value for name, value in vars(args).items() if name != "record"}
+    try:
+        torch.empty(0, device=args.device)
+        if args.record is not None:
+            cli.check_writable("--record", args.record.parent)
+        row = evaluate(Config(**given))
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        parser.error(str(error))
+    for name in ("fake", "real", "features", "fake_images", "real_images"):
+        print(f"{name.replace('_', ' '):16}{row[name]}")
+    for name, label in image_metrics.METRICS.items():
+        value = row[name]
+        print(f"{label:16}{'n/a' if math.isnan(value) else f'{value:.4f}'}")
+    if args.record is not None:
+        key = ("fake", "real", "features", "fake_images", "real_images", "size", "seed", "revision")
+        records.append(args.record, row, key=key)
+
+
+if __name__ == "__main__":
+    main()
