@@ -1,0 +1,231 @@
+"""Coloured MNIST: colours found again, their divergence against known answers, runs that resume."""
+
+import importlib
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from scipy.stats import gaussian_kde
+from sklearn.cluster import KMeans
+from sklearn.metrics import pairwise_distances
+from torch import Tensor
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def bars(count: int, *, size: int = 16) -> Tensor:
+    """Return grey images with a bar of full intensity and soft edges."""
+    images = -torch.ones(count, 1, size, size)
+    images[:, :, 3:-3, 5:10] = 0.2
+    images[:, :, 3:-3, 6:9] = 1
+    return images
+
+
+def normal(count: int, seed: int) -> Tensor:
+    return torch.randn(count, 3, generator=torch.Generator().manual_seed(seed)) / 2
+
+
+def test_the_formula_of_the_appendix() -> None:
+    colors, rng = module("lab.colors"), torch.Generator().manual_seed(0)
+    grey, colours = bars(200), colors.draw(200, rng)
+    images = colors.coloured(grey, colours, rng)
+    assert images.shape == (200, 3, 16, 16)
+    assert images.min() >= -1
+    assert images.max() <= 1
+    assert images.median() < -0.8  # the background
+    middle = images[:, :, 8, 7]
+    dim = colours.abs().amax(1) < 0.3  # hardly ever clipped
+    assert (middle - colours)[dim].std() == pytest.approx(colors.NOISE, rel=0.15)
+    edge = images[:, :, 8, 5]  # I = 0.6: I * C + I - 1
+    assert (edge - (0.6 * colours - 0.4))[dim].mean().abs() < 0.05
+    assert colors.draw(20_000, rng).std().item() == pytest.approx(0.5, rel=0.03)
+
+
+def test_colours_are_those_of_scikit_learns_k_means() -> None:
+    colors, rng = module("lab.colors"), torch.Generator().manual_seed(0)
+    images = colors.coloured(bars(20), colors.draw(20, rng), rng)
+    back, front = colors.clusters(images.flatten(2).movedim(1, 2))
+    for image, one, two in zip(images, back, front, strict=True):
+        pixels = image.flatten(1).T.double().numpy()
+        black = np.full((1, 3), -1.0)
+        farthest = pixels[pairwise_distances(pixels, black)[:, 0].argmax()]
+        means = KMeans(2, init=np.stack([black[0], farthest]), n_init=1, tol=0).fit(pixels)
+        centres = sorted(means.cluster_centers_, key=lambda c: np.linalg.norm(c + 1))
+        assert np.allclose(centres, torch.stack([one, two]), atol=1e-4)
+
+
+def test_colours_are_found_again_and_dark_digits_discarded() -> None:
+    colors, rng = module("lab.colors"), torch.Generator().manual_seed(0)
+    colours = torch.tensor([[0.5, -0.5, 0.0], [-0.9, 0.8, -0.9], [0.2, 0.2, 0.2]])
+    found = colors.foreground(colors.coloured(bars(3), colours, rng))
+    assert len(found) == 3
+    assert (found - colours).abs().max() < 0.25  # soft edges are darker
+    black = colors.coloured(bars(5), -torch.ones(5, 3), rng)
+    assert len(colors.foreground(black)) == 0
+    assert len(colors.foreground(-torch.ones(2, 3, 16, 16))) == 0
+
+
+def test_data_against_data_is_at_the_floor_and_far_below_one_colour() -> None:
+    colors = module("lab.colors")
+    data, again = normal(1500, 0), normal(1500, 1)
+    floor = colors.js_divergence(data, again)
+    assert 0 < floor < 0.035
+    assert colors.js_divergence(data, data) == pytest.approx(0, abs=1e-12)
+    narrow = colors.js_divergence(data, again / 2)
+    single = colors.js_divergence(data, torch.zeros(1500, 3))
+    assert 2 * floor < narrow < single < math.log(2)
+    assert colors.js_divergence(data, torch.empty(0, 3)) == math.log(2)
+    assert colors.js_divergence(data, torch.full((1500, 3), 50.0)) == pytest.approx(math.log(2))
+
+
+def test_a_single_colour_has_the_analytic_divergence() -> None:
+    """Of N(0, 1 + h^2), the kernel density of normal data, and N(0, h^2), that of one colour."""
+    colors = module("lab.colors")
+    data = normal(4000, 0)
+    h = 4000 ** (-1 / 7)
+
+    def log_density(r: float, variance: float) -> float:
+        return -r * r / (2 * variance) - 1.5 * math.log(2 * math.pi * variance)
+
+    def integrand(r: float, own: float, other: float) -> float:
+        p, q = log_density(r, own), log_density(r, other)
+        return 4 * math.pi * r * r * math.exp(p) * (p - np.logaddexp(p, q) + math.log(2))
+
+    wide, thin = 1 + h * h, h * h
+    expected = (
+        quad(integrand, 0, 12, (wide, thin))[0] + quad(integrand, 0, 12, (thin, wide))[0]
+    ) / 2
+    found = colors.js_divergence(data, data.mean(0).expand(4000, 3))
+    assert found == pytest.approx(expected, abs=0.015)
+
+
+def test_the_density_of_the_data_is_scipys() -> None:
+    colors = module("lab.colors")
+    data, places = normal(300, 0), normal(50, 1).double().numpy()
+    (density,) = colors.densities(data)
+    root = np.linalg.cholesky(np.cov(data.double().numpy().T))
+    whitened = np.linalg.solve(root, places.T).T
+    ours = density.score_samples(whitened) - np.log(np.linalg.det(root))
+    assert np.allclose(ours, gaussian_kde(data.double().numpy().T).logpdf(places.T), atol=2e-3)
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the example, on digits that are made and not MNIST's."""
+    colored, base = module("colored_mnist"), module("lab.digits")
+    grey = bars(50, size=32).add(1).mul(127.5).byte()
+    made = base.Digits(grey, torch.zeros(50, dtype=torch.long))
+    monkeypatch.setattr(base, "mnist", lambda *_, **__: made)
+    return colored
+
+
+def trained(example: Any, folder: Path, *lengths: int) -> Any:
+    for number, pairs in enumerate(lengths):
+        config = replace(
+            example.PRESETS["small"],
+            size="1/4",
+            unroll_steps=1,
+            pairs=pairs,
+            samples=40,
+            evaluate_every=2,
+            batch_size=4,
+        )
+        example.train(config, 0, folder=folder, resume=number > 0)
+    return torch.load(config.checkpoint(folder), weights_only=True)
+
+
+def test_it_resumes_to_the_same_numbers(example: Any, tmp_path: Path) -> None:
+    once, again = trained(example, tmp_path / "a", 4), trained(example, tmp_path / "b", 3, 4)
+    for content in (once, again):
+        for row in content["log"]["history"]:
+            for timing in ("seconds", "seconds_a_pair", "data_seconds_a_pair"):
+                row.pop(timing)
+    assert str(once["log"]["history"]) == str(again["log"]["history"])  # of NaNs too
+    assert torch.equal(once["rng"], again["rng"])
+    for part in "gd":
+        for key, value in once["parts"][part].items():
+            assert torch.equal(value, again["parts"][part][key]), key
+
+
+def test_the_command_line_records_a_row_a_cell_draws_and_overwrites_nothing(
+    example: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    record = tmp_path / "record.csv"
+    command = ["--sizes", "1/4", "1/2", "--unroll-steps", "0", "1", "--iterations", "1"]
+    command += ["--samples", "30", "--batch-size", "4", "--workers", "1"]
+    command += ["--out", str(tmp_path / "out"), "--record", str(record)]
+    monkeypatch.setattr(sys, "argv", ["colored_mnist.py", *command])
+    example.main()
+    lines = record.read_text().splitlines()
+    assert len(lines) == 5
+    assert {"js_divergence", "js_floor", "discarded", "size"} <= {*lines[0].split(",")}
+    for name in ("colours", "samples", "js"):
+        assert (tmp_path / "out" / f"colored_mnist_{name}.png").stat().st_size > 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        example.main()
+    assert "--out must not hold the run already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--unroll-steps", "-1"), ("--iterations", "0"), ("--samples", "3"), ("--sizes", "2")],
+)
+def test_it_refuses_bad_arguments_before_any_work(
+    example: Any,
+    arguments: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["colored_mnist.py", *arguments, "--out", str(out)])
+    with pytest.raises(SystemExit) as refused:
+        example.main()
+    assert refused.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert all(part in error for part in arguments)
+    assert not out.exists()
+
+
+def test_missing_data_and_another_configuration_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = module("colored_mnist")
+    command = ["colored_mnist.py", "--data-root", str(tmp_path), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        example.main()
+    assert "--data-root" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(
+    example: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trained(example, tmp_path, 2)
+    command = ["--sizes", "1/4", "--unroll-steps", "1", "--generator-lr", "0.5", "--resume"]
+    monkeypatch.setattr(sys, "argv", ["colored_mnist.py", *command, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        example.main()
+    assert "generator_lr" in capsys.readouterr().err
