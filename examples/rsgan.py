@@ -112,8 +112,8 @@ SMALL = replace(
     preset="small",
     width="quarter",
     batch_size=16,
-    samples=2000,
-    evaluate_every=100,
+    samples=1000,
+    evaluate_every=50,
     pairs=300,
 )
 PRESETS = {c.preset: c for c in (CIFAR, CIFAR_RESNET, STL, STL_RESNET, SMALL)}
@@ -190,7 +190,7 @@ def train(
             "g_loss": game.generator_loss(discriminator, *sides).item(),
         }
         discriminator.train()
-        if network is None:
+        if network is None or pairs == 0:
             return row | dict.fromkeys(image_metrics.METRICS, math.nan), as_bytes(fake[:SHOWN])
         extractor = features.load(network, config.device)
         found = image_metrics.measure(extractor(as_bytes(fake)), reference(extractor))

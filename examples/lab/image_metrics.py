@@ -25,7 +25,7 @@ METRICS = {
     "f_1_8": "F_1/8",
 }
 Floats = NDArray[np.float64]
-SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance: torch-fidelity's defaults
+SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, as published; smaller for few images
 CLUSTERS, ANGLES, CLUSTERINGS = 20, 1001, 10  # of Sajjadi et al.
 
 
@@ -44,7 +44,7 @@ def measure(fake: Embedding, real: Embedding, *, seed: int = 0) -> dict[str, flo
         raise ValueError(f"features of fake and real images must have one size, got {shapes}")
     statistics = [metric_fid.fid_features_to_statistics(x.features) for x in (fake, real)]
     fid = metric_fid.fid_statistics_to_metric(*statistics, verbose=False)
-    size = min(SUBSET_SIZE, len(fake.features), len(real.features))
+    size = min(SUBSET_SIZE, max(min(len(fake.features), len(real.features)) // 4, 2))
     kid = metric_kid.kid_features_to_metric(
         *(fake.features, real.features),
         kid_subsets=SUBSETS,
