@@ -1,5 +1,6 @@
 """Runs that survive an interruption: atomic files, checkpoints, several processes."""
 
+import io
 import multiprocessing
 import os
 import subprocess
@@ -92,7 +93,9 @@ def save(
     """
     states = {name: part.state_dict() for name, part in parts.items()}
     content = {"settings": settings, "parts": states, "rng": rng.get_state(), "log": log}
-    write_atomically(path, lambda draft: torch.save(content, draft))
+    whole = io.BytesIO()  # torch's own writer does not say that a disk is full
+    torch.save(content, whole)
+    write_atomically(path, lambda draft: draft.write_bytes(whole.getbuffer()))
 
 
 def load(path: Path, parts: Mapping[str, Stateful], rng: Randomness) -> dict[str, Any]:
