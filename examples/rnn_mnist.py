@@ -49,6 +49,7 @@ class Config:
     compile: bool = False
     samples: int = 10_000  # behind every metric (ours)
     classifier: str = ""  # the hash of what counts them
+    classifier_accuracy: float = 0.0  # percent of the test digits
     evaluate_every: int = 1500
     record_every: int = 15_000
     device: str = "cpu"
@@ -75,9 +76,9 @@ PRESETS = {
     "small": Config(
         "small",
         learning_rate=1e-3,
-        samples=256,
-        evaluate_every=20,
-        record_every=100,
+        samples=128,
+        evaluate_every=10,
+        record_every=50,
         pairs=200,
         batch_size=16,
     ),
@@ -295,7 +296,8 @@ def build(given: Mapping[str, Any]) -> list[Config]:
     digits.mnist(root)
     classifier.load(file)
     known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    known["classifier"] = classifier.facts(file)["hash"]
+    facts = classifier.facts(file)
+    known["classifier"], known["classifier_accuracy"] = facts["hash"], facts["test_accuracy"]
     base = replace(PRESETS[given["preset"]], **known)
     standard = given.get("standard", base.pairs)
     first = given["seed"]

@@ -42,7 +42,8 @@ def classifier_file(rnn: Any, tmp_path: Path) -> Path:
     """Return an untrained classifier."""
     widths = (2, 2, 2)
     path = tmp_path / "classifier.pt"
-    rnn.classifier.save(path, rnn.classifier.network(widths), {"widths": widths})
+    facts = {"widths": widths, "test_accuracy": 10.0}
+    rnn.classifier.save(path, rnn.classifier.network(widths), facts)
     return path
 
 
@@ -275,6 +276,7 @@ def row(k: int, seed: int, pairs: int, entropy: float, **others: object) -> dict
         "preset": "small",
         "unroll_steps": k,
         "samples": 500,
+        "classifier_accuracy": 99.4,
         "learning_rate": 0.001,
         "batch_size": 16,
         "evaluate_every": 10,
