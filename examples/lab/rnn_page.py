@@ -42,9 +42,9 @@ Appendix C, and the game is non-saturating, as there. Of {int(first["samples"]):
 noise every {first["evaluate_every"]} pairs of updates, "digits covered" and their entropy (ln 10 =
 2.30 where all are equal) are through a classifier of {float(first["classifier_accuracy"]):.1f} %
 test accuracy, which calls every blob some digit. "Variance" is the samples', summed over pixels, of
-the data's: near 0 where all samples are alike, whatever they are called. "Changes" counts how often the digit that most samples are becomes another,
-"rotations" the same over the moments at which more than half of the samples are one digit; both
-grow with the number of evaluations.
+the data's: near 0 where all samples are alike, whatever they are called. "Changes" counts how often
+the digit that most samples are becomes another, "rotations" the same over the moments at which more
+than half of the samples are one digit; both grow with the number of evaluations.
 
 Scaled down: {pairs} pairs of updates for the 75,000 of Appendix C, batches of
 {first["batch_size"]}, and learning rates of {float(first["learning_rate"]):g} for 1e-4, chosen
