@@ -92,22 +92,14 @@ def train(config: Config, line: int, *, folder: Path, resume: bool, root: Path |
     pixels = image_folder.load(root).pixels.to(device)
     g = dcgan.generator(config.size, rng, noise_size=config.noise_size).to(memory_format=layout)
     d = dcgan.discriminator(config.size, rng).to(memory_format=layout)
-    averaged = AveragedModel(
-        g, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
-    ).requires_grad_(False)
+    decay = get_ema_multi_avg_fn(config.ema)
+    averaged = AveragedModel(g, multi_avg_fn=decay, use_buffers=True).requires_grad_(False)
     betas = (config.beta1, 0.999)
     g_optimizer = torch.optim.Adam(g.parameters(), config.generator_lr, betas)
     d_optimizer = torch.optim.Adam(d.parameters(), config.discriminator_lr, betas)
     losses = Losses(LOSSES).to(device)
-    parts: dict[str, Any] = {
-        "g": g,
-        "d": d,
-        "g_adam": g_optimizer,
-        "d_adam": d_optimizer,
-        "losses": losses,
-    }
-    if config.ema:
-        parts["ema"] = averaged
+    parts: dict[str, Any] = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    parts |= {"losses": losses, "ema": averaged} if config.ema else {"losses": losses}
 
     def noise(count: int = config.batch_size) -> Tensor:
         return torch.randn(count, config.noise_size, generator=rng, device=device)
@@ -177,9 +169,8 @@ def trained(path: Path, device: str = "cpu") -> tuple[nn.Module, Config]:
     """Return the generator of a checkpoint, in evaluation mode, and how it was trained."""
     content = torch.load(path, map_location=device, weights_only=True)
     config = Config(**content["settings"])
-    g: nn.Module = dcgan.generator(
-        config.size, torch.Generator(device), noise_size=config.noise_size
-    )
+    rng = torch.Generator(device)
+    g: nn.Module = dcgan.generator(config.size, rng, noise_size=config.noise_size)
     if config.ema:
         average = AveragedModel(g)
         average.load_state_dict(content["parts"]["ema"])
@@ -272,15 +263,13 @@ def build(given: Mapping[str, Any]) -> list[Config]:
 def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
     """Write the time series and the figures, and print the table."""
     logs = [(config, runs.read_log(config.checkpoint(args.out))) for config in configs]
-    series = [
-        {"unroll_steps": config.unroll_steps, "seed": config.seed, **row}
-        for config, log in logs
-        for row in log["history"]
-    ]
-    records.write(args.out / "metrics.csv", series)
+    series: list[dict[str, Any]] = []
     histories: dict[str, list[Any]] = {}
     for config, log in logs:
+        run = {"unroll_steps": config.unroll_steps, "seed": config.seed}
+        series += [run | row for row in log["history"]]
         histories.setdefault(f"K = {config.unroll_steps}", []).append(log["history"])
+    records.write(args.out / "metrics.csv", series)
     columns = {name: name.replace("_loss", "'s loss") for name in LOSSES}
     print(f"\n{configs[0].pairs:,} pairs of updates on {configs[0].images:,} images.\n")
     print(records.table(histories, columns | {"seconds": "seconds"}))
@@ -296,10 +285,8 @@ def main() -> None:
     parser = arguments()
     args = parser.parse_args()
     ranks.join(args.device)
-    if ranks.count() > 1:
-        args.workers = 1
-    if not ranks.first():
-        args.record = None
+    args.workers = args.workers if ranks.count() == 1 else 1
+    args.record = args.record if ranks.first() else None
     task = partial(train, root=args.data_root)
     configs = cli.carry_out(parser, args, build, task, record_rows, keep=True)
     if ranks.first():

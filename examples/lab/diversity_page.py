@@ -38,8 +38,8 @@ def inversion(results: Path) -> str:
     ]
     head = ("K", "MSE", "MSE in [0, 1]", "% best", "MSE, paper", "% best, paper")
     counts = " ".join(f"--{name} {first[name]}" for name in ("targets", "starts", "steps"))
-    text = f"""`cifar10_diversity.py`: for {first["targets"]} training images (the paper: 1,280), the
-        latent point whose image is nearest, by L-BFGS from {first["starts"]} random starts, at
+    text = f"""`cifar10_diversity.py`: for {first["targets"]} training images (the paper: 1,280),
+        the latent point whose image is nearest, by L-BFGS from {first["starts"]} random starts, at
         most {first["steps"]} steps each (the paper does not say), with a line search and a history
         of its own for every start; the best start counts. Images and starts are the same for every
         model, G is in evaluation mode. MSE is the mean over pixels and channels in [-1, 1] (the
