@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any, cast
 
@@ -15,14 +16,13 @@ from torch.func import functional_call, grad_and_value
 
 from unroll.game.objectives import Objective
 from unroll.optimizers import InnerOptimizer
-from unroll.randomness import RandomState, random_state, replayed, set_random_state
-from unroll.stateless import Batch, map_tensors, tensors
+from unroll.randomness import random_state, set_random_state
+from unroll.stateless import Batch, map_tensors
 from unroll.steps.backend import inductor
 from unroll.steps.checks import Project, projected
+from unroll.steps.comparison import Given, compare
 from unroll.steps.discriminator import At, Point
-from unroll.steps.recompute import Step, filled, leaves
-
-Given = tuple[Point, Batch, Batch]
+from unroll.steps.recompute import Step
 
 
 class Functional:
@@ -130,7 +130,7 @@ class CompiledStep:
             with _quiet():
                 following = self._run(game, *given, graph=graph)
                 if self._fresh:
-                    self._compare(step, game, given, before, graph=graph)
+                    compare(partial(self._run, game), step, given, before, device, graph=graph)
             self._fresh = False
         except Exception as error:  # whatever a backend raises: the eager step has the last word
             set_random_state(before, device)
@@ -167,33 +167,6 @@ class CompiledStep:
                 stacklevel=2,
             )
 
-    def _compare(
-        self, step: Step[Point], game: Game, given: Given, state: RandomState, *, graph: bool
-    ) -> None:
-        """Refuse compiled code that differs from the eager step by more than round-off does."""
-
-        def compiled(point: Point, fake: Batch, real: Batch, *, graph: bool) -> Point:
-            return self._run(game, point, fake, real, graph=graph)
-
-        device = next(game.module.parameters()).device
-        found = []
-        runs: tuple[tuple[Step[Point], Given], ...] = (
-            (compiled, given),
-            (step, given),
-            (step, map_tensors(_nudged, given)),
-        )
-        for function, inputs in runs:
-            with replayed(state, device):
-                values = _values_and_derivatives(function, inputs, graph=graph)
-                found.append((values, tensors(random_state(device))))
-        (ours, drawn), (eager, drawn_eagerly), (nudged, _) = found
-        for a, b, c in zip(ours, eager, nudged, strict=True):
-            error, norm = _norm(a - b), _norm(b)
-            if not error <= 1e-3 * norm + 10 * _norm(c - b):
-                raise RuntimeError(f"its result is off by {error:.1e} in {norm:.1e}")
-        if not all(map(torch.equal, drawn, drawn_eagerly)):
-            raise RuntimeError("it draws other random numbers")
-
 
 @contextmanager
 def _quiet() -> Iterator[None]:
@@ -224,39 +197,3 @@ def _alike(game: Game, given: Given, *, graph: bool) -> Given:
 
 def _leaf(tensor: Tensor, needed: bool) -> Tensor:
     return tensor.detach().requires_grad_() if needed and not tensor.requires_grad else tensor
-
-
-def _values_and_derivatives(step: Step[Point], given: Given, *, graph: bool) -> list[Tensor]:
-    """Return what a step leads to, and the derivatives of two functions of it in all inputs."""
-    inputs = leaves(tensors(given), [t.requires_grad for t in tensors(given)])
-    point, fake, real = filled(given, inputs)
-    following = step(point, fake, real, graph=graph)
-    moved = [p - point.parameters[name] for name, p in following.parameters.items()]
-    state = tensors(following.optimizer_state)
-    values = [*moved, *following.buffers.values(), *state]
-    wanted = [t for t in inputs if t.requires_grad]
-    for outputs in ([*following.parameters.values()], state) if graph else ():
-        # Of theta_D^{k+1} alone, round-off may be all there is (Adam's first step): so twice.
-        seeded = [t for t in outputs if t.grad_fn is not None]
-        if seeded:
-            seeds = [
-                torch.arange(t.numel(), dtype=t.dtype, device=t.device).cos().view(t.shape)
-                for t in seeded
-            ]
-            values += torch.autograd.grad(
-                seeded, wanted, seeds, allow_unused=True, retain_graph=True, materialize_grads=True
-            )
-    return [value.detach() for value in values]
-
-
-def _nudged(tensor: Tensor) -> Tensor:
-    """Return a tensor that is off by a few units in the last place."""
-    if not tensor.is_floating_point():
-        return tensor
-    pattern = torch.linspace(-8, 8, tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-    off = 1 + torch.finfo(tensor.dtype).eps * pattern.view(tensor.shape)
-    return (tensor.detach() * off).requires_grad_(tensor.requires_grad)
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(tensor.double().norm())
