@@ -26,7 +26,7 @@ def milliseconds(row: Row, _: Sequence[Row]) -> float | None:
 
 def above_no_steps(row: Row, rows: Sequence[Row]) -> float | None:
     """Return the peak memory above that of the same peer at K = 0, in MiB."""
-    same = ("network", "allocator", "peer", "revision")
+    same = ("network", "allocator", "peer", "torch")
     for other in rows:
         if other["unroll_steps"] == "0" and all(other[c] == row[c] for c in same):
             if not (row["peak_mib"] and other["peak_mib"]):
