@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import classifier, cli, coverage, dcgan, digits, pictures, records, runs
+from lab import classifier, cli, coverage, dcgan, digits, pictures, records, runs, stacked_page
 from torch import Tensor, nn
 
 import unroll
@@ -287,7 +287,10 @@ def main() -> None:
     work = partial(train, data_root=args.data_root, classifier_file=args.classifier)
     rows = partial(record_rows, judge=args.classifier)
     configs = cli.carry_out(parser, args, build, work, rows, keep=True)
-    report(args.out, args.figures or args.out, configs)
+    figures = args.figures or args.out
+    report(args.out, figures, configs)
+    if args.record is not None:
+        stacked_page.curves(args.record, figures / "stacked_mnist_curves.png")
 
 
 if __name__ == "__main__":

@@ -182,3 +182,42 @@ def test_throughput_times_pairs_and_their_data(
         images = int(row["batch_size"]) / pair
         assert float(row["images_a_second"]) == pytest.approx(images)
         assert row["pairs"] == "2"
+
+
+def test_the_section_says_what_the_record_does(load: Callable[[str], Any], tmp_path: Path) -> None:
+    records, page = load("lab.records"), load("lab.stacked_page")
+    assert page.stacked_mnist(tmp_path) == ""
+    config = load("stacked_mnist").PRESETS["small"]
+    rng = torch.Generator().manual_seed(0)
+    for size, gain in ((0.25, 200), (0.5, 50)):
+        for k in (0, 10):
+            for seed in range(3):
+                noise = int(torch.randint(5, (), generator=rng))
+                for pairs, part in ((100, 0.5), (200, 1.0)):
+                    modes = int(part * (300 + gain * (k > 0) + noise))
+                    done = {"modes": modes, "reverse_kl": 3 - modes / 1000}
+                    curve = {f"curve_{name}": value for name, value in done.items()}
+                    whole = done if pairs == 200 else dict.fromkeys(done, "")
+                    which = {"size": size, "unroll_steps": k, "seed": seed, "pairs": pairs}
+                    row = vars(config) | which | whole | curve
+                    records.append(tmp_path / "stacked_mnist.csv", row, key=list(which))
+    text = page.stacked_mnist(tmp_path)
+    assert "D = 1/4 with K=1; D = 1/4 with K=5" in text
+    verdicts = [line for line in text.splitlines() if line.startswith(("| ten", "| the benefit"))]
+    assert [line.split(" | ")[-1] for line in verdicts] == ["**holds** |"] * 3
+    assert "| networks of App. D's size cover all modes with K=0 | paper | not run |" in text
+    page.curves(tmp_path / "stacked_mnist.csv", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_the_section_on_costs_names_slow_data(load: Callable[[str], Any], tmp_path: Path) -> None:
+    records, page = load("lab.records"), load("lab.throughput_page")
+    assert page.throughput(tmp_path) == ""
+    row = {"preset": "paper", "unroll_steps": 0, "batch_size": 128, "pairs": 10}
+    row |= {"preset_pairs": 36_000, "images_a_second": 1280.0, "seconds_a_pair": 0.1}
+    for name, data in (("fast", 0.001), ("slow", 0.004)):
+        each = {"experiment": name, **row, "data_seconds_a_pair": data}
+        records.append(tmp_path / "throughput.csv", each, key=("experiment",))
+    text = page.throughput(tmp_path)
+    assert "It is not for slow (paper): 4.0 %; it is elsewhere." in text
+    assert "| fast | paper | 0 | 128 | 10 | 100.0 | 1,280 | 1.00 | 36,000 | 1.00 |" in text
