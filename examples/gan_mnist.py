@@ -48,6 +48,8 @@ class Config:
     """One run. The defaults are that README's; "ours" marks a choice where it is silent."""
 
     preset: str = "paper"
+    classifier: str = ""  # the hash of what counts the classes
+    classifier_accuracy: float = 0.0  # percent of the test digits
     optimizer: str = "Adam"
     lr: float = 2e-4  # of both networks
     momentum: float = 0.0
@@ -200,13 +202,9 @@ def train(
         g_optimizer.zero_grad()
         g_loss.backward()
         g_optimizer.step()
-        trace.add(
-            d_loss=d_loss.item(),
-            g_loss=g_loss.item(),
-            d_gradient=d_gradient.item(),
-            d_update=d_update.item(),
-            seconds=time.process_time() - began,
-        )
+        spent = time.process_time() - began
+        of_d = {"d_loss": d_loss, "d_gradient": d_gradient, "d_update": d_update}
+        trace.add(**of_d, g_loss=g_loss, seconds=spent)
     return config
 
 
@@ -237,7 +235,8 @@ def arguments() -> argparse.ArgumentParser:
         nargs="+",
         choices=OPTIMIZERS,
         default=list(OPTIMIZERS),
-        help="of both networks (default: all four)",
+        help="of both networks (default: all four); as the rate of SGD-scaled depends on the "
+        "iterations, its runs cannot be extended",
     )
     add(
         "--unroll-steps",
@@ -273,13 +272,18 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def build(given: Mapping[str, Any]) -> list[Config]:
-    """Return the runs that the command line asks for, the seeds by turns."""
+    """Return the runs that the command line asks for."""
+    facts = classifier.facts(given.get("classifier"))
     known = {name: value for name, value in given.items() if name in Config.__match_args__}
+    known |= {"classifier": facts["hash"], "classifier_accuracy": facts["test_accuracy"]}
     base = replace(PRESETS[given["preset"]], **known)
+    arms = dict.fromkeys(given["optimizers"])
+    if base.pairs == EPOCHS and "SGD" in arms:
+        arms.pop("SGD-scaled", None)  # it is the same
     configs = []
     for seed in range(given["seed"], given["seed"] + given["seeds"]):
         for k in dict.fromkeys(given["steps"]):
-            for name in dict.fromkeys(given["optimizers"]):
+            for name in arms:
                 rate, momentum = OPTIMIZERS[name]
                 rate *= EPOCHS / base.pairs if name == "SGD-scaled" else 1
                 arm = {"optimizer": name, "lr": given.get("lr", rate), "momentum": momentum}
@@ -293,7 +297,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.generate is not None:
-            folder = gan_mnist_figures.generate(args.generate, args.out, generator_of)
+            folder = gan_mnist_figures.generate(args.generate, args.out, generator_of, args.seed)
             print(f"Samples are in {folder}/")
             return
         digits.mnist(args.data_root)

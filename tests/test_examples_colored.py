@@ -82,22 +82,22 @@ def test_colours_are_found_again_and_dark_digits_discarded() -> None:
 
 def test_data_against_data_is_at_the_floor_and_far_below_one_colour() -> None:
     colors = module("lab.colors")
-    data, again = normal(1500, 0), normal(1500, 1)
+    data, again = normal(900, 0), normal(900, 1)
     floor = colors.js_divergence(data, again)
-    assert 0 < floor < 0.035
+    assert 0 < floor < 0.06
     assert colors.js_divergence(data, data) == pytest.approx(0, abs=1e-12)
     narrow = colors.js_divergence(data, again / 2)
-    single = colors.js_divergence(data, torch.zeros(1500, 3))
+    single = colors.js_divergence(data, torch.zeros(900, 3))
     assert 2 * floor < narrow < single < math.log(2)
     assert colors.js_divergence(data, torch.empty(0, 3)) == math.log(2)
-    assert colors.js_divergence(data, torch.full((1500, 3), 50.0)) == pytest.approx(math.log(2))
+    assert colors.js_divergence(data, torch.full((900, 3), 50.0)) == pytest.approx(math.log(2))
 
 
 def test_a_single_colour_has_the_analytic_divergence() -> None:
     """Of N(0, 1 + h^2), the kernel density of normal data, and N(0, h^2), that of one colour."""
     colors = module("lab.colors")
-    data = normal(4000, 0)
-    h = 4000 ** (-1 / 7)
+    data = normal(2000, 0)
+    h = 2000 ** (-1 / 7)
 
     def log_density(r: float, variance: float) -> float:
         return -r * r / (2 * variance) - 1.5 * math.log(2 * math.pi * variance)
@@ -110,8 +110,8 @@ def test_a_single_colour_has_the_analytic_divergence() -> None:
     expected = (
         quad(integrand, 0, 12, (wide, thin))[0] + quad(integrand, 0, 12, (thin, wide))[0]
     ) / 2
-    found = colors.js_divergence(data, data.mean(0).expand(4000, 3))
-    assert found == pytest.approx(expected, abs=0.015)
+    found = colors.js_divergence(data, data.mean(0).expand(2000, 3))
+    assert found == pytest.approx(expected, abs=0.02)
 
 
 def test_the_density_of_the_data_is_scipys() -> None:

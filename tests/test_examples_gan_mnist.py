@@ -25,6 +25,8 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
     made = digits.Digits(images, torch.arange(80) % 10)
     monkeypatch.setattr(digits, "mnist", lambda *_, **__: made)
     monkeypatch.setattr(classifier, "load", lambda *_, **__: nn.Identity())
+    facts = {"hash": "none", "test_accuracy": 99.5}
+    monkeypatch.setattr(classifier, "facts", lambda *_, **__: facts)
     monkeypatch.setattr(
         classifier, "classify", lambda _, x: ((x.mean((1, 2, 3)) + 1) * 5).long().clamp(0, 9)
     )

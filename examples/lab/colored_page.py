@@ -12,7 +12,7 @@ K, JS = "unroll_steps", "js_divergence"
 
 def colored_mnist(results: Path) -> str:
     """Return the section, or "" without a record."""
-    every = _records(results / "colored_mnist.csv").pick(preset="small").most("pairs")
+    every = _once(_records(results / "colored_mnist.csv").pick(preset="small")).most("pairs")
     if not every.rows:
         return ""
     first, published = every.rows[0], _published(results / "published.csv")
@@ -68,6 +68,9 @@ work beside, and images those of the data that a training goes through. Again:
 
 {table(head, lines)}
 
+The better of 5 and 10 steps is chosen by its mean over the seeds that judge it, which favours it a
+little.
+
 {claims(
     ("paper", f"the better of 5 and 10 steps beats none (X = {x})", found)
     for x, found in by_size.items()
@@ -116,3 +119,8 @@ def _records(path: Path) -> Records:
         return Records([])
     with path.open(newline="") as file:
         return Records(list(csv.DictReader(file)))
+
+
+def _once(rows: Records) -> Records:
+    """Return the last row of each run."""
+    return Records(list({(r["size"], r[K], r["seed"], r["pairs"]): r for r in rows.rows}.values()))

@@ -77,7 +77,7 @@ def report(out: Path, folder: Path, configs: Sequence[Run]) -> None:
 
 
 def generate(
-    checkpoint: Path, folder: Path, build: Callable[[int], nn.Module], count: int = 49
+    checkpoint: Path, folder: Path, build: Callable[[int], nn.Module], seed: int, count: int = 49
 ) -> Path:
     """Write new samples of a trained generator, one a file and all in a grid.
 
@@ -85,6 +85,7 @@ def generate(
         checkpoint: Of its run.
         folder: Where a folder for them is made.
         build: Given the size of the noise, returns an untrained generator.
+        seed: Of the noise.
         count: How many.
     """
     try:
@@ -102,8 +103,9 @@ def generate(
         raise ValueError(
             f"--out must not hold these samples already, there is {target}: give another folder"
         )
+    noise = torch.randn(count, noise_size, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        images = generator(torch.randn(count, noise_size)).view(-1, 1, 28, 28) * 2 - 1
+        images = generator(noise).view(-1, 1, 28, 28) * 2 - 1
     for number, image in enumerate(images):
         pictures.write(target / f"{number:02}.png", image[None], columns=1)
     pictures.write(target / "grid.png", images, columns=7)

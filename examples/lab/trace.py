@@ -21,7 +21,7 @@ class Trace:
         self.rows: list[tuple[float, ...]] = []
         self.kept: dict[int, Tensor] = {}  # by the pairs that were done
 
-    def add(self, **values: float) -> None:
+    def add(self, **values: float | Tensor) -> None:
         """Add the numbers of a pair."""
         self.rows.append(tuple(float(values[column]) for column in self.columns))
 
