@@ -13,12 +13,13 @@ those that look ahead.
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lab import cli, planar, records, runs, seeds
+from lab import cli, planar, runs, seeds
 from lab.mixtures import Mixture, ring
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -57,11 +58,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
-        if self.unroll_steps < 0:
-            raise ValueError(f"--unroll-steps must not be negative, got {self.unroll_steps}")
-        for name, flag in (("pairs", "iterations"), ("width", "width")):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{flag} must be positive, got {getattr(self, name)}")
+        cli.check(self, pairs="iterations", width="width")
 
     @property
     def label(self) -> str:
@@ -101,71 +98,39 @@ def data(config: Config) -> Mixture:
 def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
     """Train the GANs of all seeds; what comes of them is in their checkpoint."""
     torch.set_num_threads(1)  # the networks are tiny
-    rngs = seeds.Generators(
-        range(config.first_seed, config.first_seed + config.seeds), config.device
-    )
-    mixture = data(config)
+    rngs = seeds.generators(config)
     hidden = [config.width, config.width]
-    generator = seeds.perceptrons([config.noise_size, *hidden, 2], "relu", rngs)
-    discriminator = seeds.perceptrons([2, *hidden, 1], "leaky_relu", rngs, last_bias=False)
-    betas = (config.beta1, config.beta2)
-    g_optimizer = torch.optim.Adam(generator.parameters(), config.generator_lr, betas)
-    d_optimizer = torch.optim.Adam(discriminator.parameters(), config.discriminator_lr, betas)
-
-    def noise(count: int = config.batch_size) -> Tensor:
-        shape = config.noise_size, count
-        return rngs.draw(lambda rng: torch.randn(shape, generator=rng, device=rng.device))
-
-    def sample() -> Tensor:
-        return rngs.draw(lambda rng: mixture.sample(config.batch_size, rng).T)
-
-    held_out = noise(config.samples)
-
-    @torch.no_grad()
-    def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
-        return planar.evaluate(generator(held_out), mixture, 2 * pairs, earlier)
-
-    iterations = runs.iterate(
-        config.checkpoint(folder),
-        asdict(config),
-        {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer},
+    players = planar.Players(
+        config,
         rngs,
-        evaluate,
-        length=config.pairs,
-        every=config.evaluate_every,
-        resume=resume,
-        bar={"desc": f"{config.label}, width {config.width}", "position": line, "unit": "pair"},
+        data(config),
+        partial(rngs.normal, config.noise_size),
+        seeds.perceptrons([config.noise_size, *hidden, 2], "relu", rngs),
+        seeds.perceptrons([2, *hidden, 1], "leaky_relu", rngs, last_bias=False),
+        GAMES[config.game],
+        rates=(config.generator_lr, config.discriminator_lr),
+        betas=(config.beta1, config.beta2),
     )
-
-    game = seeds.SideBySide(GAMES[config.game], config.seeds)
+    generator, discriminator = players.generator, players.discriminator
     unrolled = unroll.UnrolledGeneratorLoss(
         discriminator,
-        d_optimizer,
-        game,
+        players.d_optimizer,
+        players.game,
         unroll_steps=config.unroll_steps,
         stop_gradient=config.stop_gradient,
         project=normalised if config.normalise else None,
     )
-    for _ in iterations:
-        real, z = sample(), noise()
-        d_loss = game.discriminator_loss(discriminator, generator(z).detach(), real)
-        d_optimizer.zero_grad()
-        d_loss.backward()
-        d_optimizer.step()
+    label = f"{config.label}, width {config.width}"
+    for _ in players.iterate(folder, resume=resume, label=label, line=line):
+        real, z = players.real(), players.noise()
+        players.train_discriminator(generator(z), real)
         if config.normalise:
             discriminator.load_state_dict(normalised(discriminator.state_dict()))
-
-        g_loss = unrolled(generator(z), real)
-        g_optimizer.zero_grad()
-        g_loss.backward()
-        g_optimizer.step()
+        players.follow(unrolled(generator(z), real))
     return config
 
 
-def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what is kept of finished runs."""
-    size = {"pairs": config.pairs, "batch_size": config.batch_size}
-    return seeds.record_rows("five_gaussians", config, log, size)
+record_rows = partial(seeds.record_rows, "five_gaussians")
 
 
 def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
@@ -184,15 +149,13 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
             seed=first.first_seed,
             caption=f"preset {first.preset}, width {width}",
         )
-    records.write(args.out / "metrics.csv", seeds.series(everything, configs[0].first_seed))
-    print(f"\nTime series, settings and checkpoints are in {args.out}/, figures in {folder}/")
+    seeds.write_series(args.out, everything, configs[0].first_seed)
+    cli.written(args, folder)
 
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument_group("the method").add_argument
     add(
         "--games",
@@ -202,15 +165,7 @@ def arguments() -> argparse.ArgumentParser:
         help="JS: the original GAN, its generator's loss non-saturating as in the authors' code; "
         "Rp: real and fake compared in pairs, their RS-GAN (default: both)",
     )
-    add(
-        "--unroll-steps",
-        dest="steps",
-        type=int,
-        nargs="+",
-        default=[0, 5],
-        metavar="K",
-        help="look-ahead steps of D in the generator's loss; 0 is the ordinary one (default: 0 5)",
-    )
+    cli.add_unroll_steps(add, 0, 5)
     add("--stop-gradient", action="store_true", help="only the first term of Eq. 12")
     add(
         "--normalise",
@@ -234,21 +189,14 @@ def arguments() -> argparse.ArgumentParser:
         metavar="UNITS",
         help="of the hidden layers of both networks; several are trained (default: the preset's)",
     )
-    add(
-        "--iterations",
-        dest="pairs",
-        type=int,
-        metavar="PAIRS",
-        help="of one D and one G update (default: the preset's)",
-    )
+    cli.add_iterations(add)
     cli.add_run_flags(parser, "five_gaussians", seeds=10, figures=True)
     return parser
 
 
 def build(given: Mapping[str, Any]) -> list[Config]:
     """Return the settings that the command line asks for."""
-    known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    base = replace(PRESETS[given["preset"]], **known | {"first_seed": given["seed"]})
+    base = cli.chosen(given, PRESETS)
     return [
         replace(base, game=game, unroll_steps=k, width=width)
         for width in given.get("widths", [base.width])

@@ -211,20 +211,13 @@ def report(folder: Path, configs: Sequence[Config]) -> None:
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line, explained in the paper's terms."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument_group("the method").add_argument
-    add(
-        "--unroll-steps",
-        dest="steps",
-        type=int,
-        nargs="+",
-        default=[0, 10],
-        metavar="K",
-        help="look-ahead steps of D in the generator's loss f_K (Eq. 7-9); several are trained "
-        "side by side from the same seeds, 0 is the standard GAN (default: 0 10)",
+    text = (
+        "look-ahead steps of D in the generator's loss f_K (Eq. 7-9); several are trained side by "
+        "side from the same seeds, 0 is the standard GAN"
     )
+    cli.add_unroll_steps(add, 0, 10, text=text)
     add(
         "--stop-gradient",
         action="store_true",
@@ -268,14 +261,11 @@ def arguments() -> argparse.ArgumentParser:
     add("--activation", choices=ACTIVATIONS, help="of both networks (default: the preset's)")
     add("--generator-lr", type=float, metavar="ETA", help="Adam's learning rate for G")
     add("--discriminator-lr", type=float, metavar="ETA", help="and for D, real or unrolled steps")
-    add(
-        "--iterations",
-        dest="pairs",
-        type=int,
-        metavar="PAIRS",
-        help="pairs of one D and one G update (of N with the options above); the paper counts "
-        "single updates, two a pair (default: the preset's)",
+    text = (
+        "pairs of one D and one G update (of N with the options above); the paper counts single "
+        "updates, two a pair"
     )
+    cli.add_iterations(add, text)
     add("--samples", type=int, metavar="N", help="samples behind every metric (default: 2500)")
     cli.add_run_flags(parser, "mog")
     return parser
@@ -283,8 +273,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def build(given: Mapping[str, Any]) -> list[Config]:
     """Return the runs that the command line asks for."""
-    known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    base = replace(PRESETS[given["preset"]], **known)
+    base = cli.chosen(given, PRESETS)
     first = given["seed"]
     return [
         replace(base, unroll_steps=k, seed=seed)

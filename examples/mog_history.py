@@ -12,11 +12,12 @@ what looking ahead does? The paper: no, and longer delays make the game less sta
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lab import appendix, cli, planar, records, runs, seeds
+from lab import appendix, cli, planar, runs, seeds
 from lab.appendix import QUICK
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -111,7 +112,7 @@ class Ensemble(nn.Module):
 
 def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
     """Train the GANs of all seeds; what comes of them is in their checkpoint."""
-    players = appendix.Players(config)
+    players = appendix.players(config)
     ensemble = Ensemble(
         players.discriminator, members=config.members, delay=config.delay, live=config.live
     )
@@ -119,17 +120,17 @@ def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
         players.discriminator, players.d_optimizer, players.game, unroll_steps=config.unroll_steps
     )
     iterations = players.iterate(
-        config.checkpoint(folder),
-        players.look,
+        folder,
         resume=resume,
         label=config.label,
         line=line,
+        evaluate=partial(appendix.look, players),
         ensemble=ensemble,
     )
     for _ in iterations:
         players.train_discriminator()
         ensemble.follow()
-        fake, real = players.generator(players.noise()), players.real()
+        fake, real = players.fake(), players.real()
         if config.unroll_steps:
             players.follow(unrolled(fake, real))
         else:  # f, but for its real-data term, which is constant in theta_G here
@@ -166,15 +167,13 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
                 caption=f"preset {first.preset}",
             )
     named = {c.label: log for c, log in logs.items()}
-    records.write(args.out / "metrics.csv", seeds.series(named, first.first_seed))
-    print(f"\nTime series, settings and checkpoints are in {args.out}/, figures in {folder}/")
+    seeds.write_series(args.out, named, first.first_seed)
+    cli.written(args, folder)
 
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument_group("the method").add_argument
     add(
         "--members",
@@ -202,16 +201,8 @@ def arguments() -> argparse.ArgumentParser:
         help="the newest member of an ensemble with a delay: D as it is, or as it was when last "
         "sampled; the paper does not say (default: both)",
     )
-    add(
-        "--unroll-steps",
-        dest="steps",
-        type=int,
-        nargs="*",
-        default=[10],
-        metavar="K",
-        help="look-ahead steps of D in the generator's loss, without an ensemble, to compare with "
-        "(default: 10)",
-    )
+    text = "look-ahead steps of D in the generator's loss, without an ensemble, to compare with"
+    cli.add_unroll_steps(add, 10, nargs="*", text=text)
     add = parser.add_argument_group("the experiment").add_argument
     add(
         "--preset",
@@ -220,21 +211,14 @@ def arguments() -> argparse.ArgumentParser:
         help="paper: Appendix A. quick (default), as in mog.py: both learning rates 1e-3 for 1e-4, "
         "batches of 256 for 512 and 3,500 pairs for 25,000",
     )
-    add(
-        "--iterations",
-        dest="pairs",
-        type=int,
-        metavar="PAIRS",
-        help="of one D and one G update (default: the preset's)",
-    )
+    cli.add_iterations(add)
     cli.add_run_flags(parser, "mog_history", seeds=3, figures=True)
     return parser
 
 
 def build(given: Mapping[str, Any]) -> list[Config]:
     """Return the settings that the command line asks for."""
-    known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    base = replace(PRESETS[given["preset"]], **known | {"first_seed": given["seed"]})
+    base = cli.chosen(given, PRESETS)
     arms: list[dict[str, Any]] = [{"members": size} for size in given["sizes"]]
     arms += [
         {"members": DELAYED, "delay": delay, "live": newest == "live" or delay == 1}

@@ -12,14 +12,14 @@ paper's Eq. 12 only; here that is `--gradients first`, beside the whole gradient
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lab import cli, planar, records, runs, seeds
+from lab import cli, planar, runs, seeds
 from lab.mixtures import Mixture, ring
-from torch import Tensor
 
 import unroll
 
@@ -54,10 +54,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
-        if self.unroll_steps < 0:
-            raise ValueError(f"--unroll-steps must not be negative, got {self.unroll_steps}")
-        if self.pairs <= 0:
-            raise ValueError(f"--iterations must be positive, got {self.pairs}")
+        cli.check(self, pairs="iterations")
 
     @property
     def label(self) -> str:
@@ -110,68 +107,34 @@ def data(config: Config) -> Mixture:
 def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
     """Train the GANs of all seeds; what comes of them is in their checkpoint."""
     torch.set_num_threads(1)  # the networks are tiny
-    rngs = seeds.Generators(
-        range(config.first_seed, config.first_seed + config.seeds), config.device
-    )
-    mixture = data(config)
+    rngs = seeds.generators(config)
     hidden = [config.width, config.width]
-    generator = seeds.perceptrons([config.noise_size, *hidden, 2], config.activation, rngs)
-    discriminator = seeds.perceptrons([2, *hidden, 1], "relu", rngs)
-    betas = (config.beta1, 0.999)
-    g_optimizer = torch.optim.Adam(generator.parameters(), config.generator_lr, betas)
-    d_optimizer = torch.optim.Adam(discriminator.parameters(), config.discriminator_lr, betas)
-
-    def noise(count: int = config.batch_size) -> Tensor:
-        shape = config.noise_size, count
-        return rngs.draw(lambda rng: torch.randn(shape, generator=rng, device=rng.device))
-
-    def sample() -> Tensor:
-        return rngs.draw(lambda rng: mixture.sample(config.batch_size, rng).T)
-
-    held_out = noise(config.samples)
-
-    @torch.no_grad()
-    def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
-        return planar.evaluate(generator(held_out), mixture, 2 * pairs, earlier)
-
-    name = f"{config.activation} {config.weight_deviation}, {config.label}"
-    iterations = runs.iterate(
-        config.checkpoint(folder),
-        asdict(config),
-        {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer},
+    players = planar.Players(
+        config,
         rngs,
-        evaluate,
-        length=config.pairs,
-        every=config.evaluate_every,
-        resume=resume,
-        bar={"desc": name, "position": line, "unit": "pair"},
+        data(config),
+        partial(rngs.normal, config.noise_size),
+        seeds.perceptrons([config.noise_size, *hidden, 2], config.activation, rngs),
+        seeds.perceptrons([2, *hidden, 1], "relu", rngs),
+        unroll.NonSaturating(),
+        rates=(config.generator_lr, config.discriminator_lr),
+        betas=(config.beta1, 0.999),
     )
-
-    game = seeds.SideBySide(unroll.NonSaturating(), config.seeds)
     unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator,
-        d_optimizer,
-        game,
+        players.discriminator,
+        players.d_optimizer,
+        players.game,
         unroll_steps=config.unroll_steps,
         stop_gradient=config.stop_gradient,
     )
-    for _ in iterations:
-        d_loss = game.discriminator_loss(discriminator, generator(noise()).detach(), sample())
-        d_optimizer.zero_grad()
-        d_loss.backward()
-        d_optimizer.step()
-
-        g_loss = unrolled(generator(noise()), sample())
-        g_optimizer.zero_grad()
-        g_loss.backward()
-        g_optimizer.step()
+    label = f"{config.activation} {config.weight_deviation}, {config.label}"
+    for _ in players.iterate(folder, resume=resume, label=label, line=line):
+        players.train_discriminator()
+        players.follow(unrolled(players.fake(), players.real()))
     return config
 
 
-def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what is kept of finished runs."""
-    size = {"pairs": config.pairs, "batch_size": config.batch_size}
-    return seeds.record_rows("mog_nonuniform", config, log, size)
+record_rows = partial(seeds.record_rows, "mog_nonuniform")
 
 
 def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
@@ -190,25 +153,15 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
             seed=arms[0].first_seed,
             caption=f"preset {arms[0].preset}, {activation}, weights of deviation {deviation}",
         )
-    records.write(args.out / "metrics.csv", seeds.series(everything, configs[0].first_seed))
-    print(f"\nTime series, settings and checkpoints are in {args.out}/, figures in {folder}/")
+    seeds.write_series(args.out, everything, configs[0].first_seed)
+    cli.written(args, folder)
 
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument_group("the method").add_argument
-    add(
-        "--unroll-steps",
-        dest="steps",
-        type=int,
-        nargs="+",
-        default=[0, 10],
-        metavar="K",
-        help="look-ahead steps of D in the generator's loss; 0 is the ordinary one (default: 0 10)",
-    )
+    cli.add_unroll_steps(add, 0, 10)
     add(
         "--gradients",
         nargs="+",
@@ -240,21 +193,14 @@ def arguments() -> argparse.ArgumentParser:
         default=["relu"],
         help="of the generator (default: relu)",
     )
-    add(
-        "--iterations",
-        dest="pairs",
-        type=int,
-        metavar="PAIRS",
-        help="of one D and one G update (default: the preset's)",
-    )
+    cli.add_iterations(add)
     cli.add_run_flags(parser, "mog_nonuniform", seeds=10, figures=True)
     return parser
 
 
 def build(given: Mapping[str, Any]) -> list[Config]:
     """Return the settings that the command line asks for."""
-    known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    base = replace(PRESETS[given["preset"]], **known | {"first_seed": given["seed"]})
+    base = cli.chosen(given, PRESETS)
     arms = [
         {"unroll_steps": k, "stop_gradient": gradient == "first" and k > 0}
         for k in given["steps"]

@@ -27,7 +27,7 @@ method's own at the discriminator K steps ahead, whose loss has the method's pen
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
-        if self.unroll_steps < 0:
-            raise ValueError(f"--unroll-steps must not be negative, got {self.unroll_steps}")
-        for name, flag in (("pairs", "iterations"), ("learning_rate", "learning-rate")):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{flag} must be positive, got {getattr(self, name)}")
+        cli.check(self, pairs="iterations", learning_rate="learning-rate")
 
     @property
     def label(self) -> str:
@@ -153,71 +149,50 @@ def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
     """Train the GANs of all seeds; what comes of them is in their checkpoint."""
     torch.set_num_threads(1)  # the networks are tiny
     method = METHODS[config.method]
-    rngs = seeds.Generators(
-        range(config.first_seed, config.first_seed + config.seeds), config.device
-    )
-    mixture = mixture_of(config)
+    rngs = seeds.generators(config)
     sizes = [config.noise_size, config.width, config.width, 2]
-    generators = seeds.perceptrons(sizes, "relu", rngs)
-    discriminators = Discriminators(config, method.packing, rngs)
-    g_optimizer = torch.optim.Adam(generators.parameters(), config.learning_rate, method.betas)
-    d_optimizer = torch.optim.Adam(discriminators.parameters(), config.learning_rate, method.betas)
-    batch_size = config.batch_size * method.packing
+    players = planar.Players(
+        config,
+        rngs,
+        mixture_of(config),
+        partial(rngs.normal, config.noise_size),
+        seeds.perceptrons(sizes, "relu", rngs),
+        Discriminators(config, method.packing, rngs),
+        method.game,
+        rates=(config.learning_rate, config.learning_rate),
+        betas=method.betas,
+    )
+    players.batch_size *= method.packing
+    players.updates = 1 + method.discriminator_steps
 
-    def noise(count: int = batch_size) -> Tensor:
-        shape = config.noise_size, count
-        return rngs.draw(lambda rng: torch.randn(shape, generator=rng, device=rng.device))
+    def pair() -> tuple[Tensor, Tensor]:
+        """Return generated samples and data, the first seed's first."""
+        fake, real = (x.mT.flatten(0, 1) for x in (players.fake(), players.real()))
+        return fake, real
 
-    def fakes() -> Tensor:
-        batch: Tensor = generators(noise()).mT
-        return batch.flatten(0, 1)
-
-    def reals() -> Tensor:
-        return rngs.draw(lambda rng: mixture.sample(batch_size, rng)).flatten(0, 1)
-
-    held_out = noise(config.samples)
     ticked = time.process_time()
 
-    @torch.no_grad()
     def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
         nonlocal ticked
         spent, ticked = time.process_time() - ticked, time.process_time()
-        updates = pairs * (1 + method.discriminator_steps)
-        row, snapshot = planar.evaluate(generators(held_out), mixture, updates, earlier)
+        row, snapshot = players.evaluate(pairs, earlier)
         before = earlier[-1]["cpu_seconds"] if earlier else 0.0
         return row | {"cpu_seconds": round(before + spent, 1)}, snapshot
 
-    iterations = runs.iterate(
-        config.checkpoint(folder),
-        asdict(config),
-        {"g": generators, "d": discriminators, "g_adam": g_optimizer, "d_adam": d_optimizer},
-        rngs,
-        evaluate,
-        length=config.pairs,
-        every=config.evaluate_every,
-        resume=resume,
-        bar={"desc": f"{config.data}, {config.label}", "position": line, "unit": "pair"},
-    )
-
-    game = seeds.SideBySide(method.game, config.seeds)
     unrolled = unroll.UnrolledGeneratorLoss(
-        discriminators, d_optimizer, game, unroll_steps=config.unroll_steps
+        players.discriminator, players.d_optimizer, players.game, unroll_steps=config.unroll_steps
     )
+    label = f"{config.data}, {config.label}"
+    iterations = players.iterate(folder, resume=resume, label=label, line=line, evaluate=evaluate)
     for iteration in iterations:
         torch.manual_seed(iteration)  # GradientPenalty's points: the same in a resumed run
         for _ in range(method.discriminator_steps):
-            d_loss = game.discriminator_loss(discriminators, fakes().detach(), reals())
-            d_optimizer.zero_grad()
-            d_loss.backward()
-            d_optimizer.step()
+            players.train_discriminator(*pair())
 
         if method.gradient_norm:
-            g_loss = regularised(unrolled, fakes(), reals(), method.gradient_norm)
+            players.follow(regularised(unrolled, *pair(), method.gradient_norm))
         else:
-            g_loss = unrolled(fakes(), reals())
-        g_optimizer.zero_grad()
-        g_loss.backward()
-        g_optimizer.step()
+            players.follow(unrolled(*pair()))
     return config
 
 
@@ -233,10 +208,7 @@ def regularised(
     return loss + weight * sum(gradient.square().sum() for gradient in gradients)
 
 
-def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what is kept of finished runs."""
-    size = {"pairs": config.pairs, "batch_size": config.batch_size}
-    return seeds.record_rows("mog_rivals", config, log, size)
+record_rows = partial(seeds.record_rows, "mog_rivals")
 
 
 def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
@@ -259,8 +231,8 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
         draw(folder / f"mog_rivals_{data}.png", own, logs)
     seconds = f"CPU seconds of {configs[0].seeds} seeds"
     costs.chart(folder / "mog_rivals_costs.png", panels, seconds=seconds, metric="modes covered")
-    records.write(args.out / "metrics.csv", seeds.series(everything, configs[0].first_seed))
-    print(f"\nTime series, settings and checkpoints are in {args.out}/, figures in {folder}/")
+    seeds.write_series(args.out, everything, configs[0].first_seed)
+    cli.written(args, folder)
 
 
 def draw(path: Path, configs: Sequence[Config], logs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -289,20 +261,11 @@ def draw(path: Path, configs: Sequence[Config], logs: Mapping[str, Mapping[str, 
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument_group("the method").add_argument
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
-    add(
-        "--unroll-steps",
-        dest="steps",
-        type=int,
-        nargs="+",
-        default=[0, 5],
-        metavar="K",
-        help="look-ahead steps of D in the generator's loss; 0 is the method alone (default: 0 5)",
-    )
+    text = "look-ahead steps of D in the generator's loss; 0 is the method alone"
+    cli.add_unroll_steps(add, 0, 5, text=text)
     add = parser.add_argument_group("the experiment").add_argument
     add("--data", dest="mixtures", nargs="+", choices=("ring", "grid"), default=["ring", "grid"])
     add(
@@ -314,21 +277,14 @@ def arguments() -> argparse.ArgumentParser:
         "rates of 1e-3 for 1e-4, 1,500 updates of G for 25,000",
     )
     add("--learning-rate", type=float, metavar="ETA", help="of both players")
-    add(
-        "--iterations",
-        dest="pairs",
-        type=int,
-        metavar="N",
-        help="updates of G (default: the preset's)",
-    )
+    cli.add_iterations(add, "updates of G", metavar="N")
     cli.add_run_flags(parser, "mog_rivals", seeds=10, figures=True)
     return parser
 
 
 def build(given: Mapping[str, Any]) -> list[Config]:
     """Return the settings that the command line asks for."""
-    known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    base = replace(PRESETS[given["preset"]], **known | {"first_seed": given["seed"]})
+    base = cli.chosen(given, PRESETS)
     return [
         replace(base, data=data, method=method, unroll_steps=k)
         for data in given["mixtures"]

@@ -65,7 +65,7 @@ PRESETS = {
 
 def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
     """Train the GANs of all seeds; what comes of them is in their checkpoint."""
-    players = appendix.Players(config)
+    players = appendix.players(config)
     generator, size = players.generator, config.batch_size
     look_ahead = partial(
         unroll.UnrolledGeneratorLoss,
@@ -76,10 +76,10 @@ def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
     )
     unrolled = look_ahead(stop_gradient=config.stop_gradient, average=config.average)
     whole = look_ahead()
-    held_out = players.held_out[..., :size], players.real(players.new_generators())
+    held_out = players.held_out[..., :size], players.real(seeds.generators(config))
 
     def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
-        row, snapshot = players.look(pairs, earlier)
+        row, snapshot = appendix.look(players, pairs, earlier)
         z, real = held_out
         terms = unroll.gradient_terms(whole, generator(z), real, generator.parameters())
         first, second = map(norms, terms)
@@ -87,17 +87,11 @@ def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
             each["second_term"] = ratio
         return row, snapshot
 
-    iterations = players.iterate(
-        config.checkpoint(folder),
-        evaluate,
-        resume=resume,
-        label=f"{config.gradient} K={config.unroll_steps} {config.generator_steps}:1",
-        line=line,
-    )
-    for _ in iterations:
+    label = f"{config.gradient} K={config.unroll_steps} {config.generator_steps}:1"
+    for _ in players.iterate(folder, resume=resume, label=label, line=line, evaluate=evaluate):
         players.train_discriminator()
         for _ in range(config.generator_steps):
-            players.follow(unrolled(generator(players.noise()), players.real()))
+            players.follow(unrolled(players.fake(), players.real()))
     return config
 
 
@@ -144,25 +138,16 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
         figures.curves(
             folder / f"{name}_curves.png", histories, CURVES, x="player_updates", ideal=ideal
         )
-    records.write(args.out / "metrics.csv", seeds.series(everything, first.first_seed))
-    print(f"\nTime series, settings and checkpoints are in {args.out}/, figures in {folder}/")
+    seeds.write_series(args.out, everything, first.first_seed)
+    cli.written(args, folder)
 
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument_group("the method").add_argument
-    add(
-        "--unroll-steps",
-        dest="steps",
-        type=int,
-        nargs="+",
-        default=[1, 3, 5, 10, 20],
-        metavar="K",
-        help="look-ahead steps of D in the generator's loss (default: 1 3 5 10 20)",
-    )
+    text = "look-ahead steps of D in the generator's loss"
+    cli.add_unroll_steps(add, 1, 3, 5, 10, 20, text=text)
     add(
         "--gradients",
         nargs="+",
@@ -188,22 +173,15 @@ def arguments() -> argparse.ArgumentParser:
         help="paper: Appendix A, 50,000 updates. quick (default): 2,400 updates at twenty times "
         "its learning rates, batches of 128 for 512",
     )
-    add(
-        "--iterations",
-        dest="pairs",
-        type=int,
-        metavar="PAIRS",
-        help="of one D and one G update; with more G updates, the same number of updates in all "
-        "(default: the preset's)",
-    )
+    text = "of one D and one G update; with more G updates, the same number of updates in all"
+    cli.add_iterations(add, text)
     cli.add_run_flags(parser, "mog_second_gradient", seeds=5, figures=True)
     return parser
 
 
 def build(given: Mapping[str, Any]) -> list[Config]:
     """Return the settings that the command line asks for."""
-    known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    base = replace(PRESETS[given["preset"]], **known | {"first_seed": given["seed"]})
+    base = cli.chosen(given, PRESETS)
 
     def as_many_updates(pairs: int, steps: int) -> int:
         return max(2 * pairs // (1 + steps), 1) if pairs > 0 else pairs

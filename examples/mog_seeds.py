@@ -62,6 +62,9 @@ class Config(mog.Config):
         return folder / "checkpoints" / name
 
 
+PRESETS = {name: Config(**asdict(preset)) for name, preset in mog.PRESETS.items()}
+
+
 def data(config: Config) -> Mixture:
     """Return the mixture."""
     size = {"radius": config.radius, "deviation": config.deviation, "device": config.device}
@@ -71,78 +74,51 @@ def data(config: Config) -> Mixture:
 def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
     """Train the GANs of all seeds; what comes of them is in their checkpoint."""
     torch.set_num_threads(1)  # the networks are tiny
-    each = range(config.seed, config.seed + config.seeds)
-    rngs = seeds.Generators(each, config.device)
-    mixture = data(config)
+    rngs = seeds.generators(config)
     layers = partial(seeds.perceptrons, activation=config.activation, rngs=rngs, gain=config.gain)
     hidden = [config.width] * config.discriminator_layers
-    generator = layers([config.noise_size, config.width, config.width, 2])
-    discriminator = nn.Sequential(Scale(config.input_scale), layers([2, *hidden, 1]))
-    betas = (config.beta1, 0.999)
-    g_optimizer = torch.optim.Adam(generator.parameters(), config.generator_lr, betas)
-    d_optimizer = torch.optim.Adam(discriminator.parameters(), config.discriminator_lr, betas)
 
-    def noise(count: int = config.batch_size) -> Tensor:
-        shape = count, config.noise_size  # as mog.py draws them
-        return rngs.draw(lambda rng: torch.randn(shape, generator=rng, device=rng.device).T)
+    def noise(count: int) -> Tensor:
+        return rngs.normal(count, config.noise_size).mT.contiguous()  # as mog.py draws them
 
-    def real() -> Tensor:
-        return rngs.draw(lambda rng: mixture.sample(config.batch_size, rng).T)
-
-    held_out = noise(config.samples)
-    updates = config.generator_steps + config.discriminator_steps
-
-    @torch.no_grad()
-    def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
-        return planar.evaluate(generator(held_out), mixture, updates * pairs, earlier)
-
-    iterations = runs.iterate(
-        config.checkpoint(folder),
-        asdict(config),
-        {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer},
+    players = planar.Players(
+        config,
         rngs,
-        evaluate,
-        length=config.pairs,
-        every=config.evaluate_every,
-        resume=resume,
-        bar={"desc": f"{config.mixture}, {config.label}", "position": line, "unit": "pair"},
+        data(config),
+        noise,
+        layers([config.noise_size, config.width, config.width, 2]),
+        nn.Sequential(Scale(config.input_scale), layers([2, *hidden, 1])),
+        unroll.Minimax(),
+        rates=(config.generator_lr, config.discriminator_lr),
+        betas=(config.beta1, 0.999),
     )
-
-    game = seeds.SideBySide(unroll.Minimax(), config.seeds)
+    players.updates = config.generator_steps + config.discriminator_steps
     unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator,
-        d_optimizer,
-        game,
+        players.discriminator,
+        players.d_optimizer,
+        players.game,
         unroll_steps=config.unroll_steps,
         stop_gradient=config.stop_gradient,
         average=config.average,
     )
-    for pair in iterations:
+    label = f"{config.mixture}, {config.label}"
+    for pair in players.iterate(folder, resume=resume, label=label, line=line):
         if config.half_life:
             factor = 0.5 ** (pair / config.half_life)
-            g_optimizer.param_groups[0]["lr"] = factor * config.generator_lr
-            d_optimizer.param_groups[0]["lr"] = factor * config.discriminator_lr
+            players.g_optimizer.param_groups[0]["lr"] = factor * config.generator_lr
+            players.d_optimizer.param_groups[0]["lr"] = factor * config.discriminator_lr
 
         for _ in range(config.discriminator_steps):
-            d_loss = game.discriminator_loss(discriminator, generator(noise()).detach(), real())
-            d_optimizer.zero_grad()
-            d_loss.backward()
-            d_optimizer.step()
+            players.train_discriminator()
 
         for _ in range(config.generator_steps):
-            fresh = ((generator(noise()), real()) for _ in range(config.unroll_steps))
+            fresh = ((players.fake(), players.real()) for _ in range(config.unroll_steps))
             minibatches = fresh if config.resample else None
-            g_loss = unrolled(generator(noise()), real(), minibatches=minibatches)
-            g_optimizer.zero_grad()
-            g_loss.backward()
-            g_optimizer.step()
+            players.follow(unrolled(players.fake(), players.real(), minibatches=minibatches))
     return config
 
 
-def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what is kept of finished runs."""
-    size = {"pairs": config.pairs, "batch_size": config.batch_size}
-    return seeds.record_rows("mog", config, log, size)
+record_rows = partial(seeds.record_rows, "mog")
 
 
 def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
@@ -157,15 +133,13 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
         seed=first.seed,
         caption=f"preset {first.preset}, {first.mixture}",
     )
-    records.write(args.out / "metrics.csv", seeds.series(logs, first.seed))
-    print(f"\nTime series, settings and checkpoints are in {args.out}/, figures in {folder}/")
+    seeds.write_series(args.out, logs, first.seed)
+    cli.written(args, folder)
 
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument_group("the method").add_argument
     add(
         "--compare",
@@ -173,18 +147,13 @@ def arguments() -> argparse.ArgumentParser:
         default="steps",
         help="what is compared (default: steps); each has a record of its own",
     )
-    add(
-        "--unroll-steps",
-        dest="steps",
-        type=int,
-        nargs="+",
-        default=[0, 10],
-        metavar="K",
-        help="look-ahead steps of D in the generator's loss, and where real steps are compared "
-        "their number too; 0 is the standard GAN (default: 0 10)",
+    text = (
+        "look-ahead steps of D in the generator's loss, and where real steps are compared their "
+        "number too; 0 is the standard GAN"
     )
+    cli.add_unroll_steps(add, 0, 10, text=text)
     add = parser.add_argument_group("the experiment").add_argument
-    add("--preset", choices=mog.PRESETS, default="quick", help="those of mog.py (default: quick)")
+    add("--preset", choices=PRESETS, default="quick", help="those of mog.py (default: quick)")
     add(
         "--mixture",
         choices=MIXTURES,
@@ -203,13 +172,7 @@ def arguments() -> argparse.ArgumentParser:
         help="halve both learning rates, smoothly, every so many pairs (default: never)",
     )
     add("--batch-size", type=cli.positive, metavar="N", help="default: the preset's")
-    add(
-        "--iterations",
-        dest="pairs",
-        type=int,
-        metavar="PAIRS",
-        help="of one D and one G update (default: the preset's)",
-    )
+    cli.add_iterations(add)
     add("--samples", type=cli.positive, metavar="N", help="behind every metric (default: 2500)")
     add("--evaluate-every", type=cli.positive, metavar="PAIRS", help="default: the preset's")
     cli.add_run_flags(parser, RECORDS["steps"], seeds=10, figures=True)
@@ -218,9 +181,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def build(given: Mapping[str, Any]) -> list[Config]:
     """Return the settings that the command line asks for."""
-    known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    preset = Config(**asdict(mog.PRESETS[given["preset"]]))
-    base = replace(preset, **MIXTURES[given["mixture"]] | known)
+    base = cli.chosen({**MIXTURES[given["mixture"]], **given}, PRESETS)
     ahead = [replace(base, unroll_steps=k) for k in dict.fromkeys(given["steps"])]
     if given["compare"] == "minibatches":
         return [replace(c, resample=fresh) for c in ahead for fresh in (False, True)]

@@ -84,10 +84,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
-        if self.unroll_steps < 0:
-            raise ValueError(f"--unroll-steps must not be negative, got {self.unroll_steps}")
-        if self.epochs <= 0:
-            raise ValueError(f"--epochs must be positive, got {self.epochs}")
+        cli.check(self, epochs="epochs")
 
     @property
     def label(self) -> str:
@@ -131,8 +128,7 @@ def collapse(generator: nn.Sequential, z: Tensor) -> None:
 def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
     """Train the GANs of all seeds; what comes of them is in their checkpoint."""
     torch.set_num_threads(1)  # the networks are tiny
-    first, last = config.first_seed, config.first_seed + config.seeds
-    rngs = seeds.Generators(range(first, last), config.device)
+    rngs = seeds.generators(config)
     real = rngs.draw(clusters)
     z = rngs.draw(noises)
     g_sizes = [1, config.generator_width, config.generator_width, 1]
@@ -148,9 +144,7 @@ def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
         collapse(generator, z)
         for _ in range(ALONE):
             d_loss = game.discriminator_loss(discriminator, generator(z).detach(), real)
-            d_optimizer.zero_grad()
-            d_loss.backward()
-            d_optimizer.step()
+            seeds.step(d_optimizer, d_loss)
     d_losses = game.losses(discriminator, generator(z), real)
 
     @torch.no_grad()
@@ -188,17 +182,11 @@ def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
     for _ in iterations:
         fake = generator(z).detach()
         for _ in range(config.discriminator_steps):
-            d_loss = game.discriminator_loss(discriminator, fake, real)
-            d_optimizer.zero_grad()
-            d_loss.backward()
-            d_optimizer.step()
+            seeds.step(d_optimizer, game.discriminator_loss(discriminator, fake, real))
         d_losses = game.losses(discriminator, fake, real)
 
         for _ in range(config.generator_steps):
-            g_loss = unrolled(generator(z), real)
-            g_optimizer.zero_grad()
-            g_loss.backward()
-            g_optimizer.step()
+            seeds.step(g_optimizer, unrolled(generator(z), real))
     return config
 
 
@@ -250,7 +238,7 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
     name = "two_clusters" + "_collapsed" * (args.start == "collapsed")
     logs = {c.label: runs.read_log(c.checkpoint(args.out)) for c in configs}
     each = {label: seeds.histories(log) for label, log in logs.items()}
-    records.write(args.out / "metrics.csv", seeds.series(logs, configs[0].first_seed))
+    seeds.write_series(args.out, logs, configs[0].first_seed)
     columns = {"covers": "covers both", "around_first": "around 0", "around_second": "around 4"}
     print(records.table(each, columns | {"d_loss": "D's loss"}))
 
@@ -269,14 +257,12 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
     }
     titles = [f"epoch {epochs[m]:,}" for m in moments]
     lines.functions(figures / f"{name}_d.png", LINE, curves, titles, data)
-    print(f"\nTime series, settings and checkpoints are in {args.out}/, figures in {figures}/")
+    cli.written(args, figures)
 
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument_group("the method").add_argument
     add(
         "--games",
@@ -287,15 +273,7 @@ def arguments() -> argparse.ArgumentParser:
         "Rp: real and fake compared in pairs, their RS-GAN; minimax: JS, with the saturating loss "
         "that theorems are about (default: JS Rp)",
     )
-    add(
-        "--unroll-steps",
-        dest="steps",
-        type=int,
-        nargs="+",
-        default=[0, 5],
-        metavar="K",
-        help="look-ahead steps of D in the generator's loss; 0 is the ordinary one (default: 0 5)",
-    )
+    cli.add_unroll_steps(add, 0, 5)
     add("--stop-gradient", action="store_true", help="only the first term of Eq. 12")
     add(
         "--start",
@@ -320,8 +298,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def build(given: Mapping[str, Any]) -> list[Config]:
     """Return the settings that the command line asks for."""
-    known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    base = replace(PRESETS[given["preset"]], **known | {"first_seed": given["seed"]})
+    base = cli.chosen(given, PRESETS)
     return [
         replace(base, game=game, unroll_steps=k) for k in given["steps"] for game in given["games"]
     ]

@@ -3,8 +3,8 @@
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,70 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def check(config: Any, **flags: str) -> None:
+    """Refuse a negative number of look-ahead steps, and other settings that are not positive.
+
+    Args:
+        config: The settings.
+        flags: The name on the command line of each of the others.
+    """
+    if config.unroll_steps < 0:
+        raise ValueError(f"--unroll-steps must not be negative, got {config.unroll_steps}")
+    for name, flag in flags.items():
+        if getattr(config, name) <= 0:
+            raise ValueError(f"--{flag} must be positive, got {getattr(config, name)}")
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a command line that is explained by the docstring of its script."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_unroll_steps(
+    add: Callable[..., object],
+    *default: int,
+    nargs: str = "+",
+    text: str = "look-ahead steps of D in the generator's loss; 0 is the ordinary one",
+) -> None:
+    """Add the numbers of look-ahead steps, each of which is trained."""
+    add(
+        "--unroll-steps",
+        dest="steps",
+        type=int,
+        nargs=nargs,
+        default=list(default),
+        metavar="K",
+        help=f"{text} (default: {' '.join(map(str, default))})",
+    )
+
+
+def add_iterations(
+    add: Callable[..., object],
+    text: str = "of one D and one G update",
+    *,
+    metavar: str = "PAIRS",
+) -> None:
+    """Add the length of the training."""
+    add(
+        "--iterations",
+        dest="pairs",
+        type=int,
+        metavar=metavar,
+        help=f"{text} (default: the preset's)",
+    )
+
+
+def chosen(given: Mapping[str, Any], presets: Mapping[str, Any]) -> Any:
+    """Return the preset that the command line names, with the settings that it gives."""
+    preset = presets[given["preset"]]
+    names = type(preset).__match_args__
+    seed = {"first_seed": given["seed"]} if "first_seed" in names else {}
+    known = {name: value for name, value in given.items() if name in names}
+    return replace(preset, **known | seed)
 
 
 def add_run_flags(
@@ -145,3 +209,8 @@ def carry_out(
             f"\nStopped: {error}\nThe checkpoints in {args.out} are whole, --resume continues."
         )
     return list(configs)
+
+
+def written(args: argparse.Namespace, figures: Path) -> None:
+    """Say where everything is."""
+    print(f"\nTime series, settings and checkpoints are in {args.out}/, figures in {figures}/")

@@ -46,26 +46,27 @@ def mog_sharp(records: Records) -> str:
 
 def mog_resample(records: Records) -> str:
     """Return the section on fixed against re-sampled minibatches."""
-    first = records.rows[0]
+    judged = records.most("pairs")
+    first = judged.rows[0]
 
     def alike(metric: str) -> list[Comparison]:
         """Deny that either is better than the other."""
         found = []
-        for (k,) in records.settings(K):
+        for (k,) in judged.settings(K):
             fixed, fresh = (
                 (f"K={k} {name}", {K: k, "resample": resample})
                 for name, resample in (("fixed", False), ("fresh", True))
             )
-            found += better(records, metric, fixed, fresh, denied=True)
-            found += better(records, metric, fresh, fixed, denied=True)
+            found += better(judged, metric, fixed, fresh, denied=True)
+            found += better(judged, metric, fresh, fixed, denied=True)
         return found
 
     return f"""## Fixed or fresh minibatches in the look-ahead
 
 `mog_seeds.py --compare minibatches`: the paper keeps one minibatch in all K steps and says that
-fresh ones did not significantly impact the result. {_short(records)} Again:
+fresh ones did not significantly impact the result. {_short(judged)} Again:
 `python examples/mog_seeds.py --compare minibatches --batch-size {first["batch_size"]}
---iterations {first["pairs"]} --unroll-steps {listed(records)} --record --figures`.
+--iterations {first["pairs"]} --unroll-steps {listed(judged)} --record --figures`.
 
 {runs(records, *SETTING, "resample")}
 
@@ -79,8 +80,9 @@ fresh ones did not significantly impact the result. {_short(records)} Again:
 
 def mog_dsteps(records: Records) -> str:
     """Return the section on real steps of D in place of unrolled ones."""
-    first = records.rows[0]
-    ks = [k for (k,) in records.settings(K) if k != "0"]
+    judged = records.most("pairs")
+    first = judged.rows[0]
+    ks = [k for (k,) in judged.settings(K) if k != "0"]
 
     def ahead(k: str) -> Arm:
         return f"K={k}", {K: k, "discriminator_steps": 1}
@@ -89,15 +91,15 @@ def mog_dsteps(records: Records) -> str:
         return f"{count} D steps", {K: 0, "discriminator_steps": count}
 
     def each(metric: str) -> list[Comparison]:
-        return [c for k in ks for c in better(records, metric, ahead(k), real(k))]
+        return [c for k in ks for c in better(judged, metric, ahead(k), real(k))]
 
     def helps(metric: str) -> list[Comparison]:
-        return [c for k in ks for c in better(records, metric, real(k), real("1"))]
+        return [c for k in ks for c in better(judged, metric, real(k), real("1"))]
 
     return f"""## Real steps of D in place of unrolled ones
 
 `mog_seeds.py --compare real-steps`: a D that is K real steps ahead before every step of a standard
-G, against a G that looks K steps ahead. {_short(records)} Again:
+G, against a G that looks K steps ahead. {_short(judged)} Again:
 `python examples/mog_seeds.py --compare real-steps --batch-size {first["batch_size"]}
 --iterations {first["pairs"]} --unroll-steps {" ".join(ks)} --record --figures`.
 
@@ -123,6 +125,6 @@ def _short(records: Records) -> str:
     blurred = ": spread, not yet sharp, and modes are hit nearly by chance" * (best < 2)
     return (
         f"Scaled down: preset `{first['preset']}` (`mog.py --help`), batches of "
-        f"{first['batch_size']}, {int(first['pairs']):,} pairs. The samples of the best arm are "
-        f"{best:.1f} % high quality{blurred}."
+        f"{first['batch_size']}; claims are judged at {int(first['pairs']):,} pairs. The samples "
+        f"of the best arm are then {best:.1f} % high quality{blurred}."
     )

@@ -15,6 +15,7 @@ WANTED: dict[tuple[str, int], tuple[object, ...]] = {
     for steps in (1, 5)
     for (stop, average), gradient in GRADIENTS.items()
     for k in (1, 3, 5, 10, 20)
+    if (average, k) != ("True", 1)  # the mean of f_1 alone
 }
 FIGURES = {
     "both": ("full", "both terms"),

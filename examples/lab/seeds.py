@@ -9,12 +9,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import unroll
+from lab import records
 from lab.networks import ACTIVATIONS
 
 
@@ -24,6 +26,10 @@ class Generators:
     def __init__(self, seeds: Sequence[int], device: str | torch.device) -> None:
         self.device = torch.device(device)
         self._each = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def normal(self, *shape: int) -> Tensor:
+        """Return standard normal numbers for each seed, stacked."""
+        return self.draw(lambda rng: torch.randn(shape, generator=rng, device=rng.device))
 
     def draw(self, sample: Callable[[torch.Generator], Tensor]) -> Tensor:
         """Return what `sample` draws for each seed, stacked."""
@@ -37,6 +43,11 @@ class Generators:
         """Put them back."""
         for rng, state in zip(self._each, states, strict=True):
             rng.set_state(state.clone())
+
+
+def generators(config: Any) -> Generators:
+    """Return those of an experiment that has `first_seed`, `seeds` and a `device`."""
+    return Generators(range(config.first_seed, config.first_seed + config.seeds), config.device)
 
 
 class Linears(nn.Module):
@@ -135,6 +146,13 @@ def _itself(logits: Tensor) -> Tensor:
     return logits
 
 
+def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Update what an optimizer trains."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
 def histories(log: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     """Return the history of each seed, from the log of a run whose rows have a list "each"."""
     rows = log["history"]
@@ -159,8 +177,13 @@ def series(logs: Mapping[str, Mapping[str, Any]], first_seed: int) -> list[dict[
     ]
 
 
+def write_series(folder: Path, logs: Mapping[str, Mapping[str, Any]], first_seed: int) -> None:
+    """Write every setting's and seed's metrics over training to a folder."""
+    records.write(folder / "metrics.csv", series(logs, first_seed))
+
+
 def record_rows(
-    experiment: str, config: Any, log: Mapping[str, Any], size: Mapping[str, int]
+    experiment: str, config: Any, log: Mapping[str, Any], size: Mapping[str, int] | None = None
 ) -> list[dict[str, Any]]:
     """Return what is kept of finished runs: settings, last metrics, provenance, a row a seed.
 
@@ -168,8 +191,9 @@ def record_rows(
         experiment: Its name.
         config: Its settings, with `first_seed`, `seeds` and `device`.
         log: What `runs.iterate` wrote.
-        size: `pairs` and `batch_size`.
+        size: `pairs` and `batch_size`, where they are not settings.
     """
+    size = size or {"pairs": config.pairs, "batch_size": config.batch_size}
     apart = ("device", "first_seed", "seeds", *size)
     settings = {name: value for name, value in asdict(config).items() if name not in apart}
     rows = []

@@ -28,8 +28,13 @@ claim that something does not help has comparisons for it where it does not.) Th
 where all comparisons are for it, holds **partly** where some are, **does not hold** where none is.
 
 Nothing is corrected for the number of comparisons. All runs are on a CPU, and shorter or smaller
-than the originals; each section says how. Seconds are those of a machine that did other work
-beside, for all seeds of a setting, which train side by side as one network of independent ones.
+than the originals; each section says how. Seconds are for all seeds of a setting, which train side
+by side as one network of independent ones: CPU time, but for the revisions before 0102eb0 the
+clock's, on a machine that did other work beside.
+
+Tables, claims and verdicts follow from the records alone. Figures show samples and time series,
+which the repository does not keep: the command of a section draws them again, with `--resume` from
+its checkpoints.
 """
 
 
