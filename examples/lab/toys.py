@@ -29,7 +29,7 @@ where all comparisons are for it, holds **partly** where some are, **does not ho
 
 Nothing is corrected for the number of comparisons. All runs are on a CPU, and shorter or smaller
 than the originals; each section says how. Seconds are for all seeds of a setting, which train side
-by side as one network of independent ones: CPU time, but for the revisions before 0102eb0 the
+by side as one network of independent ones: CPU time, but for the revisions before 4bfa66d the
 clock's, on a machine that did other work beside.
 
 Tables, claims and verdicts follow from the records alone. Figures show samples and time series,
