@@ -195,21 +195,22 @@ def test_records_know_the_value_that_most_rows_have(monkeypatch: pytest.MonkeyPa
 def test_the_overview_reads_titles_commands_and_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     overview = example("lab.overview", monkeypatch)
     claims = importlib.import_module("lab.claims")
-    higher = claims.Comparison("", [3.0, 3.1], [1.0, 1.1])
-    lower = claims.Comparison("", [1.0, 1.1], [3.0, 3.1])
+    low, high = [1.0, 1.1, 1.2], [3.0, 3.1, 3.2]
+    higher, lower = claims.Comparison("", high, low), claims.Comparison("", low, high)
     judged = claims.claims([
         ("us", "one", [higher]),
         ("us", "two", [higher, lower]),
         ("us", "three", [lower]),
         ("us", "four", [higher]),
         ("us", "five", []),
+        ("us", "six", [claims.Comparison("", high[:2], low)]),
     ])  # fmt: skip
     section = f"## B.1: a Title\n\nAgain: `python examples/a.py\n--record`.\n\n{judged}\n\n| a |\n"
     page = f"# Page\n\n{section}\n## Nothing judged\n\ntext\n"
     found = overview.experiments({"page.md": page, "empty.md": ""})
     assert found.splitlines()[2:] == [
         "| [B.1: a Title](page.md#b1-a-title) | `python examples/a.py --record` "
-        "| 2 hold, 1 partly, 1 not, 1 not run |"
+        "| 2 hold, 1 partly, 1 not, 1 too few runs, 1 not run |"
     ]
 
 
