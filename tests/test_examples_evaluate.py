@@ -174,7 +174,7 @@ def test_the_command_line_prints_and_records(
 ) -> None:
     fake = write(tmp_path / "fake", random_images(30, 1))
     real = write(tmp_path / "real" / "test", random_images(40, 2)).parent
-    record = tmp_path / "record.csv"
+    record = tmp_path / "evaluate.csv"
     given = [fake, real, "--features", network(tmp_path), "--size", 8, "--samples", 35]
     for _ in range(2):  # the same once more is not a new row
         main("evaluate", [*given, "--record", record], monkeypatch)
@@ -183,6 +183,7 @@ def test_the_command_line_prints_and_records(
         (row,) = csv.DictReader(file)
     assert (row["fake"], row["real"]) == ("fake", "real/test")
     assert (row["fake_images"], row["real_images"]) == ("30", "35")
+    assert "| fake | real/test | 30 / 35 |" in example("lab.evaluate_page").evaluate(tmp_path)
 
 
 @pytest.mark.parametrize(

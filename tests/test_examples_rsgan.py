@@ -89,12 +89,12 @@ def test_the_networks_make_and_judge_images(structure: str, size: int) -> None:
     assert discriminator[-1].weight.norm().item() == pytest.approx(1, abs=1e-4)
 
 
-def test_the_widths_are_those_of_the_authors_commands() -> None:
+def test_the_widths_are_those_of_the_authors_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     resnets = example("lab.resnets")
+    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda weight: weight)  # slow where wide
 
     def channels(structure: str, size: int, width: str) -> tuple[list[int], list[int]]:
-        with torch.device("meta"):
-            nets = resnets.networks(structure, size, width)
+        nets = resnets.networks(structure, size, width)
         kinds = torch.nn.Conv2d, torch.nn.ConvTranspose2d
         g, d = (
             [layer.out_channels for layer in net.modules() if isinstance(layer, kinds)]
@@ -110,7 +110,7 @@ def test_the_widths_are_those_of_the_authors_commands() -> None:
         assert d == [n // divisor for n in full[1]]
     assert channels("resnet", 32, "regular") == ([256] * 9 + [3], [128] * 12)
     assert set(channels("resnet", 32, "bottleneck")[1]) == {64, 128}
-    assert max(channels("resnet", 48, "regular")[1]) == 1024
+    assert max(channels("resnet", 48, "half")[1]) == 512
 
 
 def test_the_games_are_the_authors() -> None:
@@ -160,7 +160,7 @@ def test_the_command_line_records_draws_and_its_checkpoints_are_evaluated(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torch_fidelity")
-    record, out = tmp_path / "record.csv", tmp_path / "out"
+    record, out = tmp_path / "rsgan.csv", tmp_path / "out"
     (tmp_path / "network.py").write_text(NETWORK)
     network = "--features", f"{tmp_path / 'network.py'}:build"
     short = ("--batch-size", 2, "--samples", 8, "--iterations", 1, "--workers", 1)
@@ -175,6 +175,11 @@ def test_the_command_line_records_draws_and_its_checkpoints_are_evaluated(
     assert "nan" not in {found[0]["recall"], found[0]["f_8"], found[0]["d_loss"]}
     for name in ("rsgan_small.png", "rsgan_small_curves.png", "metrics.csv"):
         assert (out / name).stat().st_size > 0
+
+    section = example("lab.rsgan_image_page").rsgan(tmp_path)
+    assert "| JS | 0 | 1 |" in section
+    assert "too few runs to say" in section
+    assert example("lab.rsgan_image_page").rsgan(tmp_path / "nowhere") == ""
 
     with pytest.raises(SystemExit):
         main(common, monkeypatch)
