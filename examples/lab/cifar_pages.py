@@ -1,6 +1,6 @@
 """The page of the experiments on CIFAR-10: docs/results/cifar10.md."""
 
-from lab import cifar_page, diversity_page
+from lab import cifar_page, diversity_page, evaluate_page, rsgan_image_page
 from lab.pages import Section
 
 INTRODUCTION = """# The experiments on CIFAR-10
@@ -15,4 +15,6 @@ SECTIONS: list[Section] = [  # in the page's order; see lab/pages.py
     cifar_page.training,
     diversity_page.inversion,
     diversity_page.distances,
+    evaluate_page.evaluate,
+    rsgan_image_page.rsgan,
 ]
