@@ -64,7 +64,8 @@ updates for 50,000, batches of {first["batch_size"]} for 128, learning rates of
 {int(first["samples"]):,} samples for 10,000; {seeds} seeds. Colouring a batch takes
 {shown(pipeline, 1)} % of the time of a pair at K=0. Times are CPU times on a machine that did other
 work beside, and images those of the data that a training goes through. Again:
-`python examples/colored_mnist.py --seeds {max(counts)} --record --figures`.
+`python examples/colored_mnist.py --iterations {first["pairs"]} --seeds {max(counts)} --record
+--figures`.
 
 {table(head, lines)}
 

@@ -25,6 +25,7 @@ def gan_mnist(results: Path) -> str:
     if not every.rows:
         return ""
     first = every.rows[0]
+    accuracy = f"{float(first['classifier_accuracy']):.1f}"
     cells = [
         (arm, k, every.pick(optimizer=arm, unroll_steps=k))
         for arm in ARMS
@@ -98,10 +99,12 @@ momentum 0.9 and a learning rate of our choice, at which it trains.
 Scaled down: {int(first["pairs"]):,} pairs of updates for 187,400, all else as there; learning rates
 of {", ".join(f"{rate} ({name})" for name, rate in rates.items())}; {"-".join(map(str, counts))}
 seeds. Of {int(first["samples"]):,} samples of G in evaluation mode, as there: classes through a
-classifier of {float(first["classifier_accuracy"]):.1f} % test accuracy, which calls noise some digit,
-too; entropy of the classes (2.30 at most); variance, summed over pixels, of the data's. Times are CPU times on a machine that did other work beside, and
-images those of the data that a training goes through. Again:
-`python examples/gan_mnist.py --seeds {counts[-1]} --record --figures`.
+classifier with {accuracy} % test accuracy, which calls noise some digit, too; entropy of the
+classes (2.30 at most); variance, summed over pixels, of the data's. Times are CPU times on a
+machine that did other work beside, and images those of the data that a training goes through.
+Again:
+`python examples/gan_mnist.py --iterations {first["pairs"]} --evaluate-every
+{first["evaluate_every"]} --seeds {counts[-1]} --record --figures`.
 
 {table((*shape_head, "variance", "ms a pair", "images a second"), shapes)}
 

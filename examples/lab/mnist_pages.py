@@ -1,5 +1,7 @@
 """The page of the experiments on MNIST: docs/results/mnist.md."""
 
+from lab.colored_page import colored_mnist
+from lab.gan_mnist_page import gan_mnist
 from lab.pages import Section
 from lab.rnn_page import rnn_mnist
 from lab.stacked_page import stacked_mnist
@@ -16,5 +18,7 @@ CPU, and shorter or smaller than the originals; each section says how.
 SECTIONS: list[Section] = [
     rnn_mnist,
     stacked_mnist,
+    colored_mnist,
+    gan_mnist,
     throughput,
 ]  # in the page's order; see lab/pages.py
