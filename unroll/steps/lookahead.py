@@ -87,13 +87,14 @@ class LookAhead:
     def _once(self, point: Point, fake: Batch, real: Batch, *, graph: bool) -> Point:
         given = (point, fake, real)
         if self.compiled is None:
-            return self._step(*given, graph=graph)
-        uninspected = point.loss is None and not (self.inspected or self.constant)
-        if self.sync:
-            self.compiled.fall_back("its gradients are averaged over ranks (sync)")
-        module = self.module.module
-        game = Game(module, self.optimizer, self.objective, self.project, self.moving)
-        following = self.compiled(self._step, game, given, graph=graph, eager=uninspected)
+            following = self._step(*given, graph=graph)
+        else:
+            uninspected = point.loss is None and not (self.inspected or self.constant)
+            if self.sync:
+                self.compiled.fall_back("its gradients are averaged over ranks (sync)")
+            module = self.module.module
+            game = Game(module, self.optimizer, self.objective, self.project, self.moving)
+            following = self.compiled(self._step, game, given, graph=graph, eager=uninspected)
         return following if graph else self._without_graph(following, point)
 
     def _step(self, point: Point, fake: Batch, real: Batch, *, graph: bool) -> Point:
@@ -130,8 +131,7 @@ class LookAhead:
             refuse_own_parameters(module, loss, tensors((fake, real)))
             inspect_step(module, theta.values(), local, tensors(fake), lambda: d(real))
             self.inspected = True
-        following = Point(moved, d.buffers, state, loss.detach())
-        return following if graph else self._without_graph(following, point)
+        return Point(moved, d.buffers, state, loss.detach())
 
     def _leaf(self, name: str, value: Tensor) -> Tensor:
         return value.detach().requires_grad_(name in self.moving)
