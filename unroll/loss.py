@@ -65,7 +65,7 @@ class UnrolledGeneratorLoss(nn.Module):
             the objective must be the same in both runs, or an error says so. Default False.
         compile: Run the steps as code that ``torch.compile`` makes of one step and its adjoint, for
             all K alike; f_K is then differentiable once. Faster for small D's; the first call takes
-            10 to 40 s. New code is compared with the eager step, derivatives included, before
+            10 to 60 s. New code is compared with the eager step, derivatives included, before
             its first use. D, objectives and optimizers that torch.compile cannot follow run as
             without it, after a warning that says why. Default False.
         project: Called after every look-ahead step with a mapping from parameter names to tensors;
