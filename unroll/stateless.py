@@ -170,9 +170,9 @@ def held(module: nn.Module) -> Iterator[None]:
         own = {id(tensor) for d in registered for tensor in d.values()}
         # Clones of unregistered tensors, which D perhaps changes in place.
         for attributes, before in saved:
-            for key, value in before.items():
-                if isinstance(value, Tensor):
-                    attributes[key] = value.clone()
+            for name, attribute in before.items():
+                if isinstance(attribute, Tensor):
+                    attributes[name] = attribute.clone()
         for container, content in containers.values():
             if content and not isinstance(container, set):
                 items = content.items() if isinstance(container, dict) else enumerate(content)
