@@ -50,6 +50,7 @@ class Config:
     beta1: float = 0.5  # that of Appendices A and C
     samples: int = 25_600  # behind the metrics at the end, as in the paper
     curve_samples: int = 2_560  # behind those over training
+    classifier: str = ""  # the hash of the one that tells them apart
     evaluate_every: int = 2000  # pairs
     device: str = "cpu"
     seed: int = 0
@@ -104,10 +105,8 @@ def networks(config: Config, rng: torch.Generator) -> tuple[nn.Sequential, nn.Se
 
 
 @torch.no_grad()
-def generated(network: nn.Module, config: Config, count: int) -> Tensor:
-    """Return samples, always of the same noise, with BatchNorm's running statistics."""
-    rng = torch.Generator(config.device).manual_seed(config.seed)
-    noise = torch.randn(count, config.noise_size, generator=rng, device=config.device)
+def generated(network: nn.Module, noise: Tensor) -> Tensor:
+    """Return samples, with BatchNorm's running statistics."""
     network.eval()
     images = torch.cat([network(part) for part in noise.split(512)])
     network.train()
@@ -133,22 +132,25 @@ def train(
     g_optimizer = torch.optim.Adam(g.parameters(), config.generator_lr, betas)
     d_optimizer = torch.optim.Adam(d.parameters(), config.discriminator_lr, betas)
 
-    def fake() -> Tensor:
-        shape = config.batch_size, config.noise_size
-        return g(torch.randn(shape, generator=rng, device=config.device))
+    def noise(count: int = config.batch_size) -> Tensor:
+        return torch.randn(count, config.noise_size, generator=rng, device=config.device)
 
     def real() -> Tensor:
         return data.stacks(config.batch_size, rng)
 
+    held_out = noise(config.samples)
+
     def evaluate(pairs: int, _: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Tensor]:
         count = config.samples if pairs == config.pairs else config.curve_samples
-        images = generated(g, config, count)
+        images = generated(g, held_out[:count])
         labels = coverage.stack_labels(classifier.classify(judge, images))
         curve = coverage.mode_metrics(labels[: config.curve_samples], MODES)
         whole = coverage.mode_metrics(labels, MODES)
         row = {name: value if pairs == config.pairs else "" for name, value in whole.items()}
         row |= {f"curve_{name}": value for name, value in curve.items()}
-        return {"player_updates": 2 * pairs, **row}, images[:16].cpu()
+        return {"player_updates": 2 * pairs, **row}, images[:16].add(1).mul(
+            127.5
+        ).round().byte().cpu()
 
     iterations = runs.iterate(
         config.checkpoint(folder),
@@ -165,19 +167,19 @@ def train(
     game = unroll.NonSaturating()
     unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, unroll_steps=config.unroll_steps)
     for _ in iterations:
-        d_loss = game.discriminator_loss(d, fake().detach(), real())
+        d_loss = game.discriminator_loss(d, g(noise()).detach(), real())
         d_optimizer.zero_grad()
         d_loss.backward()
         d_optimizer.step()
 
-        g_loss = unrolled(fake(), real())
+        g_loss = unrolled(g(noise()), real())  # a fresh batch (ours)
         g_optimizer.zero_grad()
         g_loss.backward()
         g_optimizer.step()
     return config
 
 
-def record_rows(config: Config, log: dict[str, Any], *, judge: Path | None) -> list[dict[str, Any]]:
+def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what is kept of a finished run: a row an evaluation, so that lengths compare.
 
     The metrics of all samples are in the last one.
@@ -185,7 +187,7 @@ def record_rows(config: Config, log: dict[str, Any], *, judge: Path | None) -> l
     settings = asdict(config)
     device = settings.pop("device")
     rows = [row for row in log["history"] if row["pairs"]]
-    about = {"classifier": classifier.facts(judge)["hash"], "device": device, **log["provenance"]}
+    about = {"device": device, **log["provenance"]}
     return [{"experiment": "stacked_mnist", **settings, **row, **about} for row in rows]
 
 
@@ -229,7 +231,7 @@ def report(folder: Path, figures: Path, configs: Sequence[Config]) -> None:
     moments = pictures.spread(len(history), 5)
     pictures.grid(
         figures / f"stacked_mnist_{first.preset}_{first.networks}.png",
-        {label: [cells[i] for i in moments] for label, cells in images.items()},
+        {name: [digits.scaled(cells[i]) for i in moments] for name, cells in images.items()},
         [f"{history[i]['pairs']:,}" for i in moments],
         caption=f"pairs of updates (preset {first.preset}, seed {first.seed})",
     )
@@ -264,10 +266,12 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def build(given: Mapping[str, Any]) -> list[Config]:
-    """Return the runs that the command line asks for, a seed of every arm before the next."""
+    """Return the runs that the command line asks for."""
+    file = given.get("classifier")
     digits.mnist(given.get("data_root"))  # before any work
-    classifier.load(given.get("classifier"))
+    classifier.load(file)
     known = {name: value for name, value in given.items() if name in Config.__match_args__}
+    known["classifier"] = classifier.facts(file)["hash"]
     base = replace(PRESETS[given["preset"]], **known)
     return [
         replace(base, unroll_steps=k, size=float(size), seed=seed)
@@ -285,8 +289,7 @@ def main() -> None:
         data_score(parser, args)
         return
     work = partial(train, data_root=args.data_root, classifier_file=args.classifier)
-    rows = partial(record_rows, judge=args.classifier)
-    configs = cli.carry_out(parser, args, build, work, rows, keep=True)
+    configs = cli.carry_out(parser, args, build, work, record_rows, keep=True)
     figures = args.figures or args.out
     report(args.out, figures, configs)
     if args.record is not None:

@@ -79,8 +79,10 @@ def test_the_command_records_every_evaluation_and_draws(
     found = [(row["size"], row["unroll_steps"], row["pairs"]) for row in rows(record)]
     assert sorted(found) == [(x, k, n) for x in ("0.25", "0.5") for k in "01" for n in "12"]
     for row in rows(record):
-        assert 1 <= int(row["modes"]) <= 40
-        assert math.log(1000 / 40) - 1e-6 <= float(row["reverse_kl"]) <= math.log(1000) + 1e-6
+        assert 1 <= int(row["curve_modes"]) <= 40
+        assert math.log(1000 / 40) - 1e-6 <= float(row["curve_reverse_kl"]) < math.log(1000) + 1e-6
+        last = (row["curve_modes"], row["curve_reverse_kl"]) if row["pairs"] == "2" else ("", "")
+        assert (row["modes"], row["reverse_kl"]) == last  # of the same 40 samples
         assert row["player_updates"] == str(2 * int(row["pairs"]))
     assert (out / "stacked_mnist_small_E.png").stat().st_size > 0
     longer = ("--iterations", 3, *SMALL[2:], "--unroll-steps", 0, "--sizes", "1/4")
