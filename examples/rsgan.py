@@ -28,7 +28,8 @@ import torch
 from lab import cli, features, image_folder, image_metrics, runs, stl10
 from lab.image_report import report
 from lab.resnets import NOISE, WIDTHS, networks
-from lab.samples import AT_ONCE, Sampler, as_bytes, check_finite, sample, subset
+from lab.samples import AT_ONCE, Sampler, as_bytes, sample, subset
+from lab.updates import update
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -93,29 +94,15 @@ class Config:
         return min(max(left, 0.0), 1.0)
 
 
+RESNET: dict[str, Any] = {"structure": "resnet", "discriminator_steps": 5}
 CIFAR = Config()
 CIFAR_RESNET = replace(
-    CIFAR,
-    preset="cifar-resnet",
-    structure="resnet",
-    generator_lr=1.5e-3,
-    beta1=0.0,
-    beta2=0.9,
-    discriminator_steps=5,
+    CIFAR, preset="cifar-resnet", generator_lr=1.5e-3, beta1=0.0, beta2=0.9, **RESNET
 )
 STL = replace(CIFAR, preset="stl10", image_size=48)
-STL_RESNET = replace(
-    STL, preset="stl10-resnet", structure="resnet", generator_lr=1e-3, discriminator_steps=5
-)
-SMALL = replace(
-    CIFAR,
-    preset="small",
-    width="quarter",
-    batch_size=16,
-    samples=1000,
-    evaluate_every=50,
-    pairs=300,
-)
+STL_RESNET = replace(STL, preset="stl10-resnet", generator_lr=1e-3, **RESNET)
+LENGTH = {"pairs": 300, "evaluate_every": 50, "samples": 1000}
+SMALL = replace(CIFAR, preset="small", width="quarter", batch_size=16, **LENGTH)
 PRESETS = {c.preset: c for c in (CIFAR, CIFAR_RESNET, STL, STL_RESNET, SMALL)}
 
 
@@ -196,8 +183,9 @@ def train(
         found = image_metrics.measure(extractor(as_bytes(fake)), reference(extractor))
         return row | found, as_bytes(fake[:SHOWN])
 
+    path, run = config.checkpoint(folder), f"{config.label}, seed {config.seed}"
     iterations = runs.iterate(
-        config.checkpoint(folder),
+        path,
         asdict(config),
         parts,
         rng,
@@ -205,7 +193,7 @@ def train(
         length=config.pairs,
         every=config.evaluate_every,
         resume=resume,
-        bar={"desc": f"{config.label}, seed {config.seed}", "position": line, "unit": "pair"},
+        bar={"desc": run, "position": line, "unit": "pair"},
     )
     unrolled = unroll.UnrolledGeneratorLoss(
         discriminator, d_optimizer, game, unroll_steps=config.unroll_steps
@@ -215,17 +203,12 @@ def train(
         d_optimizer.param_groups[0]["lr"] = config.rate(pair) * config.discriminator_lr
 
         g_loss = unrolled(generator(noise()), real())
-        g_optimizer.zero_grad()
-        g_loss.backward()
-        g_optimizer.step()
+        update(g_optimizer, g_loss, f"G at pair {pair} of {run}", path)
         averaged.update_parameters(generator)
 
         for _ in range(config.discriminator_steps):
             d_loss = game.discriminator_loss(discriminator, generator(noise()).detach(), real())
-            d_optimizer.zero_grad()
-            d_loss.backward()
-            d_optimizer.step()
-        check_finite(pair, d_loss, discriminator, config.checkpoint(folder))
+            update(d_optimizer, d_loss, f"D at pair {pair} of {run}", path)
     return config
 
 

@@ -2,10 +2,12 @@
 
 import csv
 import importlib
+import math
 import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,13 +140,18 @@ def test_the_learning_rates_fall_from_the_middle_to_nothing() -> None:
 
 
 def test_a_run_that_leaves_the_finite_numbers_stops_and_keeps_its_checkpoint(
-    data: Path, tmp_path: Path
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rsgan = example("rsgan")
     config = rsgan.Config(**trained(data, tmp_path / "run", 2)["settings"])
-    far = replace(config, pairs=4, discriminator_lr=float("inf"))
-    with pytest.raises(FloatingPointError, match=r"pair 3 are not finite .*JS-K0-seed0\.pt is"):
-        rsgan.train(far, 0, folder=tmp_path / "run", resume=True, root=data, network=None)
+    broken = SimpleNamespace(
+        generator_loss=rsgan.GAMES["JS"].generator_loss,
+        discriminator_loss=lambda discriminator, fake, _: discriminator(fake).sum() * math.nan,
+    )
+    monkeypatch.setitem(rsgan.GAMES, "JS", broken)
+    longer = replace(config, pairs=4)
+    with pytest.raises(FloatingPointError, match=r"D at pair 3 of JS, K = 0, seed 0: .*of pair 2"):
+        rsgan.train(longer, 0, folder=tmp_path / "run", resume=True, root=data, network=None)
     (path,) = (tmp_path / "run" / "checkpoints").iterdir()
     kept = torch.load(path, weights_only=True)
     assert [row["pairs"] for row in kept["log"]["history"]] == [0, 1, 2]

@@ -1,8 +1,7 @@
-"""What a generator of images makes, and whether its training still does."""
+"""Images as they are evaluated: a generator's, and a random part of a data set's."""
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +20,6 @@ def sample(generator: nn.Module, noise: Tensor) -> Tensor:
 def as_bytes(images: Tensor) -> Tensor:
     """Return images of [-1, 1] as a picture file has them."""
     return (127.5 * images + 127.5).round().clamp(0, 255).byte()
-
-
-def check_finite(pair: int, loss: Tensor, discriminator: nn.Module, checkpoint: Path) -> None:
-    """Stop a training whose numbers are no longer finite, before they are saved."""
-    # A generator that has left the finite numbers shows in the loss of D's step after it.
-    if loss.isfinite() and all(p.isfinite().all() for p in discriminator.parameters()):
-        return
-    raise FloatingPointError(
-        f"the numbers of pair {pair:,} are not finite (D's loss is {loss.item()}). {checkpoint} is "
-        "of an earlier pair and finite, if there is one: lower the learning rates and begin anew"
-    )
 
 
 def subset(pixels: Tensor, count: int, seed: int = 0) -> Tensor:
