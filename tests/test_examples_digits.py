@@ -81,6 +81,23 @@ def test_missing_and_damaged_data_are_named(
         lab.digits.mnist(tmp_path / "damaged")
 
 
+def test_a_damaged_download_is_named(
+    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[dict[str, Any]] = []
+
+    def download(*_: Any, **options: Any) -> None:
+        wanted.append(options)
+        raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.delenv("UNROLL_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lab.digits, "MNIST", download)
+    with pytest.raises(RuntimeError, match=r"MNIST in data.* cannot be read \(File not found"):
+        lab.digits.mnist()
+    assert wanted == [{"train": True, "download": True}]
+
+
 def test_coverage_of_known_samples(lab: Any) -> None:
     coverage = lab.coverage
     every = torch.arange(1000).repeat(3)

@@ -104,8 +104,11 @@ def test_it_resumes_to_the_same_numbers(
             stacked_mnist.train(last, 0, folder=folder, resume=True, **files)
         contents.append(torch.load(last.checkpoint(folder), weights_only=True))
     once, again = contents
-    for row in (*once["log"]["history"], *again["log"]["history"]):
-        del row["seconds"]
+    for content in contents:
+        for row in content["log"]["history"]:
+            del row["seconds"]
+        for row in content["log"]["history"][:-1]:  # of all samples at the end of the shorter run
+            del row["modes"], row["reverse_kl"]
     assert once["log"]["history"] == again["log"]["history"]
     assert torch.equal(once["rng"], again["rng"])
     for part in "gd":
