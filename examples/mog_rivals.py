@@ -26,7 +26,7 @@ method's own at the discriminator K steps ahead, whose loss has the method's pen
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -150,13 +150,12 @@ def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
     torch.set_num_threads(1)  # the networks are tiny
     method = METHODS[config.method]
     rngs = seeds.generators(config)
-    sizes = [config.noise_size, config.width, config.width, 2]
     players = planar.Players(
         config,
         rngs,
         mixture_of(config),
         partial(rngs.normal, config.noise_size),
-        seeds.perceptrons(sizes, "relu", rngs),
+        seeds.perceptrons([config.noise_size, config.width, config.width, 2], "relu", rngs),
         Discriminators(config, method.packing, rngs),
         method.game,
         rates=(config.learning_rate, config.learning_rate),
@@ -165,10 +164,9 @@ def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
     players.batch_size *= method.packing
     players.updates = 1 + method.discriminator_steps
 
-    def pair() -> tuple[Tensor, Tensor]:
+    def pair() -> Iterator[Tensor]:
         """Return generated samples and data, the first seed's first."""
-        fake, real = (x.mT.flatten(0, 1) for x in (players.fake(), players.real()))
-        return fake, real
+        return (x.mT.flatten(0, 1) for x in (players.fake(), players.real()))
 
     ticked = time.process_time()
 
@@ -189,10 +187,8 @@ def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
         for _ in range(method.discriminator_steps):
             players.train_discriminator(*pair())
 
-        if method.gradient_norm:
-            players.follow(regularised(unrolled, *pair(), method.gradient_norm))
-        else:
-            players.follow(unrolled(*pair()))
+        weight = method.gradient_norm
+        players.follow(regularised(unrolled, *pair(), weight) if weight else unrolled(*pair()))
     return config
 
 
@@ -225,8 +221,7 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
         lines: dict[str, list[Any]] = {config.method: [] for config in own}
         for config in own:
             last = [history[-1] for history in histories[config.label]]
-            point = last[0]["cpu_seconds"], [row["modes"] for row in last]
-            lines[config.method].append(point)
+            lines[config.method].append((last[0]["cpu_seconds"], [row["modes"] for row in last]))
         panels[f"the {data}"] = lines
         draw(folder / f"mog_rivals_{data}.png", own, logs)
     seconds = f"CPU seconds of {configs[0].seeds} seeds"
