@@ -3,7 +3,6 @@
 from lab.claims import Comparison, Records, claims, moments
 from lab.ring_page import (
     EVEN,
-    HEADS,
     MODES,
     ROTATIONS,
     SETTING,
@@ -11,6 +10,7 @@ from lab.ring_page import (
     Arm,
     K,
     better,
+    goal,
     listed,
     runs,
 )
@@ -20,21 +20,11 @@ def mog_sharp(records: Records) -> str:
     """Return the section on what it takes for sharp samples."""
     names = ("preset", "activation", "discriminator_layers", "generator_lr", "discriminator_lr")
     names += ("half_life", "batch_size", "pairs", K)
-
-    def reached(values: tuple[str, ...]) -> tuple[float, float]:
-        own = records.pick(**dict(zip(names, values, strict=True)))
-        return moments(own.values(MODES))[0], moments(own.values(SHARP))[0]
-
-    best = max(records.settings(*names), key=reached)
-    setting = dict(zip(names, best, strict=True))
-    modes, quality = reached(best)
-    goal = "is reached" if modes == 8 and quality >= 90 else "is not reached"
-    named = ", ".join(f"{HEADS.get(name, name)} {value}" for name, value in setting.items())
+    setting, nearest = goal(records, *names)
     half_life = f" --half-life {setting['half_life']}" * (setting["half_life"] != "0")
     return f"""## Sharp samples
 
-`mog_seeds.py` with other learning rates than the presets': a goal of all modes in every seed and
-90 % high quality {goal}. The best: {modes:.2f} modes and {quality:.1f} %, with {named}. Again:
+`mog_seeds.py` with other learning rates than the presets'. {nearest} Again:
 `python examples/mog_seeds.py --preset {setting["preset"]} --activation {setting["activation"]}
 --discriminator-layers {setting["discriminator_layers"]} --generator-lr {setting["generator_lr"]}
 --discriminator-lr {setting["discriminator_lr"]}{half_life} --batch-size {setting["batch_size"]}
