@@ -20,16 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import classifier, cli, coverage, digits, rnn_figures, runs
+from lab import classifier, cli, coverage, digits, lstm, rnn_figures, runs
 from lab.mixtures import rotation
-from torch import Tensor, nn
+from torch import Tensor
 
 import unroll
 
-SIDE = 28
 SHOWN = 16  # samples of each evaluation that are kept for the figure
 GAMES = {"minimax": unroll.Minimax(), "non-saturating": unroll.NonSaturating()}
-STATES = ("both", "hidden", "cell")
 
 
 @dataclass(frozen=True)
@@ -86,57 +84,6 @@ PRESETS = {
 }
 
 
-class Generator(nn.Module):
-    """An LSTM whose initial state is the noise, and whose outputs are the columns of an image.
-
-    Args:
-        config: The widths, and which state the noise becomes; it has no other input.
-        rng: Draws the weights.
-    """
-
-    def __init__(self, config: Config, rng: torch.Generator) -> None:
-        super().__init__()
-        self.first = nn.Linear(config.noise_size, config.width)
-        self.lstm = nn.LSTM(1, config.width, batch_first=True)
-        self.last = nn.Linear(config.width, SIDE)
-        self.initial_state = config.initial_state
-        xavier(self, rng)
-        forget = slice(config.width, 2 * config.width)  # of the gates i, f, g, o
-        self.lstm.bias_ih_l0.data[forget] = 1.0  # nn.LSTM adds two biases: 1 in total
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Return images, `(N, 1, 28, 28)` in [-1, 1]."""
-        noise = self.first(z).relu().unsqueeze(0)
-        nothing = torch.zeros_like(noise)
-        hidden = nothing if self.initial_state == "cell" else noise
-        cell = nothing if self.initial_state == "hidden" else noise
-        columns, _ = self.lstm(z.new_zeros(len(z), SIDE, 1), (hidden, cell))
-        return self.last(columns).tanh().mT.unsqueeze(1)
-
-
-def discriminator(rng: torch.Generator) -> nn.Sequential:
-    """Return the convolutional D of Appendix C; kernels of 3x3 as in Appendix D."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in ((1, 16), (16, 32), (32, 32)):
-        layers += [
-            nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
-            nn.BatchNorm2d(outputs),
-            nn.LeakyReLU(0.3),
-        ]
-    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 4 * 4, 1))
-    xavier(network, rng)
-    return network
-
-
-def xavier(network: nn.Module, rng: torch.Generator) -> None:
-    """Initialise weights as Glorot & Bengio (2010), and biases to zero."""
-    for name, parameter in network.named_parameters():
-        if parameter.ndim > 1:
-            nn.init.xavier_uniform_(parameter, generator=rng)
-        elif "bias" in name:
-            nn.init.zeros_(parameter)
-
-
 def train(
     config: Config,
     line: int,
@@ -149,8 +96,9 @@ def train(
     """Train one GAN; what comes of it is in its checkpoint."""
     torch.set_num_threads(1)  # the networks are small
     weights = torch.Generator().manual_seed(config.seed)
-    generator = Generator(config, weights).to(config.device)
-    d = discriminator(weights).to(config.device)
+    generator = lstm.Generator(config.noise_size, config.width, config.initial_state, weights)
+    d = lstm.discriminator(weights).to(config.device)
+    generator.to(config.device)
     betas = (config.beta1, 0.999)
     g_optimizer = torch.optim.Adam(generator.parameters(), config.learning_rate, betas)
     d_optimizer = torch.optim.Adam(d.parameters(), config.learning_rate, betas)
@@ -252,7 +200,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--game", choices=GAMES, help="default: non-saturating, as Appendix C's L_G")
     add(
         "--initial-state",
-        choices=STATES,
+        choices=lstm.STATES,
         help="what of the LSTM's state the noise becomes (default: both); the paper does not say",
     )
     add("--compile", action="store_true", help="compile the look-ahead step and its adjoint")

@@ -58,8 +58,7 @@ def command(
 
 
 def test_the_generator_is_an_lstm_that_starts_from_the_noise_and_emits_columns(rnn: Any) -> None:
-    config = replace(rnn.PRESETS["paper"], noise_size=6, width=5)
-    generator = rnn.Generator(config, torch.Generator().manual_seed(0))
+    generator = rnn.lstm.Generator(6, 5, "both", torch.Generator().manual_seed(0))
     z = torch.randn(3, 6)
     cell = nn.LSTMCell(1, 5)
     cell.load_state_dict(
@@ -77,8 +76,7 @@ def test_the_generator_is_an_lstm_that_starts_from_the_noise_and_emits_columns(r
 
 @pytest.mark.parametrize("state", ["hidden", "cell"])
 def test_the_noise_may_become_either_part_of_the_state_alone(rnn: Any, state: str) -> None:
-    config = replace(rnn.PRESETS["paper"], noise_size=6, width=5, initial_state=state)
-    generator = rnn.Generator(config, torch.Generator().manual_seed(0))
+    generator = rnn.lstm.Generator(6, 5, state, torch.Generator().manual_seed(0))
     z = torch.randn(3, 6)
     noise = generator.first(z).relu()[None]
     states = [noise if name == state else torch.zeros_like(noise) for name in ("hidden", "cell")]
@@ -88,7 +86,8 @@ def test_the_noise_may_become_either_part_of_the_state_alone(rnn: Any, state: st
 
 def test_the_networks_are_those_of_appendix_c(rnn: Any) -> None:
     config = rnn.PRESETS["paper"]
-    generator = rnn.Generator(config, torch.Generator().manual_seed(0))
+    size = config.noise_size, config.width, config.initial_state
+    generator = rnn.lstm.Generator(*size, torch.Generator().manual_seed(0))
     biases = generator.lstm.bias_ih_l0 + generator.lstm.bias_hh_l0
     _, forget, *_ = biases.detach().view(4, 256)  # gates i, f, g, o
     assert forget.unique().tolist() == [1.0]
@@ -97,7 +96,7 @@ def test_the_networks_are_those_of_appendix_c(rnn: Any) -> None:
     bound = (6 / (256 + 4 * 256)) ** 0.5  # Glorot's, uniform
     assert 0.99 * bound < generator.lstm.weight_hh_l0.abs().max().item() <= bound
 
-    d = rnn.discriminator(torch.Generator().manual_seed(0))
+    d = rnn.lstm.discriminator(torch.Generator().manual_seed(0))
     kinds = [type(layer) for layer in d]
     assert kinds == [*[nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU] * 3, nn.Flatten, nn.Linear]
     assert [(d[i].out_channels, d[i].stride) for i in (0, 3, 6)] == [
