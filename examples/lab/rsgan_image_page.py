@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from lab.claims import Comparison, Records, claims, shown, table
+from lab.claims import Comparison, Records, Row, claims, shown, table
 from lab.evaluate_page import METRICS
 
 ARM = ("game", "unroll_steps")
@@ -55,8 +55,7 @@ normalisation's power iteration stands still in the look-ahead. Again: `python e
     ),
 ))}
 
-FID falls and F_8 rises where an arm is better. Seconds are wall time of a machine that did other
-work beside.
+FID falls and F_8 rises where an arm is better. Seconds are CPU time.
 
 ![Samples](../figures/rsgan_{first["preset"]}.png)
 
@@ -68,7 +67,7 @@ work beside.
 {_others([group for group in groups if group is not main])}"""  # fmt: skip
 
 
-def _scale(row: dict[str, str]) -> str:
+def _scale(row: Row) -> str:
     return (
         f"{row['width']} width of the {row['structure'].replace('dcgan', 'SN-DCGAN')}, "
         f"{int(row['pairs']):,} pairs of updates for {PAPER_PAIRS:,}, batches of "
