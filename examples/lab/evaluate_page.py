@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+from lab.cifar_page import wrapped
 from lab.claims import Records, table
 
 METRICS = {
@@ -28,6 +29,9 @@ def evaluate(results: Path) -> str:
         counts = f"{int(row['fake_images']):,} / {int(row['real_images']):,}"
         values = [f"{float(row[name]):.{digits}f}" for name, (_, digits) in METRICS.items()]
         lines.append((row["fake"], row["real"], counts, *values))
+    known = f"""Below are known images through {_features(results, records)}. Real images against
+        other real ones are the floor; a single class has precision and less recall."""
+    samples = records.rows[0]["real_images"]
     head = ("images", "against", "of each", *(label for label, _ in METRICS.values()))
     return f"""## What the image metrics say
 
@@ -43,9 +47,8 @@ generated images. FID grows as the counts shrink, and the balls of precision and
 other counts compare with each other alone. With other features (`--features`), numbers compare with
 each other alone, at equal counts, and with nothing that was published.
 
-Below are known images through {_features(results, records)}: real images against other real ones
-are the floor, a single class has precision and little recall. Again: `python examples/evaluate.py
-FAKE REAL --features CLASSIFIER.pt --record`.
+{wrapped(known)} Again:
+`python examples/evaluate.py FAKE REAL --features CLASSIFIER.pt --samples {samples} --record`.
 
 {table(head, lines)}
 """

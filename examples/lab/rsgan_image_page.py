@@ -3,12 +3,14 @@
 import csv
 from pathlib import Path
 
-from lab.claims import Comparison, Records, Row, claims, shown, table
+from lab.cifar_page import wrapped
+from lab.claims import Comparison, Records, claims, shown, table
 from lab.evaluate_page import METRICS
 
 ARM = ("game", "unroll_steps")
 GROUP = ("preset", "structure", "width", "batch_size", "pairs", "samples", "data", "features")
-PAPER_PAIRS = 100_000
+PAPER_PAIRS, PLANNED = 100_000, 300
+NETWORKS = {"dcgan": "SN-DCGAN", "resnet": "SN-ResNet"}
 
 
 def rsgan(results: Path) -> str:
@@ -23,22 +25,22 @@ def rsgan(results: Path) -> str:
     ]
     main = max(groups, key=lambda records: len(records.rows))
     first = main.rows[0]
+    text = f"""`rsgan.py`: the JS-GAN (non-saturating, as in the authors' code) against RpGAN, with
+        the networks and settings of the code beside Sun, Fang and Schwing (2020), and K look-ahead
+        steps of D in the generator's loss. Presets are their commands for CIFAR-10 and STL-10, each
+        with the SN-DCGAN and the SN-ResNet, at regular, half and quarter width. The paper's table
+        of FIDs is not quoted: with so few pairs and other features nothing here compares with it.
+        Metrics are of {int(first["samples"]):,} samples against as many test images, by the
+        features of the {first["features"]}, so they rank the arms below alone. Images are
+        normalised over batches of 500, as in the authors' evaluation. Their code normalises D's
+        last layer after RpGAN's steps alone; as a single row under spectral normalisation it has
+        unit norm in both games anyway. The power iteration stands still in the look-ahead."""
     return f"""## RS-GAN on images
 
-`rsgan.py`: the JS-GAN (non-saturating, as in the authors' code) against RpGAN, with the networks
-and settings of the code beside Sun, Fang and Schwing (2020), and K look-ahead steps of D in the
-generator's loss. Presets are their commands for CIFAR-10 and STL-10, each with the SN-DCGAN and the
-SN-ResNet, at regular, half and quarter width. The paper's table of FIDs is not quoted: with so few
-pairs and other features nothing here compares with it.
+{wrapped(text)}
 
-**Scaled down:** {_scale(first)}. Metrics are of {int(first["samples"]):,} samples against as many
-test images, by the features of the {first["features"]}, so they rank the arms below and compare
-with nothing else; images are normalised over batches of 500, as in the authors' evaluation. One
-more thing of their code has no counterpart: D's last layer is normalised after RpGAN's steps alone,
-but as a single row under spectral normalisation it has unit norm anyway, in both games. Spectral
-normalisation's power iteration stands still in the look-ahead. Again: `python examples/rsgan.py
---preset {first["preset"]} --data-root FOLDER --features CLASSIFIER.pt
---seeds {len(main.settings("seed"))} --iterations {first["pairs"]} --record --figures`.
+{wrapped(_scale(main))} Again:
+`{_command(main)}`.
 
 {_arms(main)}
 
@@ -55,7 +57,7 @@ normalisation's power iteration stands still in the look-ahead. Again: `python e
     ),
 ))}
 
-FID falls and F_8 rises where an arm is better. Seconds are CPU time.
+FID falls and F_8 rises where an arm is better. Seconds are CPU time, of a run.
 
 ![Samples](../figures/rsgan_{first["preset"]}.png)
 
@@ -67,17 +69,39 @@ FID falls and F_8 rises where an arm is better. Seconds are CPU time.
 {_others([group for group in groups if group is not main])}"""  # fmt: skip
 
 
-def _scale(row: Row) -> str:
+def _scale(records: Records) -> str:
+    row, pairs = records.rows[0], int(records.rows[0]["pairs"])
+    counts = sorted(
+        {len(records.pick(**dict(zip(ARM, a, strict=True))).rows) for a in _ran(records)}
+    )
+    name, _, images = row["data"].partition(", ")
+    data = "CIFAR-10" if name == "cifar10" else f"`{name}`, a part of CIFAR-10's"
     return (
-        f"{row['width']} width of the {row['structure'].replace('dcgan', 'SN-DCGAN')}, "
-        f"{int(row['pairs']):,} pairs of updates for {PAPER_PAIRS:,}, batches of "
-        f"{row['batch_size']} for 64; learning rates are the authors'; {row['data']}"
+        f"Scaled down: {row['width']} width of the {NETWORKS[row['structure']]}, {pairs:,} pairs "
+        f"of updates for {PAPER_PAIRS:,}, batches of {row['batch_size']} for 64, {images} for "
+        f"50,000 ({data}), {'-'.join(map(str, counts))} seeds an arm."
+        + " Short of the few hundred pairs that were planned: G has hardly begun, and `--resume` "
+        "with more `--iterations` deepens the record." * (pairs < PLANNED)
+    )
+
+
+def _ran(records: Records) -> list[tuple[str, ...]]:
+    return records.settings(*ARM)
+
+
+def _command(records: Records) -> str:
+    row = records.rows[0]
+    games, ks = (" ".join(value for (value,) in records.settings(name)) for name in ARM)
+    return (
+        f"python examples/rsgan.py --preset {row['preset']} --data-root FOLDER --features "
+        f"CLASSIFIER.pt --games {games} --unroll-steps {ks} --iterations {row['pairs']} "
+        f"--seeds {len(records.settings('seed'))} --record --figures"
     )
 
 
 def _arms(records: Records) -> str:
     lines = []
-    for game, k in records.settings(*ARM):
+    for game, k in _ran(records):
         own = records.pick(game=game, unroll_steps=k)
         values = [_shown(own.values(name), digits) for name, (_, digits) in METRICS.items()]
         seconds = f"{sum(own.values('seconds')) / len(own.rows):.0f}"
@@ -102,5 +126,5 @@ def _better(
 
 
 def _others(groups: list[Records]) -> str:
-    parts = [f"\nAlso run: {_scale(group.rows[0])}.\n\n{_arms(group)}\n" for group in groups]
+    parts = [f"\n{wrapped('Also run. ' + _scale(group))}\n\n{_arms(group)}\n" for group in groups]
     return "".join(parts)
