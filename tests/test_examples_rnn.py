@@ -307,3 +307,18 @@ def test_the_page_compares_at_equal_length_and_at_equal_time(
     verdicts = [line.split(" | ")[-1] for line in text.splitlines() if " | paper | " in line]
     assert verdicts == ["**holds** |"] * 3
     assert "entropy, K=20 against 0: 2.20 ± 0.00 against 5.00 ± 0.00 (for)" in text  # at equal time
+
+
+def test_the_page_does_not_judge_at_equal_time_what_had_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = example("lab.rnn_page", monkeypatch)
+    found = [row(20, seed, 100, 2.2) for seed in range(3)]
+    found += [row(0, seed, n, 1.0) for seed in range(3) for n in (100, 200)]
+    with (tmp_path / "rnn_mnist.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+    text = page.rnn_mnist(tmp_path)
+    assert "| in as many seconds, K=0 does as well | ours | not run |  | none |" in text
+    assert "had part of the CPU time" in text
