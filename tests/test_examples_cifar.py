@@ -346,7 +346,11 @@ def test_points_descend_together_as_each_does_alone(inversion: Any) -> None:
     for point, loss, start, goal in zip(points, losses, starts, goals, strict=True):
         alone = start.clone().requires_grad_()
         oracle = torch.optim.LBFGS(
-            [alone], max_iter=25, history_size=inversion.HISTORY, line_search_fn="strong_wolfe"
+            [alone],
+            max_iter=25,
+            max_eval=25 * inversion.EVALUATIONS,
+            history_size=inversion.HISTORY,
+            line_search_fn="strong_wolfe",
         )
 
         def closure(z: Any = alone, goal: Any = goal, oracle: Any = oracle) -> torch.Tensor:

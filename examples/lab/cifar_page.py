@@ -33,7 +33,8 @@ def training(results: Path) -> str:
         appendix swaps the words), 3x3, with BatchNorm and leaky ReLU 0.3, Adam with 1e-4 for G and
         2e-4 for D, the non-saturating game. f_0 is G's loss at the D of the moment, f_K the one
         that it minimises, at the D that has looked ahead; losses are averages over about the last
-        ten pairs."""
+        ten pairs. Where K > 0, f_0 costs a pass of D that training does not need, within the
+        seconds. Weights start as DCGAN's do, N(0, 0.02^2): the paper is silent."""
     return f"""## Fig. 4: CIFAR-10 by convolutional networks
 
 {wrapped(text)}
@@ -89,11 +90,14 @@ def scale(records: Records) -> str:
     data = "CIFAR-10" if images == CIFAR10 else f"`{first['data']}`, a part of CIFAR-10's images"
     each = "-".join(map(str, seeds))
     short = pairs < 2000 or seeds[0] < 3 or len(ks) < 4
+    near = "G is still near its initial state at that length, and so are its samples."
     return (
         f"Scaled down: X = {float(first['size']):g} of the paper's channels, {pairs:,} pairs of "
         f"updates for {FULL['pairs']:,}, batches of {first['batch_size']} for our 128, "
         f"{images:,} training images for {CIFAR10:,} ({data}), {each} seeds of each K for "
         f"{FULL['seeds']}."
+        + f" {near}"
+        * (pairs < 2000)
         + f" This is short of what was planned, {ASKED}: longer runs with `--resume` deepen the "
         "record." * short
     )

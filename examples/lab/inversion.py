@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 HISTORY = 10
+EVALUATIONS = 4  # for a step of L-BFGS, at most on average
 Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (rows, points): losses, gradients
 
 
@@ -35,7 +36,11 @@ def minimise(evaluate: Evaluate, starts: Tensor, *, steps: int) -> tuple[Tensor,
     def descend(row: int) -> None:
         point = points[row].clone().requires_grad_()
         optimizer = torch.optim.LBFGS(
-            [point], max_iter=steps, history_size=HISTORY, line_search_fn="strong_wolfe"
+            [point],
+            max_iter=steps,
+            max_eval=EVALUATIONS * steps,
+            history_size=HISTORY,
+            line_search_fn="strong_wolfe",
         )
 
         def closure() -> Tensor:
@@ -107,7 +112,8 @@ def reconstruct(
         found, errors = minimise(evaluate, starts.flatten(0, 1)[some].cpu(), steps=steps)
         points.append(found)
         losses.append(errors)
-    best, winner = torch.cat(losses).view(count, tries).min(dim=1)
+    errors = torch.cat(losses).nan_to_num(torch.inf)  # a descent that failed is no best one
+    best, winner = errors.view(count, tries).min(dim=1)
     nearest = torch.cat(points).view(count, tries, size)[torch.arange(count), winner]
     with torch.no_grad():
         images = torch.cat([generator(z.to(device)).cpu() for z in nearest.split(batch_size)])
