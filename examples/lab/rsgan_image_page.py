@@ -62,11 +62,7 @@ FID falls and F_8 rises where an arm is better. Seconds are CPU time, of a run.
 ![Samples](../figures/rsgan_{first["preset"]}.png)
 
 *Samples of fixed noise over training, the first seed.*
-
-![Metrics over training](../figures/rsgan_{first["preset"]}_curves.png)
-
-*Metrics over training: thin lines are seeds, thick ones their means.*
-{_others([group for group in groups if group is not main])}"""  # fmt: skip
+{_curves(first)}{_others([group for group in groups if group is not main])}"""  # fmt: skip
 
 
 def _scale(records: Records) -> str:
@@ -83,6 +79,17 @@ def _scale(records: Records) -> str:
         + " Short of the few hundred pairs that were planned: G has hardly begun, and `--resume` "
         "with more `--iterations` deepens the record." * (pairs < PLANNED)
     )
+
+
+def _curves(row: Row) -> str:
+    """Return the figure of the metrics, where there are enough moments to draw."""
+    if int(row["pairs"]) < 3 * int(row["evaluate_every"]):
+        return ""
+    return f"""
+![Metrics over training](../figures/rsgan_{row["preset"]}_curves.png)
+
+*Metrics over training: thin lines are seeds, thick ones their means.*
+"""
 
 
 def _ran(records: Records) -> list[tuple[str, ...]]:
