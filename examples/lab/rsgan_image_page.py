@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 
 from lab.cifar_page import wrapped
-from lab.claims import Comparison, Records, claims, shown, table
+from lab.claims import Comparison, Records, Row, claims, shown, table
 from lab.evaluate_page import METRICS
 
 ARM = ("game", "unroll_steps")
