@@ -8,6 +8,8 @@ from lab.claims import Comparison, Records, Row, claims, shown, table
 from lab.evaluate_page import METRICS
 
 ARM = ("game", "unroll_steps")
+STANDARD = {"unroll_steps": 0}
+GAMES = {"JS": "the JS-GAN", "Rp": "RpGAN"}
 GROUP = ("preset", "structure", "width", "batch_size", "pairs", "samples", "data", "features")
 PAPER_PAIRS, PLANNED = 100_000, 300
 NETWORKS = {"dcgan": "SN-DCGAN", "resnet": "SN-ResNet"}
@@ -24,7 +26,7 @@ def rsgan(results: Path) -> str:
         every.pick(**dict(zip(GROUP, values, strict=True))) for values in every.settings(*GROUP)
     ]
     main = max(groups, key=lambda records: len(records.rows))
-    first = main.rows[0]
+    first, others = main.rows[0], [group for group in groups if group is not main]
     text = f"""`rsgan.py`: the JS-GAN (non-saturating, as in the authors' code) against RpGAN, with
         the networks and settings of the code beside Sun, Fang and Schwing (2020), and K look-ahead
         steps of D in the generator's loss. Presets are their commands for CIFAR-10 and STL-10, each
@@ -46,15 +48,13 @@ def rsgan(results: Path) -> str:
 
 {claims((
     ("RS-GAN", f"RpGAN does better than JS-GAN with narrow networks (K=0, {first['width']} width)",
-     _better(main, "JS against Rp", ("JS", "0"), ("Rp", "0"))),
-    *(
-        ("ours", f"looking ahead helps {name}", [
-            comparison
-            for (k,) in main.pick(game=game).settings("unroll_steps") if k != "0"
-            for comparison in _better(main, f"K=0 against {k}", (game, "0"), (game, k))
-        ])
-        for game, name in (("JS", "the JS-GAN"), ("Rp", "RpGAN"))
-    ),
+     _better(("JS, K=0", main.pick(game="JS", **STANDARD)),
+             ("Rp, K=0", main.pick(game="Rp", **STANDARD)))),
+    *(("ours", f"looking ahead helps {name}", _ahead(main, main, game))
+      for game, name in GAMES.items()),
+    *(("ours", f"looking ahead helps {name} against K=0 at {longer.rows[0]['pairs']} pairs",
+       _ahead(main, longer, game))
+      for longer in others if _alike(main, longer) for game, name in GAMES.items()),
 ))}
 
 FID falls and F_8 rises where an arm is better. Seconds are CPU time, of a run.
@@ -62,7 +62,7 @@ FID falls and F_8 rises where an arm is better. Seconds are CPU time, of a run.
 ![Samples](../figures/rsgan_{first["preset"]}.png)
 
 *Samples of fixed noise over training, the first seed.*
-{_curves(first)}{_others([group for group in groups if group is not main])}"""  # fmt: skip
+{_curves(first)}{_others(others)}"""  # fmt: skip
 
 
 def _scale(records: Records) -> str:
@@ -90,6 +90,12 @@ def _curves(row: Row) -> str:
 
 *Metrics over training: thin lines are seeds, thick ones their means.*
 """
+
+
+def _alike(records: Records, longer: Records) -> bool:
+    """Return whether runs differ in their length alone."""
+    pairs = zip(*(group.settings(*GROUP)[0] for group in (records, longer)), strict=True)
+    return [name for name, (a, b) in zip(GROUP, pairs, strict=True) if a != b] == ["pairs"]
 
 
 def _ran(records: Records) -> list[tuple[str, ...]]:
@@ -121,14 +127,28 @@ def _shown(values: list[float], digits: int) -> str:
     return shown(values, digits) if len(values) > 1 else f"{values[0]:.{digits}f}"
 
 
-def _better(
-    records: Records, text: str, worse: tuple[str, str], better: tuple[str, str]
-) -> list[Comparison]:
-    worse_arm, better_arm = (dict(zip(ARM, arm, strict=True)) for arm in (worse, better))
-    turned = " against ".join(reversed(text.split(" against ")))
+def _ahead(records: Records, standard: Records, game: str) -> list[Comparison]:
+    """Compare every K > 0 with K=0, which may be of another length."""
+    base = standard.pick(game=game, **STANDARD)
+    length = f" at {base.rows[0]['pairs']} pairs" * (standard is not records) if base.rows else ""
     return [
-        *records.compare(f"FID, {text}", "fid", worse_arm, better_arm),
-        *records.compare(f"F_8, {turned}", "f_8", better_arm, worse_arm),
+        comparison
+        for (k,) in records.pick(game=game).settings("unroll_steps")
+        if k != "0"
+        for comparison in _better(
+            (f"K=0{length}", base), (f"K={k}", records.pick(game=game, unroll_steps=k))
+        )
+    ]
+
+
+def _better(worse: tuple[str, Records], better: tuple[str, Records]) -> list[Comparison]:
+    """Compare two arms, with names: the second is claimed to be better."""
+    (low, bad), (high, good) = worse, better
+    if not bad.rows or not good.rows:
+        return []
+    return [
+        Comparison(f"FID, {low} against {high}", bad.values("fid"), good.values("fid")),
+        Comparison(f"F_8, {high} against {low}", good.values("f_8"), bad.values("f_8")),
     ]
 
 
