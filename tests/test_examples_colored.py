@@ -104,7 +104,8 @@ def test_a_single_colour_has_the_analytic_divergence() -> None:
 
     def integrand(r: float, own: float, other: float) -> float:
         p, q = log_density(r, own), log_density(r, other)
-        return 4 * math.pi * r * r * math.exp(p) * (p - np.logaddexp(p, q) + math.log(2))
+        apart = p - float(np.logaddexp(p, q)) + math.log(2)
+        return 4 * math.pi * r * r * math.exp(p) * apart
 
     wide, thin = 1 + h * h, h * h
     expected = (
