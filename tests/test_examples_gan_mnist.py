@@ -102,7 +102,9 @@ def test_a_generator_of_one_image_has_no_variance_and_one_class(
 
     def collapsed(noise_size: int) -> nn.Sequential:
         generator: nn.Sequential = whole(noise_size)
-        nn.init.zeros_(generator[-2].weight)
+        last = generator[-2]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
         return generator
 
     monkeypatch.setattr(example, "generator_of", collapsed)
