@@ -108,7 +108,7 @@ def networks(config: Config, rng: torch.Generator) -> tuple[nn.Sequential, nn.Se
 def generated(network: nn.Module, noise: Tensor) -> Tensor:
     """Return samples, with BatchNorm's running statistics."""
     network.eval()
-    images = torch.cat([network(part) for part in noise.split(512)])
+    images = torch.cat([network(part) for part in noise.split(128)])
     network.train()
     return images
 
