@@ -75,7 +75,8 @@ def distances(results: Path) -> str:
     if not own.rows:
         return ""
     first, ks = own.rows[0], [k for (k,) in own.settings(K)]
-    lines = [("data", "", f"{float(first['median_data']):.2f}", first["wasserstein_data"])]
+    floor = f"{float(first['wasserstein_data']):.2f}"
+    lines: list[tuple[str, ...]] = [("data", "", f"{float(first['median_data']):.2f}", floor)]
     for k in ks:
         seeds = own.pick(**{K: k})
         cells = [shown(seeds.values(name), 2) for name in ("median", "wasserstein")]
