@@ -59,8 +59,8 @@ Scaled down, of `paper`: {int(first["pairs"]):,} pairs of updates for 50,000 (Pa
 500,000), batches of {first["batch_size"]} for 128, learning rates of {first["generator_lr"]} and
 {first["discriminator_lr"]} for 1e-4 and 2e-4. Our numbers are of the beginning of training: compare
 them within the table, and their order with the published ones.{_not_run(last)} Again:
-`python examples/stacked_mnist.py --unroll-steps 0 1 5 10 --seeds 8 --record --figures`; with
-`--resume` and more `--iterations` or `--seeds` the same runs go on.
+`python examples/stacked_mnist.py --iterations {first["pairs"]} --unroll-steps 0 1 5 10 --seeds 8
+--record --figures`; with `--resume` and more `--iterations` or `--seeds` the same runs go on.
 
 {table(HEAD, _lines(last, published))}
 
