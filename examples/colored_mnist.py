@@ -133,7 +133,10 @@ def train(
             "seconds_a_pair": trace.median("seconds"),
             "data_seconds_a_pair": trace.median("data_seconds"),
         }
-        snapshot = {"images": as_bytes(images[:16]), "colours": found[:1000].clone().cpu()}
+        snapshot = {
+            "images": colored_figures.as_bytes(images[:16]),
+            "colours": found[:1000].clone().cpu(),
+        }
         return row | references, snapshot
 
     iterations = runs.iterate(
@@ -174,11 +177,6 @@ def train(
         seconds = time.process_time() - began
         trace.add(d_loss=d_loss, g_loss=g_loss, data_seconds=data_seconds, seconds=seconds)
     return config
-
-
-def as_bytes(images: Tensor) -> Tensor:
-    """Return images in [-1, 1] as bytes."""
-    return images.add(1).mul(127.5).round().byte().cpu()
 
 
 def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:

@@ -64,39 +64,47 @@ def report(out: Path, folder: Path, configs: Sequence[Run], data_root: Path | No
     rng = torch.Generator().manual_seed(first.seed)
     drawn = colors.draw(1000, rng)
     images = colors.coloured(digits.mnist(data_root, size=32).sample(1000, rng), drawn, rng)
-    of_data = {"images": images[:16], "colours": colors.foreground(images)}
-    columns = list(next(iter(snapshots.values())))
-    scatter(folder / "colored_mnist_colours.png", snapshots, columns, of_data["colours"])
+    of_data = {"images": as_bytes(images[:16]), "colours": colors.foreground(images)}
+    rows = {x: {"data": of_data} | row for x, row in snapshots.items()}
+    columns = list(max(rows.values(), key=len))
+    scatter(folder / "colored_mnist_colours.png", rows, columns)
     pictures.grid(
         folder / "colored_mnist_samples.png",
         {
-            x: [*(digits.scaled(row[k]["images"]) for k in columns), of_data["images"]]
-            for x, row in snapshots.items()
+            x: [digits.scaled(row[k]["images"]) for k in columns if k in row]
+            for x, row in rows.items()
         },
-        [*columns, "data"],
+        columns,
         caption=f"samples at the end (preset {first.preset}, seed {first.seed})",
     )
     divergences(folder / "colored_mnist_js.png", ends, sum(floors) / len(floors))
     print(f"\nTime series, settings and checkpoints are in {out}/, figures in {folder}/")
 
 
+def as_bytes(images: Tensor) -> Tensor:
+    """Return images in [-1, 1] as bytes."""
+    return images.add(1).mul(127.5).round().byte().cpu()
+
+
 def scatter(
     path: Path,
     rows: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
     columns: Sequence[str],
-    data: Tensor,
 ) -> None:
     """Draw the colours found in samples and data by red and green, each in its own colour."""
-    shape = len(rows), len(columns) + 1
+    shape = len(rows), len(columns)
     size = 1.5 * shape[1] + 0.4, 1.5 * shape[0] + 0.5
     figure, axes = plt.subplots(
         *shape, figsize=size, squeeze=False, layout="constrained", sharex=True, sharey=True
     )
     for line, (x, row) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(x)
-        for ax, colours in zip(line, [*(row[k]["colours"] for k in columns), data], strict=True):
-            _dots(ax, colours)
-    for ax, title in zip(axes[0], [*columns, "data"], strict=True):
+        for ax, column in zip(line, columns, strict=True):
+            if column in row:
+                _dots(ax, row[column]["colours"])
+            else:
+                ax.set_visible(False)
+    for ax, title in zip(axes[0], columns, strict=True):
         ax.set_title(title)
     figure.supxlabel("red and green of the colours found, from -1 to 1", fontsize=9)
     figures.save(figure, path)
