@@ -9,6 +9,7 @@ from lab.claims import Records, moments, shown, table
 K = "unroll_steps"
 SCALE = ("preset", "data", "images", "size", "pairs", "batch_size")
 CIFAR10 = 50_000  # training images
+ENOUGH = 1000  # pairs, to judge a claim by: ours
 ASKED = "at least 2,000 pairs and 3 seeds for each of K=0, 1, 5 and 10"
 COST = """What the preset `paper` would take on the machine of the record, one core, from its first
 pairs: 100,000 updates of a player, 5 seeds."""
@@ -90,7 +91,10 @@ def scale(records: Records) -> str:
     data = "CIFAR-10" if images == CIFAR10 else f"`{first['data']}`, a part of CIFAR-10's images"
     each = "-".join(map(str, seeds))
     short = pairs < 2000 or seeds[0] < 3 or len(ks) < 4
-    near = "G is still near its initial state at that length, and so are its samples."
+    near = (
+        f"Fewer than {ENOUGH:,} pairs leave G close to its initial state: its samples are noise "
+        "yet, and claims get no verdict."
+    )
     return (
         f"Scaled down: X = {float(first['size']):g} of the paper's channels, {pairs:,} pairs of "
         f"updates for {FULL['pairs']:,}, batches of {first['batch_size']} for our 128, "
@@ -101,6 +105,11 @@ def scale(records: Records) -> str:
         + f" This is short of what was planned, {ASKED}: longer runs with `--resume` deepen the "
         "record." * short
     )
+
+
+def early(records: Records) -> bool:
+    """Return whether the runs are too short for a verdict."""
+    return int(records.rows[0]["pairs"]) < ENOUGH
 
 
 def wrapped(text: str) -> str:

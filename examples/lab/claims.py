@@ -9,6 +9,7 @@ Setting = Mapping[str, object]
 Value = str | Callable[[Row], float]  # of a row: a column, or what follows from several
 FEWEST = 3  # seeds a side, to judge by
 TOO_FEW = "too few runs to say"
+TOO_EARLY = "too early to say"
 HEAD = ("claim", "of", "ours", "seeds", "verdict")
 
 
@@ -69,8 +70,13 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     return "partly" if 0 < right < len(comparisons) else "holds" if right else "does not hold"
 
 
-def claims(given: Iterable[tuple[str, str, Sequence[Comparison]]]) -> str:
-    """Return the table of claims: who says what, our comparisons and the verdict."""
+def claims(given: Iterable[tuple[str, str, Sequence[Comparison]]], *, early: bool = False) -> str:
+    """Return the table of claims: who says what, our comparisons and the verdict.
+
+    Args:
+        given: Who says it, the claim, and its comparisons.
+        early: Whether the runs are too short to judge by.
+    """
     lines = []
     for source, claim, comparisons in given:
         if not comparisons:
@@ -80,6 +86,7 @@ def claims(given: Iterable[tuple[str, str, Sequence[Comparison]]]) -> str:
         counts = {len(values) for c in comparisons for values in (c.larger, c.smaller)}
         seeds = "-".join(map(str, sorted(counts)))
         judged = verdict(comparisons) if min(counts) >= FEWEST else TOO_FEW
+        judged = TOO_EARLY if early else judged
         lines.append((claim, source, ours, seeds, f"**{judged}**"))
     return table(HEAD, lines)
 

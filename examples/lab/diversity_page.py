@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from lab.cifar_page import K, largest, read, scale, wrapped
+from lab.cifar_page import K, early, largest, read, scale, wrapped
 from lab.claims import Comparison, Records, claims, moments, shown, table
 
 Errors = Mapping[tuple[str, str], Mapping[str, float]]  # by K and seed, and by image
@@ -58,7 +58,7 @@ after the training above.
 
 {table(head, lines)}
 
-{claims(_reconstruction_claims(errors, means, seeds))}
+{claims(_reconstruction_claims(errors, means, seeds), early=early(own))}
 
 The paired comparisons are over images, those of means over seeds.
 
@@ -130,7 +130,7 @@ above.
 
 {table(head, lines)}
 
-{claims(judged)}
+{claims(judged, early=early(own))}
 
 ![Distances](../figures/cifar10_distances.png)
 
