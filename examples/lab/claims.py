@@ -58,6 +58,11 @@ def shown(values: Sequence[float], digits: int = 2) -> str:
     return f"{mean:,.{digits}f} ± {error:,.{digits}f}"
 
 
+def brief(values: Sequence[float], digits: int = 2) -> str:
+    """Return the mean, with its standard error where there is one."""
+    return shown(values, digits) if len(values) > 1 else f"{values[0]:,.{digits}f}"
+
+
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table."""
     rows = [list(head), ["---"] * len(head), *map(list, lines)]

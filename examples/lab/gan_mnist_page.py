@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from lab.claims import Comparison, Records, claims, moments, shown, table
+from lab.claims import Comparison, Records, brief, claims, moments, table
 
 K = "unroll_steps"
 ARMS = "Adam", "SGD", "SGD-fast", "momentum"
@@ -31,15 +31,18 @@ def gan_mnist(results: Path) -> str:
         for arm in ARMS
         for (k,) in every.pick(optimizer=arm).settings(K)
     ]
+    run = {(name, k) for name, k, _ in cells}
+    absent = [f"{name}, K = {k}" for name in ARMS for k in ("0", "5") if (name, k) not in run]
+    missing = f" Not run: {'; '.join(absent)}." if absent else ""
     rates = {arm: f"{float(own.rows[0]['lr']):.2g}" for arm, _, own in cells}
     counts = sorted({len(own.rows) for _, _, own in cells})
-    ahead = max((k for _, k, _ in cells), key=int)
+    ahead = max((k for _, k, _ in cells if k != "0"), key=int, default="5")
     shapes = [
         (
-            *(arm, k, str(len(own.rows)), shown(own.values("classes"), 1)),
-            shown(own.values("classes_of_a_percent"), 1),
-            shown(own.values("class_entropy")),
-            shown(own.values("variance"), 3),
+            *(arm, k, str(len(own.rows)), brief(own.values("classes"), 1)),
+            brief(own.values("classes_of_a_percent"), 1),
+            brief(own.values("class_entropy"), 2),
+            brief(own.values("variance"), 3),
             f"{1000 * moments(own.values('seconds_a_pair'))[0]:,.0f}",
             f"{moments(own.values('images_a_second'))[0]:,.0f}",
         )
@@ -48,10 +51,10 @@ def gan_mnist(results: Path) -> str:
     causes = [
         (
             *(arm, k),
-            *(shown(own.values(f"mean_{name}"), 3) for name in ("d_gradient", "d_update")),
-            *(shown(own.values(f"mean_d_on_{name}"), 2) for name in ("real", "fake", "pattern")),
-            shown(own.values("taken_for_real"), 2),
-            shown(own.values("mean_learned"), 3),
+            *(brief(own.values(f"mean_{name}"), 3) for name in ("d_gradient", "d_update")),
+            *(brief(own.values(f"mean_d_on_{name}"), 2) for name in ("real", "fake", "pattern")),
+            brief(own.values("taken_for_real"), 2),
+            brief(own.values("mean_learned"), 3),
         )
         for arm, k, own in cells
     ]
@@ -96,8 +99,9 @@ so few pairs; "SGD-fast" is at a hundred times that rate, and "momentum" at the 
 0.9.
 
 Scaled down: {int(first["pairs"]):,} pairs of updates for 187,400, all else as there; learning rates
-of {", ".join(f"{rate} ({name})" for name, rate in rates.items())}; {"-".join(map(str, counts))}
-seeds. Of {int(first["samples"]):,} samples of G in evaluation mode, as there: classes through a
+of {", ".join(f"{rate} ({name})" for name, rate in rates.items())}; seeds
+of each cell: {"-".join(map(str, counts))}.{missing}
+Of {int(first["samples"]):,} samples of G in evaluation mode, as there: classes through a
 classifier with {accuracy} % test accuracy, which calls noise some digit, too; entropy of the
 classes (2.30 at most); variance, summed over pixels, of the data's. Times are CPU times on a
 machine that did other work beside, and images those of the data that a training goes through.
