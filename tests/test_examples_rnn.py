@@ -305,8 +305,9 @@ def test_the_page_compares_at_equal_length_and_at_equal_time(
     assert "--iterations 100 --standard-iterations 1000 --seeds 3" in " ".join(text.split())
     assert "entropy, K=20 against 0: 2.20 ± 0.00 against 0.50 ± 0.00 (for)" in text
     verdicts = [line.split(" | ")[-1] for line in text.splitlines() if " | paper | " in line]
-    assert verdicts == ["**holds** |"] * 3
-    assert "entropy, K=20 against 0: 2.20 ± 0.00 against 5.00 ± 0.00 (for)" in text  # at equal time
+    assert verdicts == ["**holds** |"] * 4
+    assert "had about the CPU time" in text
+    assert "neither draws digits" not in text
 
 
 def test_the_page_does_not_judge_at_equal_time_what_had_less(
@@ -320,5 +321,20 @@ def test_the_page_does_not_judge_at_equal_time_what_had_less(
         writer.writeheader()
         writer.writerows(found)
     text = page.rnn_mnist(tmp_path)
-    assert "| in as many seconds, K=0 does as well | ours | not run |  | none |" in text
+    assert "| in as many seconds, K=0 is as diverse | ours | not run |  | none |" in text
     assert "had part of the CPU time" in text
+
+
+def test_the_page_does_not_judge_digits_where_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = example("lab.rnn_page", monkeypatch)
+    found = [row(k, seed, 100, 0.1, classes=1) for k in (0, 20) for seed in range(3)]
+    with (tmp_path / "rnn_mnist.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+    text = page.rnn_mnist(tmp_path)
+    assert "After 100 pairs neither draws digits yet" in text
+    verdicts = [line.split(" | ")[-1] for line in text.splitlines() if " | paper | " in line]
+    assert verdicts == ["**holds** |", "**holds** |", "none |", "none |"]

@@ -106,10 +106,12 @@ def curves(
     *,
     x: str,
     ideal: Mapping[str, float],
+    log: bool = False,
 ) -> None:
     """Plot metrics over training: thin lines are seeds, a thick one is their mean.
 
     The largest mode is shown for the first seed, as dots whose area is its share of the samples.
+    With `log` the horizontal axis is logarithmic, for runs of very different lengths.
     """
     figure, axes = plt.subplots(2, -(-len(metrics) // 2), figsize=(9, 5), layout="constrained")
     for ax, (metric, label) in zip(axes.flat, metrics.items(), strict=True):
@@ -129,8 +131,11 @@ def curves(
             mean = values.mean(axis=0)
             ax.plot(steps, mean, ".-", color=color, markersize=2, linewidth=1.2, label=name)
         ax.set(xlabel=x.replace("_", " "), ylabel=label)
+        if log:
+            ax.set_xscale("log")
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.xaxis.set_major_formatter("{x:,.0f}")
-        ax.xaxis.set_major_locator(MaxNLocator(4))
         if metric in COUNTS:
             ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
         ax.spines[["top", "right"]].set_visible(False)

@@ -69,7 +69,14 @@ def report(out: Path, folder: Path, configs: Sequence[Run]) -> None:
     first = configs[0]
     caption = f"updates of G and D (preset {first.preset}, seed {first.seed})"
     samples(folder / "rnn_mnist.png", {label: own[0] for label, own in logs.items()}, caption)
-    figures.curves(folder / "rnn_mnist_curves.png", short, CURVES, x="player_updates", ideal=IDEAL)
+    figures.curves(
+        folder / "rnn_mnist_curves.png",
+        histories,
+        CURVES,
+        x="player_updates",
+        ideal=IDEAL,
+        log=True,
+    )
     cost(folder / "rnn_mnist_costs.png", histories)
     print(f"\nTime series, settings and checkpoints are in {out}/, figures in {folder}/")
 
