@@ -23,7 +23,11 @@ class Trace:
 
     def add(self, **values: float | Tensor) -> None:
         """Add the numbers of a pair."""
-        self.rows.append(tuple(float(values[column]) for column in self.columns))
+        numbers = {
+            name: value.item() if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+        self.rows.append(tuple(numbers[column] for column in self.columns))
 
     def column(self, name: str, start: int = 0) -> list[float]:
         """Return a number of every pair, from one on."""
