@@ -76,8 +76,9 @@ def _scale(records: Records) -> str:
         f"Scaled down: {row['width']} width of the {NETWORKS[row['structure']]}, {pairs:,} pairs "
         f"of updates for {PAPER_PAIRS:,}, batches of {row['batch_size']} for 64, {images} for "
         f"50,000 ({data}), {'-'.join(map(str, counts))} seeds an arm."
-        + " Short of the few hundred pairs that were planned: G has hardly begun, and `--resume` "
-        "with more `--iterations` deepens the record." * (pairs < PLANNED)
+        + " Short of the few hundred pairs that were planned: G has hardly begun, no arm makes "
+        'images yet, and "no difference" is weak evidence. `--resume` with more `--iterations` '
+        "deepens the record." * (pairs < PLANNED)
     )
 
 
