@@ -52,7 +52,10 @@ def report(out: Path, folder: Path, configs: Sequence[Run]) -> None:
         ]
     records.write(out / "metrics.csv", series)
 
-    histories = {label: [log["history"] for log in own] for label, own in logs.items()}
+    histories = {}
+    for label, own in logs.items():
+        length = min(len(log["history"]) for log in own)  # that all seeds have
+        histories[label] = [log["history"][:length] for log in own]
     shared = min(history[-1]["pairs"] for own in histories.values() for history in own)
     short = {label: [_until(shared, h) for h in own] for label, own in histories.items()}
     print(f"\nAfter {shared:,} pairs of updates; the digits' entropy is ln 10 = 2.30 at most.\n")
