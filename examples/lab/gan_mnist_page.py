@@ -7,6 +7,10 @@ from lab.claims import Comparison, Records, brief, claims, moments, table
 
 K = "unroll_steps"
 ARMS = "Adam", "SGD", "SGD-fast", "momentum"
+EARLY = """
+No arm makes half of the digits yet: these are the first moments of a training, in which samples can
+be all the same because G has hardly moved.
+"""
 DIVERSITY = {
     "variance": "variance",
     "classes_of_a_percent": "classes with 1 %",
@@ -84,6 +88,7 @@ def gan_mnist(results: Path) -> str:
             )
         ]
 
+    most = max(every.values("classes_of_a_percent"))
     readme = "that README"
     return f"""## Adam against SGD on MNIST
 
@@ -110,7 +115,7 @@ Again:
 {first["evaluate_every"]} --seeds {counts[-1]} --record --figures`.
 
 {table((*shape_head, "variance", "ms a pair", "images a second"), shapes)}
-
+{EARLY if most < 5 else ""}
 What D does, as means over all evaluations: the norms of its gradient and of its update (means over
 pairs); its output on data, on samples and on the pattern; the share of evaluations at which the
 pattern is taken for real (D above 0.5); and how far D's output on a pattern has fallen by the next
