@@ -63,7 +63,7 @@ them within the table, and their order with the published ones.{_not_run(last)} 
 --record --figures`; with `--resume` and more `--iterations` or `--seeds` the same runs go on.
 
 {table(HEAD, _lines(last, published))}
-
+{_too_early(last)}
 {claims(_claims(last, finished(whole.pick(networks="D"))))}
 
 Modes over training are those of {int(first["curve_samples"]):,} samples:
@@ -128,6 +128,15 @@ def _data(results: Path) -> str:
         f"{shown(scores.values('modes'), 1)} modes and {shown(scores.values('reverse_kl'), 4)} "
         f"({len(scores.rows)} draws): the floor of the KL. The classifier is right on "
         f"{first['test_accuracy']} % of the test digits (hash {first['classifier']})."
+    )
+
+
+def _too_early(last: Records) -> str:
+    if max(last.values("modes")) > 1:
+        return ""
+    return (
+        "\nNo run has more than one mode: at this length the samples are not digits yet, and the "
+        "table says nothing about the claims.\n"
     )
 
 
@@ -202,9 +211,10 @@ def curves(record: Path, path: Path) -> None:
             ax.spines[["top", "right"]].set_visible(False)
     for ax, size in zip(axes[0], sizes, strict=True):
         ax.set_title(f"D = {Fraction(size)}")
+        ax.set_ylim(bottom=0)
     axes[0, 0].set_ylabel("modes")
     axes[1, 0].set_ylabel("reverse KL, nats")
     for ax in axes[1]:
-        ax.set_xlabel("pairs of updates")
+        ax.set(xlabel="pairs of updates", ylim=(0, None))
     axes[0, 0].legend()
     save(figure, path)
