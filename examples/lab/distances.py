@@ -32,7 +32,7 @@ def wasserstein(distances: Tensor, others: Tensor) -> float:
     return float(wasserstein_distance(distances.numpy(), others.numpy()))
 
 
-def histograms(samples: list[Tensor], bins: int = 60) -> tuple[np.ndarray, list[np.ndarray]]:
+def histograms(samples: list[Tensor], bins: int = 120) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return shared edges of bins, and the density of every sample in them."""
     edges = np.histogram_bin_edges(torch.cat(samples).numpy(), bins)
     return edges, [np.histogram(sample.numpy(), edges, density=True)[0] for sample in samples]

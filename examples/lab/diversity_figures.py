@@ -74,9 +74,10 @@ def distances(folder: Path, real: Tensor, found: Mapping[tuple[int, int], Tensor
             ax.plot(centres, density, color=colour, linewidth=width)
             middle = torch.median(sample).item()
             ax.axvline(middle, color=colour, linewidth=width, linestyle="--", alpha=0.7)
-        ax.set(ylabel="density", title=f"{k} step{'s' * (k != 1)}", ylim=(0, None))
+        ax.set(ylabel="density", title=f"{k} step{'s' * (k != 1)}")
         ax.spines[["top", "right"]].set_visible(False)
         ax.margins(x=0)
+    axes[0, 0].set(xlim=(0, None), ylim=(0, None))  # shared by all
     axes[-1, 0].set_xlabel("$\\ell_2$ distance of a pair, pixels in [-1, 1]")
     save(figure, folder / "cifar10_distances.png")
 
