@@ -321,7 +321,7 @@ def test_the_page_does_not_judge_at_equal_time_what_had_less(
         writer.writeheader()
         writer.writerows(found)
     text = page.rnn_mnist(tmp_path)
-    assert "| in as many seconds, K=0 is as diverse | ours | not run |  | none |" in text
+    assert "| in part of the CPU time, K=0 is as diverse | ours | not run |  | none |" in text
     assert "had part of the CPU time" in text
 
 

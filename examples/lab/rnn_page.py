@@ -47,6 +47,11 @@ whatever they are, so what the paper says of digits is not judged at that length
 """
     )
     alone = standard.pick(pairs=late).values("rotations")
+    in_time = [  # what it reaches in less time, it reaches
+        comparison
+        for comparison in _both(records, ks[-1], pairs, late, ("spread",), denied=True)
+        if as_long or comparison.finding == "for"
+    ]
     rotates = Comparison(
         f"rotations, K=0 after {late} pairs, against none", alone, [0.0] * len(alone)
     )
@@ -82,8 +87,7 @@ K={ks[-1]}. CPU seconds are of training one seed, on a machine that did other wo
     ) if drawn else []),
     ("paper", "with unrolling it covers the whole data distribution",
      _everywhere(ahead.pick(pairs=pairs)) if drawn else []),
-    ("ours", "in as many seconds, K=0 is as diverse",
-     _both(records, ks[-1], pairs, late, ("spread",), denied=True) if as_long else []),
+    ("ours", f"in {time} CPU time, K=0 is as diverse", in_time),
 ))}
 
 ![Samples over training](../figures/rnn_mnist.png)
