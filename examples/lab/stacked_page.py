@@ -92,7 +92,7 @@ def _lines(last: Records, published: Records) -> list[tuple[str, ...]]:
             own = last.pick(size=size, unroll_steps=k)
             ours = ("", "0", "not run", "")
             if own.rows:
-                modes, kl = (shown(own.values(c), d) for c, d in (("modes", 1), ("reverse_kl", 3)))
+                modes, kl = (_mean(own.values(c), d) for c, d in (("modes", 1), ("reverse_kl", 3)))
                 ours = (f"{int(own.rows[0]['pairs']):,}", str(len(own.rows)), modes, kl)
             cells = [
                 _published(published.pick(setting=setting, unroll_steps=k, metric=metric))
@@ -101,6 +101,10 @@ def _lines(last: Records, published: Records) -> list[tuple[str, ...]]:
             ]
             lines.append((name, str(k), *ours, *cells))
     return lines
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    return shown(values, digits) if len(values) > 1 else f"{values[0]:,.{digits}f}"
 
 
 def _published(found: Records) -> str:
@@ -186,7 +190,7 @@ def _curve(every: Records) -> str:
     for size, k in every.settings("size", "unroll_steps"):
         own = every.pick(size=size, unroll_steps=k)
         cells = [own.pick(pairs=moment).values("curve_modes") for moment in moments_shown]
-        lines.append((f"{Fraction(size)}", k, *(shown(c, 0) if c else "" for c in cells)))
+        lines.append((f"{Fraction(size)}", k, *(_mean(c, 0) if c else "" for c in cells)))
     return table(("D", "K", *(f"{moment:,} pairs" for moment in moments_shown)), lines)
 
 
