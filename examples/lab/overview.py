@@ -3,13 +3,14 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from lab.claims import HEAD, TOO_FEW, table
+from lab.claims import HEAD, TOO_EARLY, TOO_FEW, table
 
 COUNTED = {
     "holds": "hold",
     "partly": "partly",
     "does not hold": "not",
     TOO_FEW: "too few runs",
+    TOO_EARLY: "too early",
     "none": "not run",
 }
 

@@ -68,8 +68,8 @@ another, "rotations" the same over the moments at which more than half of the sa
 both grow with the number of evaluations.
 
 Scaled down: {pairs} pairs of updates for the 75,000 of Appendix C, batches of
-{first["batch_size"]}, and learning rates of {float(first["learning_rate"]):g} for 1e-4, chosen
-without looking ahead on another seed. K=0 is shown, too, where it had {time} CPU time of
+{first["batch_size"]}, and learning rates of {float(first["learning_rate"]):g} for 1e-4, the first
+that was tried. K=0 is shown, too, where it had {time} CPU time of
 K={ks[-1]}. CPU seconds are of training one seed, on a machine that did other work beside. Again:
 `python examples/rnn_mnist.py --unroll-steps {" ".join(ks)} --iterations {pairs}
 --standard-iterations {late} --seeds {len(ahead.settings("seed"))} --record --figures`; with
