@@ -180,7 +180,8 @@ def test_training_stops_at_numbers_that_are_not_finite(
 
     def failing(pixels: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         calls.append(chosen)
-        return real(pixels, chosen) * (torch.nan if len(calls) > 5 else 1)  # two a pair
+        found: torch.Tensor = real(pixels, chosen)
+        return found * (torch.nan if len(calls) > 5 else 1)  # two a pair
 
     monkeypatch.setattr(cifar10.image_folder, "batch", failing)
     out = tmp_path / "out"
@@ -266,14 +267,14 @@ def test_it_records_draws_and_is_measured(
 
     diversity = importlib.import_module("cifar10_diversity")
     less = ("--targets", "3", "--starts", "2", "--steps", "3", "--samples", "6")
-    given = ("--checkpoints", out / "checkpoints", "--out", tmp_path / "measured", *less)
-    given = (*given, "--distances", "20", "--data-root", root, "--record", tmp_path)
+    given: list[Any] = ["--checkpoints", out / "checkpoints", "--out", tmp_path / "measured", *less]
+    given += ["--distances", "20", "--data-root", root, "--record", tmp_path]
     for _ in range(2):  # the second time from what is kept
         diversity.main([*map(str, given)])
-    found = rows(tmp_path / "cifar10_inversion.csv")
-    assert len({(r["unroll_steps"], r["image"]) for r in found}) == len(found) == 6
-    found = rows(tmp_path / "cifar10_distances.csv")
-    assert [row["unroll_steps"] for row in found] == ["0", "1"]
+    inverted = rows(tmp_path / "cifar10_inversion.csv")
+    assert len({(r["unroll_steps"], r["image"]) for r in inverted}) == len(inverted) == 6
+    measured = rows(tmp_path / "cifar10_distances.csv")
+    assert [row["unroll_steps"] for row in measured] == ["0", "1"]
     for name in ("cifar10_reconstructions_seed0", "cifar10_distances"):
         assert (tmp_path / "measured" / f"{name}.png").stat().st_size > 0
 
@@ -355,7 +356,7 @@ def test_points_descend_together_as_each_does_alone(inversion: Any) -> None:
 
         def closure(z: Any = alone, goal: Any = goal, oracle: Any = oracle) -> torch.Tensor:
             oracle.zero_grad()
-            loss = (g(z) - goal).square().sum()
+            loss: torch.Tensor = (g(z) - goal).square().sum()
             loss.backward()
             return loss
 
@@ -375,9 +376,10 @@ def test_a_failed_evaluation_ends_all_descents(inversion: Any) -> None:
 
 def test_a_lookup_table_reconstructs_its_images_exactly(inversion: Any) -> None:
     images = torch.rand(4, 3, 2, 2) * 2 - 1
-    table = nn.Sequential(nn.Linear(4, 12, bias=False), nn.Unflatten(1, (3, 2, 2)))
+    linear = nn.Linear(4, 12, bias=False)
     with torch.no_grad():
-        table[0].weight.copy_(images.flatten(1).T)
+        linear.weight.copy_(images.flatten(1).T)
+    table = nn.Sequential(linear, nn.Unflatten(1, (3, 2, 2)))
     starts = torch.randn(4, 2, 4)
     found, errors = inversion.reconstruct(table, images, starts, steps=50, batch_size=5)
     assert errors.max() < 1e-8
