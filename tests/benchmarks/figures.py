@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -53,10 +54,15 @@ def panel(axes: Axes, rows: Sequence[Row], value: Value, least: float) -> None:
 
 
 def figure(rows: Sequence[Row], value: Value, label: str, least: float = 0.0) -> Figure:
-    """Return a panel for every network (columns) with values, and every allocator (rows)."""
+    """Return a panel for every network (columns) with values, and every allocator (rows).
+
+    An allocator with a K or two is in the tables alone.
+    """
     known = {r["network"] for r in rows if (value(r, rows) or 0.0) > least}
     networks = [name for name in NETWORKS if name in known]
-    allocators = sorted({row["allocator"] for row in rows})
+    measured = {(r["allocator"], r["unroll_steps"]) for r in rows if r["unroll_steps"] != "0"}
+    counts = Counter(allocator for allocator, _ in measured)
+    allocators = sorted(a for a in counts if counts[a] == max(counts.values()) or counts[a] > 2)
     size = (3 * len(networks) + 2, 2.6 * len(allocators) + 0.4)
     drawn = Figure(figsize=size, layout="constrained")
     grid = drawn.subplots(len(allocators), len(networks), squeeze=False, sharex=True)
