@@ -162,7 +162,7 @@ def benchmarks(rows: Sequence[Row]) -> str:
             if (row["network"], row["allocator"]) == (network, allocator)
         }
         lines = [[peer, *(found.get((peer, k), "") for k in ks)] for peer in peers]
-        return markdown(["K", *ks], (line for line in lines if any(line[1:])))
+        return markdown(["K", *ks], (line for line in lines if any(line[1:]))) if found else ""
 
     def above_no_steps(row: Row) -> str:
         same = ("network", "allocator", "peer")
@@ -171,19 +171,20 @@ def benchmarks(rows: Sequence[Row]) -> str:
         return f"{max(float(row['peak_mib']) - float(known), 0):.0f}" if known else "n/a"
 
     def time(row: Row) -> str:
-        return f"{number(row['median_ms'])} ({float(row['vs_plain']):.2f})"
+        ratio = f" ({float(row['vs_plain']):.2f})" if row["vs_plain"] else ""
+        return number(row["median_ms"]) + ratio
 
     parts = []
     for kind, title, cell in (
-        ("Time", "ms a step (times K plain steps)", time),
+        ("Time", "ms a step (times K plain steps; without, one step of a peer on its own)", time),
         ("Memory", "peak MiB above K = 0", above_no_steps),
         ("First call", "s", lambda row: f"{float(row['first_ms']) / 1e3:.2f}"),
     ):
         parts.append(f"## {kind}: {title}")
         for network in networks:
-            for allocator in allocators if kind == "Time" else allocators[:1]:
-                text = grid(network, allocator, cell)
-                parts += [f"**{network}**, malloc: {allocator}", text]
+            for allocator in allocators[:1] if kind == "First call" else allocators:
+                if text := grid(network, allocator, cell):
+                    parts += [f"**{network}**, malloc: {allocator}", text]
     versions = {
         name: ", ".join(sorted({row[name] for row in rows if row[name]}))
         for name in ("threads", "torch", "torchopt", "higher", "jax", "optax", "revision")

@@ -122,6 +122,13 @@ def test_a_row_has_all_columns(rows: list[dict[str, str]], tmp_path: Path) -> No
     assert not again.holds(Cell("tiny", 3, "thresholds"), rows[0]["revision"], 1)
 
 
+def test_memory_alone_has_one_step_for_a_time() -> None:
+    bench = run.Bench([peers.UNROLL], threads=1, budget=0.1, limit=300.0, jax=None, in_turns=False)
+    (row,) = bench.measure(Cell("tiny", 3, "mapped"))
+    assert (row["status"], row["rounds"], row["vs_plain"]) == ("ok", "1", "")
+    assert float(row["median_ms"]) > 0 and float(row["peak_mib"]) > 0
+
+
 def test_figures(rows: list[dict[str, str]], tmp_path: Path) -> None:
     none = [row | {"unroll_steps": "0", "peak_mib": "100"} for row in rows]
     more = [row | {"peak_mib": "150"} for row in rows]

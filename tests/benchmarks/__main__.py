@@ -5,6 +5,7 @@ python -m tests.benchmarks --quick         two networks, two K: in under five mi
 python -m tests.benchmarks --record        write docs/results/benchmarks.csv and the figures
 python -m tests.benchmarks --record --resume    go on
 python -m tests.benchmarks --only 'paper K=(1|10) default'
+python -m tests.benchmarks --memory --only 'conv K=100'     memory, and times of one step
 
 A cell is a network, a K and an allocator. Every peer first takes three steps in a process of its
 own, for the time of the first, the peak of its memory and its gradient; a peer whose gradient is
@@ -49,6 +50,11 @@ def main() -> None:
     parser.add_argument("--without", action="append", default=[], choices=PEERS, metavar="PEER")
     parser.add_argument("--budget", type=float, help="seconds of timing a cell (60; --quick: 5)")
     parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="no turns: memory, and the time of each peer's third step",
+    )
+    parser.add_argument(
         "--limit", type=float, default=600.0, help="seconds for three steps of a peer on their own"
     )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -67,6 +73,7 @@ def main() -> None:
         budget=options.budget or (5.0 if options.quick else 60.0),
         limit=options.limit,
         jax=environment(options.jax) if JAX in peers else None,
+        in_turns=not options.memory,
     )
     record = Record(RECORD if options.record else None)
     wanted = list(cells(quick=options.quick, only=options.only))
