@@ -58,14 +58,10 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
-        if self.unroll_steps < 0:
-            raise ValueError(f"--unroll-steps must not be negative, got {self.unroll_steps}")
+        rates = {"generator_lr": "generator-lr", "discriminator_lr": "discriminator-lr"}
+        cli.check(self, pairs="iterations", size="size", **rates)
         if not 0 <= self.ema < 1:
             raise ValueError(f"--ema must be at least 0 and below 1, got {self.ema}")
-        for name in ("size", "generator_lr", "discriminator_lr"):
-            if getattr(self, name) <= 0:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} must be positive, got {getattr(self, name)}")
         if self.batch_size % self.ranks or self.batch_size < 2 * self.ranks:
             raise ValueError(
                 f"--batch-size must be at least 2 for each of {self.ranks} ranks and the same for "
@@ -191,20 +187,9 @@ def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line, explained in the paper's terms."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument_group("the experiment").add_argument
-    add(
-        "--unroll-steps",
-        dest="steps",
-        type=int,
-        nargs="+",
-        default=[0, 1, 5, 10],
-        metavar="K",
-        help="look-ahead steps of D in the generator's loss f_K; 0 is the standard GAN "
-        "(default: 0 1 5 10)",
-    )
+    cli.add_unroll_steps(add, 0, 1, 5, 10)
     add(
         "--preset",
         choices=PRESETS,
@@ -223,13 +208,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--generator-lr", type=float, metavar="ETA", help="Adam's learning rate for G")
     add("--discriminator-lr", type=float, metavar="ETA", help="and for D, real or unrolled steps")
     add("--batch-size", type=cli.positive, metavar="N", help="of all ranks together")
-    add(
-        "--iterations",
-        dest="pairs",
-        type=cli.positive,
-        metavar="PAIRS",
-        help="pairs of one D and one G update; the paper counts single updates, two a pair",
-    )
+    cli.add_iterations(add, "of one D and one G update; the paper counts single ones")
     add("--evaluate-every", type=cli.positive, metavar="PAIRS", help="default: the preset's")
     add("--ema", type=float, metavar="DECAY", help="samples come from an average of G (default: 0)")
     add = parser.add_argument_group("speed").add_argument
@@ -249,9 +228,8 @@ def arguments() -> argparse.ArgumentParser:
 def build(given: Mapping[str, Any]) -> list[Config]:
     """Return the runs that the command line asks for."""
     data = image_folder.load(given.get("data_root"))
-    known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    known |= {"data": data.name, "images": len(data.pixels), "ranks": ranks.count()}
-    base = replace(PRESETS[given["preset"]], **known)
+    facts = {"data": data.name, "images": len(data.pixels), "ranks": ranks.count()}
+    base = replace(cli.chosen(given, PRESETS), **facts)
     first = given["seed"]
     return [
         replace(base, unroll_steps=k, seed=seed)

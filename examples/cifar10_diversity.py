@@ -192,9 +192,7 @@ def report(folder: Path, where: Setting, found: dict[Path, tuple[cifar10.Config,
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="small", help="how much is measured (default: small)")
     add("--targets", type=cli.positive, metavar="N", help="images that are reconstructed")

@@ -50,10 +50,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
-        if self.unroll_steps < 0:
-            raise ValueError(f"--unroll-steps must not be negative, got {self.unroll_steps}")
-        if self.pairs <= 0:
-            raise ValueError(f"--iterations must be positive, got {self.pairs}")
+        cli.check(self, pairs="iterations")
         if self.samples < 10:
             raise ValueError(f"--samples must be at least 10, got {self.samples}")
 
@@ -191,9 +188,7 @@ def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument_group("the method").add_argument
     add(
         "--sizes",
@@ -202,15 +197,7 @@ def arguments() -> argparse.ArgumentParser:
         default=list(SIZES),
         help="X, which scales both networks; at 1 they are those of Appendix D (default: all)",
     )
-    add(
-        "--unroll-steps",
-        dest="steps",
-        type=int,
-        nargs="+",
-        default=[0, 1, 5, 10],
-        metavar="K",
-        help="look-ahead steps of D in the generator's loss (default: 0 1 5 10, Table 2's)",
-    )
+    cli.add_unroll_steps(add, 0, 1, 5, 10)
     add = parser.add_argument_group("the experiment").add_argument
     add(
         "--preset",
@@ -221,7 +208,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     add("--generator-lr", type=float, metavar="ETA", help="Adam's learning rate for G")
     add("--discriminator-lr", type=float, metavar="ETA", help="and for D, real or unrolled steps")
-    add("--iterations", dest="pairs", type=int, metavar="PAIRS", help="of one D and one G update")
+    cli.add_iterations(add)
     add("--batch-size", type=cli.positive, metavar="N", help="default: the preset's")
     add("--evaluate-every", type=cli.positive, metavar="PAIRS", help="default: the preset's")
     add("--samples", type=int, metavar="N", help="behind every metric (default: the preset's)")
@@ -232,8 +219,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def build(given: Mapping[str, Any]) -> list[Config]:
     """Return the runs that the command line asks for."""
-    known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    base = replace(PRESETS[given["preset"]], **known)
+    base = cli.chosen(given, PRESETS)
     return [
         replace(base, size=size, unroll_steps=k, seed=seed)
         for seed in range(given["seed"], given["seed"] + given["seeds"])

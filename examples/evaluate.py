@@ -106,9 +106,7 @@ def evaluate(config: Config) -> dict[str, str | int | float]:
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument
     add("fake", metavar="FAKE", help="a folder of generated images, or a checkpoint")
     add("real", metavar="REAL", help=f"a folder of images, or {CIFAR}")

@@ -64,11 +64,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
-        if self.unroll_steps < 0:
-            raise ValueError(f"--unroll-steps must not be negative, got {self.unroll_steps}")
-        for name, value in (("iterations", self.pairs), ("lr", self.lr)):
-            if value <= 0:
-                raise ValueError(f"--{name} must be positive, got {value}")
+        cli.check(self, pairs="iterations", lr="lr")
 
     @property
     def label(self) -> str:
@@ -225,9 +221,7 @@ def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument_group("the method").add_argument
     add(
         "--optimizers",
@@ -236,15 +230,7 @@ def arguments() -> argparse.ArgumentParser:
         default=list(OPTIMIZERS),
         help="of both networks (default: all four)",
     )
-    add(
-        "--unroll-steps",
-        dest="steps",
-        type=int,
-        nargs="+",
-        default=[0, 5],
-        metavar="K",
-        help="look-ahead steps of D in the generator's loss; 0 is that README's (default: 0 5)",
-    )
+    cli.add_unroll_steps(add, 0, 5)
     add = parser.add_argument_group("the experiment").add_argument
     add(
         "--preset",
@@ -254,7 +240,7 @@ def arguments() -> argparse.ArgumentParser:
         f"{PRESETS['small'].pairs:,} pairs, all else the same",
     )
     add("--lr", type=float, metavar="ETA", help="for all optimizers (default: each its own)")
-    add("--iterations", dest="pairs", type=int, metavar="PAIRS", help="of one D and one G update")
+    cli.add_iterations(add)
     add("--evaluate-every", type=cli.positive, metavar="PAIRS", help="default: the preset's")
     add("--samples", type=cli.positive, metavar="N", help="behind every metric (default: 10000)")
     add(
@@ -272,9 +258,8 @@ def arguments() -> argparse.ArgumentParser:
 def build(given: Mapping[str, Any]) -> list[Config]:
     """Return the runs that the command line asks for."""
     facts = classifier.facts(given.get("classifier"))
-    known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    known |= {"classifier": facts["hash"], "classifier_accuracy": facts["test_accuracy"]}
-    base = replace(PRESETS[given["preset"]], **known)
+    judge = {"classifier": facts["hash"], "classifier_accuracy": facts["test_accuracy"]}
+    base = replace(cli.chosen(given, PRESETS), **judge)
     configs = []
     for seed in range(given["seed"], given["seed"] + given["seeds"]):
         for k in dict.fromkeys(given["steps"]):

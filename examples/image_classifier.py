@@ -120,9 +120,7 @@ def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument_group("the classifier").add_argument
     add(
         "--data-root",

@@ -173,6 +173,7 @@ def arguments() -> argparse.ArgumentParser:
         help="paper: Appendix A, 50,000 updates. quick (default): 2,400 updates at twenty times "
         "its learning rates, batches of 128 for 512",
     )
+    add("--learning-rate", type=float, metavar="ETA", help="of both players")
     text = "of one D and one G update; with more G updates, the same number of updates in all"
     cli.add_iterations(add, text)
     cli.add_run_flags(parser, "mog_second_gradient", seeds=5, figures=True)

@@ -57,12 +57,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
-        if self.unroll_steps < 0:
-            raise ValueError(f"--unroll-steps must not be negative, got {self.unroll_steps}")
-        for name in ("pairs", "learning_rate"):
-            if getattr(self, name) <= 0:
-                flag = name.replace("pairs", "iterations").replace("_", "-")
-                raise ValueError(f"--{flag} must be positive, got {getattr(self, name)}")
+        cli.check(self, pairs="iterations", learning_rate="learning-rate")
 
     def checkpoint(self, folder: Path) -> Path:
         """Return where the run is kept."""
@@ -183,20 +178,9 @@ def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line, explained in the paper's terms."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument_group("the method").add_argument
-    add(
-        "--unroll-steps",
-        dest="steps",
-        type=int,
-        nargs="+",
-        default=[0, 20],
-        metavar="K",
-        help="look-ahead steps of D in the generator's loss (Eq. 7-9); 0 is the standard GAN "
-        "(default: 0 20)",
-    )
+    cli.add_unroll_steps(add, 0, 20)
     add("--game", choices=GAMES, help="default: non-saturating, as Appendix C's L_G")
     add(
         "--initial-state",
@@ -214,14 +198,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     add("--learning-rate", type=float, metavar="ETA", help="Adam's, for both")
     add("--batch-size", type=cli.positive, metavar="N", help="default: the preset's")
-    add(
-        "--iterations",
-        dest="pairs",
-        type=int,
-        metavar="PAIRS",
-        help="of one D and one G update; the paper counts single updates, two a pair "
-        "(default: the preset's)",
-    )
+    cli.add_iterations(add, "of one D and one G update; the paper counts single ones")
     add(
         "--standard-iterations",
         dest="standard",
@@ -243,10 +220,9 @@ def build(given: Mapping[str, Any]) -> list[Config]:
     root, file = given.get("data_root"), given.get("classifier")
     digits.mnist(root)
     classifier.load(file)
-    known = {name: value for name, value in given.items() if name in Config.__match_args__}
     facts = classifier.facts(file)
-    known["classifier"], known["classifier_accuracy"] = facts["hash"], facts["test_accuracy"]
-    base = replace(PRESETS[given["preset"]], **known)
+    judge = {"classifier": facts["hash"], "classifier_accuracy": facts["test_accuracy"]}
+    base = replace(cli.chosen(given, PRESETS), **judge)
     standard = given.get("standard", base.pairs)
     first = given["seed"]
     return [

@@ -73,8 +73,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
-        if self.unroll_steps < 0:
-            raise ValueError(f"--unroll-steps must not be negative, got {self.unroll_steps}")
+        cli.check(self, pairs="iterations")
         if not 0 <= self.ema < 1:
             raise ValueError(f"--ema must be at least 0 and less than 1, got {self.ema}")
 
@@ -220,20 +219,10 @@ def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument_group("the method").add_argument
     add("--games", nargs="+", choices=GAMES, default=["JS", "Rp"], help="default: JS Rp")
-    add(
-        "--unroll-steps",
-        dest="steps",
-        type=int,
-        nargs="+",
-        default=[0, 1],
-        metavar="K",
-        help="look-ahead steps of D in the generator's loss; 0 is the ordinary one (default: 0 1)",
-    )
+    cli.add_unroll_steps(add, 0, 1)
     add = parser.add_argument_group("the experiment").add_argument
     add("--preset", choices=PRESETS, default="small", help="default: small")
     add("--structure", choices=("dcgan", "resnet"), help="default: the preset's")
@@ -254,7 +243,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--samples", type=cli.positive, metavar="N", help="behind every metric")
     add("--batch-size", type=cli.positive, metavar="N", help="default: the preset's")
     add("--ema", type=float, metavar="BETA", help="average G's weights, 0.9999 in their code")
-    add("--iterations", dest="pairs", type=cli.positive, metavar="PAIRS", help="in all")
+    cli.add_iterations(add, "of updates of G, and those of D that go with one")
     add("--evaluate-every", type=cli.positive, metavar="PAIRS", help="default: the preset's")
     cli.add_run_flags(parser, EXPERIMENT, figures=True)
     return parser
@@ -262,8 +251,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def build(given: Mapping[str, Any]) -> list[Config]:
     """Return the settings that the command line asks for."""
-    known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    base = replace(PRESETS[given["preset"]], **known)
+    base = cli.chosen(given, PRESETS)
     networks(base.structure, base.image_size, base.width)
     data = images(base.preset, given.get("data_root"), "train", base.image_size)
     behind = features.load(base.features, base.device).name if base.features else ""

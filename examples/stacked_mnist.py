@@ -59,15 +59,11 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
-        if self.unroll_steps < 0:
-            raise ValueError(f"--unroll-steps must not be negative, got {self.unroll_steps}")
         if self.size <= 0 or (64 * WIDTHS[self.networks] * self.size) % 1:
             least = Fraction(1 / 64 / WIDTHS[self.networks])
             raise ValueError(f"--sizes must be multiples of {least} above zero, got {self.size}")
-        for name in ("pairs", "samples", "curve_samples", "generator_lr", "discriminator_lr"):
-            if (value := getattr(self, name)) <= 0:
-                flag = name.replace("pairs", "iterations").replace("_", "-")
-                raise ValueError(f"--{flag} must be positive, got {value}")
+        rates = {"generator_lr": "generator-lr", "discriminator_lr": "discriminator-lr"}
+        cli.check(self, pairs="iterations", samples="samples", **rates)
 
     @property
     def label(self) -> str:
@@ -239,14 +235,10 @@ def report(folder: Path, figures: Path, configs: Sequence[Config]) -> None:
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument_group("the experiment").add_argument
     add("--preset", choices=PRESETS, default="small", help="default: small")
-    add("--unroll-steps", dest="steps", type=int, nargs="+", default=[0, 10], metavar="K",
-        help="look-ahead steps of D in the generator's loss; 0 is the standard GAN "
-        "(default: 0 10)")  # fmt: skip
+    cli.add_unroll_steps(add, 0, 10)
     add("--sizes", type=Fraction, nargs="+", default=[Fraction(1, 4), Fraction(1, 2)], metavar="X",
         help="of D compared to G (default: 1/4 1/2)")  # fmt: skip
     add("--networks", choices=WIDTHS, help="the appendix: E (default), or D, 8 times as wide")
@@ -254,8 +246,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--generator-lr", type=float, metavar="ETA", help="Adam's learning rate for G")
     add("--discriminator-lr", type=float, metavar="ETA", help="and for D, real or unrolled steps")
     add("--batch-size", type=cli.positive, metavar="N", help="default: the preset's")
-    add("--iterations", dest="pairs", type=int, metavar="PAIRS",
-        help="of one D and one G update (default: the preset's)")  # fmt: skip
+    cli.add_iterations(add)
     add("--samples", type=int, metavar="N", help="behind every metric (default: 25600)")
     add("--evaluate-every", type=cli.positive, metavar="PAIRS", help="default: the preset's")
     add("--data-score", action="store_true", help="score real stacks, and train nothing")
@@ -270,9 +261,7 @@ def build(given: Mapping[str, Any]) -> list[Config]:
     file = given.get("classifier")
     digits.mnist(given.get("data_root"))  # before any work
     classifier.load(file)
-    known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    known["classifier"] = classifier.facts(file)["hash"]
-    base = replace(PRESETS[given["preset"]], **known)
+    base = replace(cli.chosen(given, PRESETS), classifier=classifier.facts(file)["hash"])
     return [
         replace(base, unroll_steps=k, size=float(size), seed=seed)
         for seed in range(given["seed"], given["seed"] + given["seeds"])

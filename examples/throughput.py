@@ -128,9 +128,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def arguments() -> argparse.ArgumentParser:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument
     add("--experiments", choices=STEPS, nargs="+", default=list(STEPS), help="default: all")
     add("--presets", choices=PRESETS, nargs="+", default=PRESETS, help="default: all")

@@ -8,7 +8,6 @@ It is trained once and kept in the user's cache, with its accuracy and a hash of
     python examples/train_classifier.py --out FOLDER --resume
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -99,9 +98,7 @@ def train(config: Config, root: Path | None, folder: Path, *, resume: bool) -> n
 
 def main() -> None:
     """Train what the command line asks for, and keep it if it is good enough."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument
     add("--epochs", type=cli.positive, default=Config.epochs, metavar="N", help="default: 20")
     add("--seed", type=int, default=0, help="default: 0")

@@ -228,7 +228,7 @@ def test_the_sampler_draws_from_the_averaged_generator_where_there_is_one(
         (("--ema", "1"), "--ema must be at least 0 and less than 1, got 1.0"),
         (("--image-size", "40"), r"--image-size must be one of \[32, 48\] for dcgan, got 40"),
         (("--width", "bottleneck"), "--width bottleneck is of the resnet, got --structure dcgan"),
-        (("--iterations", "0"), "must be at least 1, got 0"),
+        (("--iterations", "0"), "--iterations must be positive, got 0"),
         (("--data-root", "nowhere"), "--data-root must be a folder of images, nowhere"),
         (("--features", "absent.pt"), "--features must be .*absent.pt, which does not exist"),
         (("--record", "record.csv"), "--record needs --features"),

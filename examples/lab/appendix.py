@@ -44,7 +44,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
-        cli.check(self, pairs="iterations", generator_steps="generator-steps")
+        rate = {"learning_rate": "learning-rate"}
+        cli.check(self, pairs="iterations", generator_steps="generator-steps", **rate)
 
 
 QUICK = {

@@ -194,9 +194,12 @@ def carry_out(
     settings = {"command": sys.argv, **runs.provenance(), "runs": [asdict(c) for c in configs]}
     records.write_json(args.out / "config.json", settings)
     task = partial(train, folder=args.out, resume=args.resume)
-    slowest_first = sorted(configs, key=lambda config: -config.unroll_steps)
+
+    def order(config: Any) -> tuple[int, int]:  # whole seeds, and of each the slowest run first
+        return getattr(config, "seed", 0), -config.unroll_steps
+
     try:
-        for config in runs.run_all(task, slowest_first, args.workers, args.device):
+        for config in runs.run_all(task, sorted(configs, key=order), args.workers, args.device):
             log = runs.read_log(config.checkpoint(args.out))
             for row in rows(config, log) if args.record is not None else ():
                 names = [*asdict(config), "seed", "torch", "revision"]
