@@ -48,9 +48,6 @@ def panel(axes: Axes, rows: Sequence[Row], value: Value, least: float) -> None:
             style = {"marker": MARKERS[peer], "linestyle": DASHES[peer], "color": grey}
             axes.plot(xs, ys, label=peer, markersize=4, linewidth=1, **style)  # type: ignore[arg-type]
     axes.set(xscale="log", yscale="log", xlabel="K")
-    ks = sorted({int(row["unroll_steps"]) for row in rows} - {0})
-    axes.set_xticks(ks, [str(k) for k in ks])
-    axes.set_xticks([], minor=True)
 
 
 def figure(rows: Sequence[Row], value: Value, label: str, least: float = 0.0) -> Figure:
@@ -72,6 +69,9 @@ def figure(rows: Sequence[Row], value: Value, label: str, least: float = 0.0) ->
             panel(axes, of_panel, value, least)
             axes.set_title(f"{network}, malloc: {allocator}", fontsize=9)
         line[0].set_ylabel(label)
+    ks = sorted({int(k) for _, k in measured})
+    grid[0][0].set_xticks(ks, [str(k) for k in ks])  # of all panels, which share them
+    grid[0][0].set_xticks([], minor=True)
     handles, labels = grid[0][0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside right center", fontsize=8)
     return drawn
