@@ -164,8 +164,6 @@ preset and batch size, which name the arms, at the longest runs that have most v
 
 {runs(ring.pick(preset="quick"), *SETTING)}
 
-{goal(ring, *SETTING)[1]}
-
 {claims((
     ("paper", "with the most steps it spreads over all modes",
      [*everywhere, *ends(MODES), *ends(SHARE), *ends(EVEN)]),
@@ -176,8 +174,10 @@ preset and batch size, which name the arms, at the longest runs that have most v
     ("ours", "more steps are sharper", ladder(SHARP)),
     ("VEEGAN", "five steps cover more modes than none, on its ring and grid", [
         comparison for mixture in ("ring", "grid")
-        for comparison in better(records, MODES, *(
-            (f"{mixture} K={k}", {"mixture": mixture, K: k}) for k in (5, 0)
+        if (own := records.pick(mixture=mixture)).rows
+        for comparison in better(own, MODES, *(
+            (f"{mixture} K={k}", setting)
+            for k in ("5", "0") for _, setting in arms_of(own) if setting[K] == k
         ))
     ]),
 ))}
