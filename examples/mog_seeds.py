@@ -125,8 +125,9 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
     """Write the time series and the figures, and print the table."""
     folder, first = args.figures or args.out, configs[0]
     logs = {c.label: runs.read_log(c.checkpoint(args.out)) for c in configs}
+    halved = "_halved" if first.half_life else ""
     planar.report(
-        f"{RECORDS[args.compare]}_{first.preset}_{first.mixture}",
+        f"{RECORDS[args.compare]}_{first.preset}_{first.mixture}{halved}",
         logs,
         data(first),
         folder=folder,

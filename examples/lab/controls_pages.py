@@ -24,13 +24,23 @@ def mog_sharp(records: Records) -> str:
     half_life = f" --half-life {setting['half_life']}" * (setting["half_life"] != "0")
     return f"""## Sharp samples
 
-`mog_seeds.py` with other learning rates than the presets'. {nearest} Again:
+`mog_seeds.py` with learning rates that are halved, smoothly, every so many pairs: with constant
+ones the samples go on trembling about the modes. {nearest} Again:
 `python examples/mog_seeds.py --preset {setting["preset"]} --activation {setting["activation"]}
 --discriminator-layers {setting["discriminator_layers"]} --generator-lr {setting["generator_lr"]}
 --discriminator-lr {setting["discriminator_lr"]}{half_life} --batch-size {setting["batch_size"]}
---iterations {setting["pairs"]} --unroll-steps {setting[K]} --record docs/results/mog_sharp.csv`.
+--iterations {setting["pairs"]} --unroll-steps {listed(records)}
+--record docs/results/mog_sharp.csv --figures`.
 
 {runs(records, *names)}
+
+![Samples over training](../figures/mog_seeds_quick_fig2_halved.png)
+
+*Generated samples of seed 0 over training, the learning rates halved.*
+
+![Metrics over training](../figures/mog_seeds_quick_fig2_halved_curves.png)
+
+*Metrics over training: thin lines are seeds, thick ones their means.*
 """
 
 
