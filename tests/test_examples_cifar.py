@@ -194,6 +194,16 @@ def test_training_stops_at_numbers_that_are_not_finite(
     assert all(p.isfinite().all() for p in content["parts"]["d"].values())
 
 
+def test_training_stops_at_a_step_that_overflows(
+    cifar10: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    said = ended(cifar10, monkeypatch, "--data-root", root, "--unroll-steps", "0", *FLAGS,
+                 "--iterations", "1", "--discriminator-lr", "1e38", "--out", out)  # fmt: skip
+    assert "D at pair 1 of K=0 seed 0: the step must leave the parameters finite" in said
+    assert not list(out.rglob("*.pt"))
+
+
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_the_last_checkpoint_whole(
     cifar10: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Any

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from lab import runs
 
@@ -29,7 +30,7 @@ class Losses(nn.Module):
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor, who: str, checkpoint: Path) -> None:
-    """Take a step, unless the loss or a gradient is not finite.
+    """Take a step of finite numbers, or stop before it reaches a checkpoint.
 
     Args:
         optimizer: The player's.
@@ -40,17 +41,23 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor, who: str, checkpoint:
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not torch.isfinite(loss + norm):
-        kept = f"{checkpoint} is of {_reached(checkpoint)}" if checkpoint.exists() else "none yet"
-        raise FloatingPointError(
-            f"{who}: the loss and its gradient must be finite, they are {loss.item():g} and "
-            f"{norm.item():g} (the last checkpoint: {kept}): lower the learning rates, or leave "
-            "--amp, in another folder"
-        )
+        found = f"the loss and its gradient must be finite, they are {loss.item():g} and {norm:g}"
+        raise FloatingPointError(_stopped(f"{who}: {found}", checkpoint))
     optimizer.step()
+    if not torch.isfinite(length := get_total_norm(parameters)):
+        found = f"the step must leave the parameters finite, their norm is {length:g}"
+        raise FloatingPointError(_stopped(f"{who}: {found}", checkpoint))
 
 
-def _reached(checkpoint: Path) -> str:
-    log = runs.read_log(checkpoint)
-    return f"pair {log['since'][0] if 'since' in log else log['history'][-1]['pairs']}"
+def _stopped(what: str, checkpoint: Path) -> str:
+    kept = "none yet"
+    if checkpoint.exists():
+        log = runs.read_log(checkpoint)
+        pair = log["since"][0] if "since" in log else log["history"][-1]["pairs"]
+        kept = f"{checkpoint} is of pair {pair}"
+    return (
+        f"{what} (the last checkpoint: {kept}): lower the learning rates, or leave --amp, in "
+        "another folder"
+    )
