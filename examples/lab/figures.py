@@ -159,7 +159,7 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG of 256 colours, a third of the size, and forget it."""
 
     def draw_up(draft: Path) -> None:
-        figure.savefig(draft, dpi=120, format="png")
+        figure.savefig(draft, dpi=110, format="png")
         with Image.open(draft) as image:
             small = image.convert("RGB").quantize(256)
         small.save(draft, format="png", optimize=True)
