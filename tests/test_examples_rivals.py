@@ -176,7 +176,8 @@ def test_the_same_seconds_are_the_nearest(monkeypatch: pytest.MonkeyPatch) -> No
     page = example("lab.rivals_page", monkeypatch)
     claims = importlib.import_module("lab.claims")
     found = [("A", "5", "10", "30"), ("A", "0", "10", "10"), ("A", "0", "40", "39"),
-             ("B", "0", "10", "20"), ("B", "0", "20", "41"), ("B", "5", "10", "90")]  # fmt: skip
+             ("B", "0", "10", "20"), ("B", "0", "20", "41"), ("B", "5", "10", "90"),
+             ("A", "5", "50", "150")]  # fmt: skip
     names = ("method", "unroll_steps", "pairs", "cpu_seconds")
     record = claims.Records([dict(zip(names, row, strict=True)) for row in found])
     fair = page.same_seconds(record, record.pick(method="A", unroll_steps=5))

@@ -1,5 +1,6 @@
 """The section on what one would pick instead of unrolling."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -59,15 +60,28 @@ def standings(records: Records, modes: int) -> str:
 
 
 def same_seconds(records: Records, unrolled: Records) -> Records:
-    """Return some unrolled runs, and every method alone for about as many seconds."""
-    (goal, *_) = unrolled.values("cpu_seconds")
-    rows = [*unrolled.rows]
-    for (method,) in records.settings("method"):
-        alone = records.pick(method=method, unroll_steps=0)
-        lengths = [alone.pick(pairs=pairs) for (pairs,) in alone.settings("pairs")]
-        if lengths:
-            rows += min(lengths, key=lambda r: abs(r.values("cpu_seconds")[0] - goal)).rows
-    return Records(rows)
+    """Return unrolled runs of one length, and every method alone for about as many seconds.
+
+    The length is the one that the methods alone come nearest to, of those that were run.
+    """
+    alone = records.pick(unroll_steps=0)
+
+    def apart(own: Records, other: Records) -> float:
+        return abs(math.log(own.values("cpu_seconds")[0] / other.values("cpu_seconds")[0]))
+
+    def beside(goal: Records) -> list[Records]:
+        methods = (alone.pick(method=method) for (method,) in alone.settings("method"))
+        return [min(_lengths(own), key=lambda r: apart(r, goal)) for own in methods]
+
+    def farthest(goal: Records) -> float:
+        return max(apart(own, goal) for own in beside(goal))
+
+    goal = min(_lengths(unrolled), key=farthest)
+    return Records([row for own in (goal, *beside(goal)) for row in own.rows])
+
+
+def _lengths(records: Records) -> list[Records]:
+    return [records.pick(pairs=pairs) for (pairs,) in records.settings("pairs")]
 
 
 def tried(pilot: Records) -> str:
@@ -158,7 +172,7 @@ def mog_rivals(records: Records) -> str:
         return [comparison for one in ones for comparison in against([one], one, 5, 0)]
 
     equal = {
-        data: same_seconds(every.pick(data=data), final.pick(**arm(data, "GAN", 5)))
+        data: same_seconds(every.pick(data=data), every.pick(**arm(data, "GAN", 5)))
         for data in mixtures
         if len(every.pick(data=data, unroll_steps=0).settings("pairs")) > 1
     }
