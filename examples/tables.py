@@ -162,13 +162,14 @@ def benchmarks(rows: Sequence[Row]) -> str:
             if (row["network"], row["allocator"]) == (network, allocator)
         }
         lines = [[peer, *(found.get((peer, k), "") for k in ks)] for peer in peers]
-        return markdown(["K", *ks], (line for line in lines if any(line[1:]))) if found else ""
+        known = [line for line in lines if any(line[1:])]
+        return markdown(["K", *ks], known) if known else ""
 
     def above_no_steps(row: Row) -> str:
         same = ("network", "allocator", "peer")
         base = [r for r in rows if r["unroll_steps"] == "0" and all(r[c] == row[c] for c in same)]
         known = base and base[0]["peak_mib"]
-        return f"{max(float(row['peak_mib']) - float(known), 0):.0f}" if known else "n/a"
+        return f"{max(float(row['peak_mib']) - float(known), 0):.0f}" if known else ""
 
     def time(row: Row) -> str:
         ratio = f" ({float(row['vs_plain']):.2f})" if row["vs_plain"] else ""
