@@ -290,6 +290,16 @@ def row(k: int, seed: int, pairs: int, entropy: float, **others: object) -> dict
     } | others
 
 
+def page_of(page: Any, folder: Path, found: list[dict[str, object]]) -> str:
+    """Return the section on a record of these rows."""
+    with (folder / "rnn_mnist.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+    text: str = page.rnn_mnist(folder)
+    return text
+
+
 def test_the_page_compares_at_equal_length_and_at_equal_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,11 +308,7 @@ def test_the_page_compares_at_equal_length_and_at_equal_time(
     found = [row(20, seed, 1000, 2.2) for seed in range(3)]
     lengths = (1000, 2000, 10_000, 20_000)
     found += [row(0, seed, n, 0.5 * n / 1000) for seed in range(3) for n in lengths]
-    with (tmp_path / "rnn_mnist.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
-    text = page.rnn_mnist(tmp_path)
+    text = page_of(page, tmp_path, found)
     assert "--iterations 1000 --standard-iterations 10000 --seeds 3" in " ".join(text.split())
     assert "entropy, K=20 against 0: 2.20 ± 0.00 against 0.50 ± 0.00 (for)" in text
     verdicts = [line.split(" | ")[-1] for line in text.splitlines() if " | paper | " in line]
@@ -317,11 +323,7 @@ def test_the_page_does_not_judge_at_equal_time_what_had_less(
     page = example("lab.rnn_page", monkeypatch)
     found = [row(20, seed, 100, 2.2) for seed in range(3)]
     found += [row(0, seed, n, 1.0) for seed in range(3) for n in (100, 200)]
-    with (tmp_path / "rnn_mnist.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
-    text = page.rnn_mnist(tmp_path)
+    text = page_of(page, tmp_path, found)
     assert "| in part of the CPU time, K=0 is as diverse | ours | not run |  | none |" in text
     assert "had part of the CPU time" in text
 
@@ -331,11 +333,7 @@ def test_the_page_does_not_judge_digits_where_there_are_none(
 ) -> None:
     page = example("lab.rnn_page", monkeypatch)
     found = [row(k, seed, 100, 0.1, classes=1) for k in (0, 20) for seed in range(3)]
-    with (tmp_path / "rnn_mnist.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
-    text = page.rnn_mnist(tmp_path)
+    text = page_of(page, tmp_path, found)
     assert "After 100 pairs neither draws digits yet" in text
     verdicts = [line.split(" | ")[-1] for line in text.splitlines() if " | paper | " in line]
     assert verdicts == ["**holds** |", "**too early to say** |", "none |", "none |"]

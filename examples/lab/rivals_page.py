@@ -1,6 +1,5 @@
 """The section on what one would pick instead of unrolling."""
 
-import math
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -67,7 +66,7 @@ def same_seconds(records: Records, unrolled: Records) -> Records:
     alone = records.pick(unroll_steps=0)
 
     def apart(own: Records, other: Records) -> float:
-        return abs(math.log(own.values("cpu_seconds")[0] / other.values("cpu_seconds")[0]))
+        return abs(own.values("cpu_seconds")[0] - other.values("cpu_seconds")[0])
 
     def beside(goal: Records) -> list[Records]:
         methods = (alone.pick(method=method) for (method,) in alone.settings("method"))
