@@ -69,11 +69,11 @@ PRESETS = {
     "small": Config(
         "small",
         base="1/8",
-        generator_lr=2e-3,
-        discriminator_lr=2e-3,
+        generator_lr=4e-3,
+        discriminator_lr=4e-3,
         samples=1000,
-        evaluate_every=200,
-        pairs=200,
+        evaluate_every=100,
+        pairs=500,
         batch_size=16,
     ),
     "paper": Config("paper"),
@@ -204,7 +204,7 @@ def arguments() -> argparse.ArgumentParser:
         choices=PRESETS,
         default="small",
         help="paper: Appendix F. small (default): X is a part of an eighth of its widths, learning "
-        "rates 2e-3, batches of 16 for 128, 200 pairs for 50,000, 1,000 samples for 10,000",
+        "rates 4e-3, batches of 16 for 128, 500 pairs for 50,000, 1,000 samples for 10,000",
     )
     add("--generator-lr", type=float, metavar="ETA", help="Adam's learning rate for G")
     add("--discriminator-lr", type=float, metavar="ETA", help="and for D, real or unrolled steps")

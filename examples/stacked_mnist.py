@@ -82,11 +82,11 @@ PRESETS = {
     "long": Config("long", pairs=500_000),  # PacGAN's length
     "small": Config(
         "small",
-        generator_lr=2e-3,
-        discriminator_lr=2e-3,
+        generator_lr=4e-3,
+        discriminator_lr=4e-3,
         batch_size=16,
-        pairs=200,
-        evaluate_every=50,
+        pairs=500,
+        evaluate_every=125,
     ),
 }
 
