@@ -190,7 +190,7 @@ def benchmarks(rows: Sequence[Row]) -> str:
         name: ", ".join(sorted({row[name] for row in rows if row[name]}))
         for name in ("threads", "torch", "torchopt", "higher", "jax", "optax", "revision")
     }
-    loads = [float(row["load_average"]) for row in rows]
+    loads = [float(load) for load in {row["load_average"] for row in rows} - {""}]
     listed = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
     parts.append(f"{listed}; load average {min(loads):.1f} to {max(loads):.1f}.")
     return "\n\n".join(parts)

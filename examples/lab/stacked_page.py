@@ -13,6 +13,9 @@ from lab.figures import save
 ALL, STEPS = 1000, (0, 1, 5, 10)
 SIZES = {"0.25": "1/4", "0.5": "1/2"}
 METRICS = ("modes", "reverse_kl")
+RATES = ("generator_lr", "discriminator_lr")
+CURVE_HEAD = {"size": "D", "unroll_steps": "K", "batch_size": "batch"}
+CURVE_HEAD |= {"generator_lr": "rate of G", "discriminator_lr": "of D"}
 HEAD = ("D", "K", "pairs", "seeds", "modes", "reverse KL", "modes, paper", "KL, paper")
 HEAD += ("modes, PacGAN's re-run", "KL, PacGAN's re-run")
 
@@ -27,7 +30,7 @@ def read(path: Path) -> Records:
 
 def evaluations(path: Path) -> Records:
     """Return the rows of the record of Table 1, the last of those that were recorded again."""
-    names = "preset", "networks", "size", "unroll_steps", "batch_size", "seed", "pairs"
+    names = "preset", "networks", "size", "unroll_steps", "batch_size", *RATES, "seed", "pairs"
     return Records(list({tuple(row[n] for n in names): row for row in read(path).rows}.values()))
 
 
@@ -68,7 +71,7 @@ them within the table, and their order with the published ones.{_not_run(last)} 
 
 Modes over training are those of {int(first["curve_samples"]):,} samples:
 
-{_curve(every)}
+{_curve(every, "size", "unroll_steps")}
 
 ![Modes against pairs](../figures/stacked_mnist_curves.png)
 
@@ -78,7 +81,7 @@ over seeds, with standard errors.*
 ![Samples](../figures/stacked_mnist_small_E.png)
 
 *Samples of seed 0 over training.*
-
+{_tried(results)}
 Published, of the same experiment with other methods:
 
 {table(("networks", "modes", "reverse KL", "of"), _others(published))}
@@ -183,15 +186,32 @@ def _gains(of_size: Records) -> list[float]:
     return [ten[seed] - none[seed] for seed in sorted(none.keys() & ten.keys())]
 
 
-def _curve(every: Records) -> str:
+def _curve(every: Records, *names: str) -> str:
+    """Return the modes over training, a line a setting of these names."""
     pairs = sorted({int(row["pairs"]) for row in every.rows})
     moments_shown = pairs[:: max(len(pairs) // 6, 1)]
     lines = []
-    for size, k in every.settings("size", "unroll_steps"):
-        own = every.pick(size=size, unroll_steps=k)
+    for setting in every.settings(*names):
+        which = dict(zip(names, setting, strict=True))
+        own = every.pick(**which)
         cells = [own.pick(pairs=moment).values("curve_modes") for moment in moments_shown]
-        lines.append((f"{Fraction(size)}", k, *(_mean(c, 0) if c else "" for c in cells)))
-    return table(("D", "K", *(f"{moment:,} pairs" for moment in moments_shown)), lines)
+        which["size"] = f"{Fraction(which['size'])}"
+        lines.append((*which.values(), *(_mean(c, 0) if c else "" for c in cells)))
+    head = [CURVE_HEAD[name] for name in names]
+    return table((*head, *(f"{moment:,} pairs" for moment in moments_shown)), lines)
+
+
+def _tried(results: Path) -> str:
+    """Return what the search for learning rates found, or "" without a record of it."""
+    tried = evaluations(results / "stacked_mnist_rates.csv")
+    if not tried.rows:
+        return ""
+    return f"""
+The rates of this table were found by trying, with seed 0 alone; modes are those of
+{int(tried.rows[0]["curve_samples"]):,} samples:
+
+{_curve(tried, *RATES, "batch_size", "size", "unroll_steps")}
+"""
 
 
 def curves(record: Path, path: Path) -> None:
