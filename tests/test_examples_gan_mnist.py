@@ -46,7 +46,7 @@ def trained(example: Any, folder: Path, *lengths: int, **changes: Any) -> Any:
 
 
 def test_the_networks_are_that_readmes(example: Any) -> None:
-    generator, discriminator = example.generator_of(100), example.discriminator_of()
+    generator, discriminator = example.generator_of(100, example.EPS), example.discriminator_of()
     widths = [m.out_features for m in generator if isinstance(m, nn.Linear)]
     assert widths == [128, 256, 512, 1024, 784]
     assert {m.eps for m in generator if isinstance(m, nn.BatchNorm1d)} == {0.8}
@@ -63,11 +63,14 @@ def test_the_networks_are_that_readmes(example: Any) -> None:
 def test_the_arms_have_the_learning_rates_they_are_named_by(example: Any) -> None:
     given = {"preset": "small", "optimizers": list(example.OPTIMIZERS), "steps": [0, 5]}
     configs = example.build({**given, "seed": 3, "seeds": 2})
-    assert [c.seed for c in configs] == [3] * 8 + [4] * 8
+    assert [c.seed for c in configs] == [3] * 12 + [4] * 12
     rates = {c.optimizer: (c.lr, c.momentum) for c in configs}
     assert rates["Adam"] == rates["SGD"] == (2e-4, 0)
     assert rates["SGD-fast"] == (0.02, 0)
-    assert rates["momentum"] == (0.02, 0.9)
+    assert rates["momentum"] == rates["momentum-eps"] == (0.002, 0.9)
+    eps = {c.optimizer: c.batch_norm_eps for c in configs}
+    assert eps.pop("SGD-fast-eps") == eps.pop("momentum-eps") == 1e-5
+    assert set(eps.values()) == {0.8}
     paper = example.build({**given, "preset": "paper", "seed": 0, "seeds": 1})
     assert {c.pairs for c in paper} == {187_400}
 
@@ -100,8 +103,8 @@ def test_a_generator_of_one_image_has_no_variance_and_one_class(
 ) -> None:
     whole = example.generator_of
 
-    def collapsed(noise_size: int) -> nn.Sequential:
-        generator: nn.Sequential = whole(noise_size)
+    def collapsed(noise_size: int, eps: float) -> nn.Sequential:
+        generator: nn.Sequential = whole(noise_size, eps)
         last = generator[-2]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)

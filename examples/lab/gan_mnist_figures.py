@@ -77,21 +77,25 @@ def report(out: Path, folder: Path, configs: Sequence[Run]) -> None:
 
 
 def generate(
-    checkpoint: Path, folder: Path, build: Callable[[int], nn.Module], seed: int, count: int = 49
+    checkpoint: Path,
+    folder: Path,
+    build: Callable[[int, float], nn.Module],
+    seed: int,
+    count: int = 49,
 ) -> Path:
     """Write new samples of a trained generator, one a file and all in a grid.
 
     Args:
         checkpoint: Of its run.
         folder: Where a folder for them is made.
-        build: Given the size of the noise, returns an untrained generator.
+        build: Given the size of the noise and BatchNorm's eps, returns an untrained generator.
         seed: Of the noise.
         count: How many.
     """
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         noise_size = content["settings"]["noise_size"]
-        generator = build(noise_size).eval()
+        generator = build(noise_size, content["settings"]["batch_norm_eps"]).eval()
         generator.load_state_dict(content["parts"]["g"])
     except Exception as error:  # pickle, zip and torch have one each
         raise ValueError(

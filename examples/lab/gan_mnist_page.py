@@ -6,7 +6,7 @@ from pathlib import Path
 from lab.claims import Comparison, Records, brief, claims, moments, table
 
 K = "unroll_steps"
-ARMS = "Adam", "SGD", "SGD-fast", "momentum"
+ARMS = "Adam", "SGD", "SGD-fast", "momentum", "SGD-fast-eps", "momentum-eps"
 EARLY = """
 No arm makes half of the digits yet: these are the first moments of a training, in which samples can
 be all the same because G has hardly moved.
@@ -100,8 +100,11 @@ D does not learn that a pattern which it takes for real is not. Here the pattern
 nearest to the mean of all: where all samples are the same, any.
 
 Both networks have the same optimizer. "SGD" is that README's, at 2e-4, which hardly moves them in
-so few pairs; "SGD-fast" is at a hundred times that rate, and "momentum" at the same with momentum
-0.9.
+so few pairs; "SGD-fast" is at a hundred times that rate, and "momentum" goes as far a pair with
+momentum 0.9. Arms that end in "-eps" test another explanation: its generator has
+`BatchNorm1d(n, 0.8)`, which sets eps to 0.8 where the code that it is taken from means a momentum.
+With an eps far above the variance of what it gets, BatchNorm does not normalise, and what the noise
+does to the samples fades from layer to layer; those arms have 1e-5, PyTorch's default.
 
 Scaled down: {int(first["pairs"]):,} pairs of updates for 187,400, all else as there; learning rates
 of {", ".join(f"{rate} ({name})" for name, rate in rates.items())}; seeds
@@ -145,6 +148,13 @@ evaluation, {first["evaluate_every"]} pairs later ("learned").
     ("ours", "looking ahead helps Adam", diversity(("Adam", ahead), ("Adam", 0))),
     ("ours", "momentum rescues SGD without looking ahead",
      diversity(("momentum", 0), ("SGD-fast", 0))),
+    ("ours", "BatchNorm's usual eps rescues SGD without looking ahead",
+     diversity(("SGD-fast-eps", 0), ("SGD-fast", 0))),
+    ("ours", "BatchNorm's usual eps rescues SGD with momentum, without looking ahead",
+     diversity(("momentum-eps", 0), ("momentum", 0))),
+    ("ours", "where SGD is not collapsed, looking ahead helps it",
+     diversity(("SGD-fast-eps", ahead), ("SGD-fast-eps", 0))
+     + diversity(("momentum-eps", ahead), ("momentum-eps", 0))),
 ))}
 
 ![Samples over training](../figures/gan_mnist_samples.png)
