@@ -24,7 +24,7 @@ def samples(folder: Path, logs: Mapping[str, Mapping[str, Any]]) -> None:
     last = [unit(log["snapshots"][-1]) for log in logs.values()]
     pictures.grid(folder / "cifar10_samples.png", {"": last}, list(logs), across=8, width=2.2)
     first = next(iter(logs.values()))
-    moments = pictures.spread(len(first["history"]), 6)
+    moments = pictures.spread(len(first["history"]), 4)
     rows = {
         label: [unit(log["snapshots"][i][:16]) for i in moments if i < len(log["snapshots"])]
         for label, log in logs.items()
