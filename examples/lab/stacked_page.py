@@ -56,7 +56,8 @@ X scaling D alone, the rates of Appendix D where the preset has none of its own,
 non-saturating loss, its activations leaky ReLUs as in the paper (PacGAN's are ReLUs).
 {int(first["samples"]):,} samples at the end of training, through the classifier
 of `train_classifier.py`, give the modes with at least one sample and KL(model || uniform) in nats,
-without smoothing. {_data(results)}
+without smoothing. It has no class for what is no digit, so that different blobs count as different
+modes: look at the samples, too. {_data(results)}
 
 Scaled down, of `paper`: {int(first["pairs"]):,} pairs of updates for 50,000 (PacGAN's re-run has
 500,000), batches of {first["batch_size"]} for 128, learning rates of {first["generator_lr"]} and
