@@ -34,7 +34,7 @@ def rnn_mnist(results: Path) -> str:
     ahead, standard = records.pick(**{K: ks[-1]}), records.pick(**{K: 0})
     pairs = _shared([records.pick(**{K: k}) for k in ks])
     early = int(pairs) < ENOUGH
-    postponed = f"At equal pairs, of which {pairs} are too few for a verdict:" * early
+    postponed = f", of which {pairs} are too few for a verdict" * early
     late, as_long = _nearest(standard, ahead.pick(pairs=pairs))
     lengths = sorted({(int(k), int(pairs)) for k in ks} | {(0, int(late))})
     cells = [(f"{k}", f"{n:,}", records.pick(**{K: k, "pairs": n})) for k, n in lengths]
@@ -85,7 +85,7 @@ K={ks[-1]}. CPU seconds are of training one seed, on a machine that did other wo
     ("ours", f"in {time} CPU time, K=0 is as diverse", in_time),
 ))}
 
-{postponed}
+At equal pairs{postponed}:
 
 {claims((
     ("paper", "without unrolling it collapses: with it, samples are more diverse",
