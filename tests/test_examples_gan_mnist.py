@@ -60,6 +60,16 @@ def test_the_networks_are_that_readmes(example: Any) -> None:
     assert 0 < verdicts.min() <= verdicts.max() < 1
 
 
+def test_with_that_readmes_eps_the_noise_fades(example: Any) -> None:
+    deviations = {}
+    for eps in (example.EPS, 1e-5):
+        torch.manual_seed(0)
+        generator, noise = example.generator_of(100, eps), torch.randn(512, 100)
+        with torch.no_grad():
+            deviations[eps] = generator(noise).std(0).mean().item()
+    assert 20 < deviations[1e-5] / deviations[example.EPS] < 30  # what the page says
+
+
 def test_the_arms_have_the_learning_rates_they_are_named_by(example: Any) -> None:
     given = {"preset": "small", "optimizers": list(example.OPTIMIZERS), "steps": [0, 5]}
     configs = example.build({**given, "seed": 3, "seeds": 2})
