@@ -232,7 +232,7 @@ def test_the_section_is_written_from_the_record(example: Any, tmp_path: Path) ->
             "taken_for_real": 0.5,
             "images_a_second": 100,
         }
-        for name, (rate, _) in example.OPTIMIZERS.items()
+        for name, (rate, _, _) in example.OPTIMIZERS.items()
         for k in (0, 5)
         for seed in range(3)
     ]
