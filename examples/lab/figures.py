@@ -143,7 +143,7 @@ def curves(
         ax.spines[["top", "right"]].set_visible(False)
         ax.margins(x=0)
     handles, names = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
+    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 6))
     save(figure, path)
 
 

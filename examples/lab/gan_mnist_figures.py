@@ -62,10 +62,13 @@ def report(out: Path, folder: Path, configs: Sequence[Run]) -> None:
 
     pairs = [row["pairs"] for row in series if row["seed"] == configs[0].seed]
     pairs = sorted(set(pairs))
-    moments = pictures.spread(len(pairs), 5)
+    moments = pictures.spread(len(pairs), 3)
     pictures.grid(
         folder / "gan_mnist_samples.png",
-        {k: [digits.scaled(s[m][:16]) for m in moments] for k, s in snapshots.items()},
+        {
+            k.replace(", ", "\n"): [digits.scaled(s[m][:16]) for m in moments]
+            for k, s in snapshots.items()
+        },
         [f"{pairs[m]:,}" for m in moments],
         caption=f"pairs of updates (preset {configs[0].preset}, seed {configs[0].seed})",
     )
