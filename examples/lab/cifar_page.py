@@ -101,7 +101,7 @@ def scale(records: Records) -> str:
         f"{images:,} training images for {CIFAR10:,} ({data}), {each} seeds of each K for "
         f"{FULL['seeds']}."
         + f" {near}"
-        * (pairs < 2000)
+        * (pairs < ENOUGH)
         + f" This is short of what was planned, {ASKED}: longer runs with `--resume` deepen the "
         "record." * short
     )

@@ -169,7 +169,9 @@ def _claims(last: Records, large: Records) -> list[tuple[str, str, Sequence[Comp
     covered = standard.values("modes")
     all_of_them = []
     if covered:
-        text = f"modes of App. D's networks with K=0 after {standard.rows[0]['pairs']} pairs"
+        one = standard.rows[0]
+        text = f"modes of App. D's networks with K=0 after {one['pairs']} pairs"
+        text += f" at learning rates of {one['generator_lr']}"
         enough = [ALL - 0.5] * len(covered)
         all_of_them = [Comparison(f"{text} against {enough[0]}", covered, enough)]
     return [
