@@ -129,7 +129,8 @@ def curves(
             if len(seeds) > 1:
                 ax.plot(steps, values.T, color=color, linewidth=0.5, alpha=0.4)
             mean = values.mean(axis=0)
-            ax.plot(steps, mean, ".-", color=color, markersize=2, linewidth=1.2, label=name)
+            style = ".-" if number < 10 else ".--"  # there are ten colours
+            ax.plot(steps, mean, style, color=color, markersize=2, linewidth=1.2, label=name)
         ax.set(xlabel=x.replace("_", " "), ylabel=label)
         if log:
             ax.set_xscale("log")
@@ -143,7 +144,7 @@ def curves(
         ax.spines[["top", "right"]].set_visible(False)
         ax.margins(x=0)
     handles, names = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 6))
+    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 5))
     save(figure, path)
 
 
