@@ -275,8 +275,8 @@ def build(given: Mapping[str, Any]) -> list[Config]:
             for name in dict.fromkeys(given["optimizers"]):
                 rate, momentum, eps = OPTIMIZERS[name]
                 arm = {"optimizer": name, "lr": given.get("lr", rate), "momentum": momentum}
-                arm["batch_norm_eps"] = eps
-                configs.append(replace(base, unroll_steps=k, seed=seed, **arm))
+                own = {"batch_norm_eps": eps, "unroll_steps": k, "seed": seed}
+                configs.append(replace(base, **arm, **own))
     return configs
 
 

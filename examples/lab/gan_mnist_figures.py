@@ -97,8 +97,9 @@ def generate(
     """
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        noise_size = content["settings"]["noise_size"]
-        generator = build(noise_size, content["settings"]["batch_norm_eps"]).eval()
+        settings = content["settings"]
+        noise_size, eps = settings["noise_size"], settings["batch_norm_eps"]
+        generator = build(noise_size, eps).eval()
         generator.load_state_dict(content["parts"]["g"])
     except Exception as error:  # pickle, zip and torch have one each
         raise ValueError(

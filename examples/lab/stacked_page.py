@@ -169,9 +169,9 @@ def _claims(last: Records, large: Records) -> list[tuple[str, str, Sequence[Comp
     covered = standard.values("modes")
     all_of_them = []
     if covered:
-        one = standard.rows[0]
-        text = f"modes of App. D's networks with K=0 after {one['pairs']} pairs"
-        text += f" at learning rates of {one['generator_lr']}"
+        first = standard.rows[0]
+        text = f"modes of App. D's networks with K=0 after {first['pairs']} pairs"
+        text += f" at learning rates of {first['generator_lr']}"
         enough = [ALL - 0.5] * len(covered)
         all_of_them = [Comparison(f"{text} against {enough[0]}", covered, enough)]
     return [

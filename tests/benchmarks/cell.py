@@ -11,7 +11,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,10 @@ def timed(
             if peer == JAX:
                 assert jax is not None
                 worker = stack.enter_context(Worker(jax, played, k))
-                step, settings["timer"] = worker.step, worker.clock
+                settings["timer"] = worker.clock
+                step: Callable[[], object] = worker.step
             else:
-                step = build(peer, played, k)  # type: ignore[assignment]
+                step = build(peer, played, k)
             step()
             timers[peer] = Timer("step()", globals={"step": step}, **settings)
         return in_turns(timers, seconds, budget)

@@ -45,8 +45,10 @@ def panel(axes: Axes, rows: Sequence[Row], value: Value, least: float) -> None:
         if drawn:
             xs, ys = zip(*drawn, strict=True)
             grey = "black" if peer.startswith(UNROLL) else "0.45"
-            style = {"marker": MARKERS[peer], "linestyle": DASHES[peer], "color": grey}
-            axes.plot(xs, ys, label=peer, markersize=4, linewidth=1, **style)  # type: ignore[arg-type]
+            axes.plot(
+                xs, ys, label=peer, color=grey, markersize=4, linewidth=1,
+                marker=MARKERS[peer], linestyle=DASHES[peer],
+            )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="K")
 
 
