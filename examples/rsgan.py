@@ -100,7 +100,7 @@ CIFAR_RESNET = replace(
 )
 STL = replace(CIFAR, preset="stl10", image_size=48)
 STL_RESNET = replace(STL, preset="stl10-resnet", generator_lr=1e-3, **RESNET)
-LENGTH = {"pairs": 300, "evaluate_every": 50, "samples": 1000}
+LENGTH = {"pairs": 600, "evaluate_every": 100, "samples": 1000}
 SMALL = replace(CIFAR, preset="small", width="quarter", batch_size=16, **LENGTH)
 PRESETS = {c.preset: c for c in (CIFAR, CIFAR_RESNET, STL, STL_RESNET, SMALL)}
 
