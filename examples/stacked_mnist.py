@@ -85,7 +85,7 @@ PRESETS = {
         generator_lr=4e-3,
         discriminator_lr=4e-3,
         batch_size=16,
-        pairs=500,
+        pairs=1000,
         evaluate_every=125,
     ),
 }
