@@ -19,7 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import cifar_figures, cli, dcgan, image_folder, ranks, records, runs
+from lab import cli, ranks, records, runs
+from lab.data import image_folder
+from lab.data.pixels import as_bytes
+from lab.figures import cifar
+from lab.metrics.samples import Sampler
+from lab.networks import dcgan
 from lab.updates import Losses, update
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -109,7 +114,7 @@ def train(config: Config, line: int, *, folder: Path, resume: bool, root: Path |
     @torch.no_grad()
     def evaluate(pairs: int, _: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Tensor]:
         network = averaged.module if config.ema else g
-        samples = network.eval()(held_out).add(1).mul(127.5).round().byte().cpu()
+        samples = as_bytes(network.eval()(held_out)).cpu()
         network.train()
         return {"player_updates": 2 * pairs, **losses.row()}, samples.contiguous()
 
@@ -174,6 +179,24 @@ def trained(path: Path, device: str = "cpu") -> tuple[nn.Module, Config]:
     else:
         g.load_state_dict(content["parts"]["g"])
     return g.eval().requires_grad_(False), config
+
+
+@torch.no_grad()
+def generated(g: nn.Module, noise: Tensor) -> Tensor:
+    """Return samples on the CPU."""
+    device = next(g.parameters()).device
+    return torch.cat([g(z.to(device)).cpu() for z in noise.split(250)])
+
+
+def sampler(path: Path, device: str = "cpu") -> Sampler:
+    """Return what makes images as a checkpoint's generator does: for `evaluate.py`."""
+    g, config = trained(path, device)
+
+    def make(count: int, rng: torch.Generator) -> Tensor:
+        noise = torch.randn(count, config.noise_size, generator=rng, device=rng.device)
+        return as_bytes(generated(g, noise))
+
+    return make
 
 
 def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
@@ -253,8 +276,8 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
     print(records.table(histories, columns | {"seconds": "seconds"}))
     folder = args.figures or args.out
     first = {f"K = {c.unroll_steps}": log for c, log in logs if c.seed == args.seed}
-    cifar_figures.samples(folder, first)
-    cifar_figures.losses(folder, histories)
+    cifar.samples(folder, first)
+    cifar.losses(folder, histories)
     print(f"\nTime series and checkpoints are in {args.out}/, figures in {folder}/")
 
 

@@ -18,8 +18,12 @@ from typing import Any
 
 import cifar10
 import torch
-from lab import cli, distances, diversity_figures, image_folder, inversion, records, runs
-from torch import Tensor, nn
+from lab import cli, records, runs
+from lab.data import image_folder
+from lab.data.pixels import as_bytes
+from lab.figures import diversity
+from lab.metrics import distances, inversion
+from torch import Tensor
 from tqdm import tqdm
 
 OWN = ("unroll_steps", "seed")  # in what the models that are compared differ
@@ -83,9 +87,10 @@ def measure(path: Path, where: Setting, folder: Path) -> dict[str, Any]:
     starts = torch.randn(shape, generator=rng)
     targets = where.targets.to(where.device)
     images, errors = inversion.reconstruct(g, targets, starts, steps=where.config.steps)
-    samples = generated(g, torch.randn(where.config.samples, model.noise_size, generator=rng))
+    noise = torch.randn(where.config.samples, model.noise_size, generator=rng)
+    samples = cifar10.generated(g, noise)
     result = {
-        "images": images.add(1).mul(127.5).round().byte(),
+        "images": as_bytes(images),
         "mse": errors,
         "distances": distances.pairwise(samples, where.config.distances, rng),
         "provenance": runs.provenance(),
@@ -93,13 +98,6 @@ def measure(path: Path, where: Setting, folder: Path) -> dict[str, Any]:
     content = {"settings": settings, "result": result}
     runs.write_atomically(kept, lambda draft: torch.save(content, draft))
     return result
-
-
-@torch.no_grad()
-def generated(g: nn.Module, noise: Tensor) -> Tensor:
-    """Return samples on the CPU."""
-    device = next(g.parameters()).device
-    return torch.cat([g(z.to(device)).cpu() for z in noise.split(250)])
 
 
 def opened(path: Path) -> dict[str, Any]:
@@ -182,9 +180,9 @@ def report(folder: Path, where: Setting, found: dict[Path, tuple[cifar10.Config,
     targets = where.data.pixels[where.chosen]
     for seed in sorted({seed for _, seed in results}):
         of_seed = {k: result for (k, own), result in results.items() if own == seed}
-        diversity_figures.reconstructions(folder, seed, targets, of_seed)
+        diversity.reconstructions(folder, seed, targets, of_seed)
     own = {key: result["distances"] for key, result in results.items()}
-    diversity_figures.distances(folder, where.real, own)
+    diversity.distances(folder, where.real, own)
     for (k, seed), result in results.items():
         w = distances.wasserstein(result["distances"], where.real)
         print(f"K={k} seed {seed}: MSE {result['mse'].mean():.4f}, W1 to the data {w:.3f}")

@@ -20,7 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import cli, colored_figures, colors, dcgan, digits, runs
+from lab import cli, runs
+from lab.data import colors, digits
+from lab.data.pixels import as_bytes
+from lab.figures import colored
+from lab.networks import dcgan
 from lab.trace import Trace
 from torch import Tensor
 
@@ -131,7 +135,7 @@ def train(
             "data_seconds_a_pair": trace.median("data_seconds"),
         }
         snapshot = {
-            "images": colored_figures.as_bytes(images[:16]),
+            "images": as_bytes(images[:16]).cpu(),
             "colours": found[:1000].clone().cpu(),
         }
         return row | references, snapshot
@@ -238,7 +242,7 @@ def main() -> None:
         parser.error(str(error))
     task = partial(train, data_root=args.data_root)
     configs = cli.carry_out(parser, args, build, task, record_rows, keep=True)
-    colored_figures.report(args.out, args.figures or args.out, configs, args.data_root)
+    colored.report(args.out, args.figures or args.out, configs, args.data_root)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ What is generated comes from a folder of images, or from a checkpoint of an exam
 compared with is a folder of images or CIFAR-10. A folder may have `train` and `test`.
 
     python examples/evaluate.py SAMPLES_FOLDER REAL_FOLDER
-    python examples/evaluate.py runs/rsgan/checkpoints/RUN.pt cifar10 --split test
+    python examples/evaluate.py runs/rsgan/checkpoints/RUN.pt cifar10
+    python examples/evaluate.py runs/cifar10/checkpoints/RUN.pt cifar10 --sampler cifar10:sampler
     python examples/evaluate.py FAKE REAL --features CLASSIFIER.pt      of image_classifier.py
     python examples/evaluate.py FAKE REAL --features my_package.models:build
 
@@ -26,8 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lab import cli, features, image_folder, image_metrics, records, runs
-from lab.samples import Sampler, subset
+from lab import cli, records, runs
+from lab.data import image_folder
+from lab.metrics import features, image_metrics
+from lab.metrics.samples import Sampler, subset
 from torch import Tensor
 
 EXPERIMENT = "evaluate"

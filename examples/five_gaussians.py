@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from lab import cli, planar, runs, seeds
-from lab.mixtures import Mixture, ring
+from lab.data.mixtures import Mixture, ring
 from torch import Tensor
 from torch.nn.functional import normalize
 

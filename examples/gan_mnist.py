@@ -33,7 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import classifier, cli, coverage, digits, gan_mnist_figures, runs
+from lab import cli, runs
+from lab.data import digits
+from lab.data.pixels import as_bytes
+from lab.figures import gan_mnist
+from lab.metrics import classifier, coverage
 from lab.trace import Trace
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm, parameters_to_vector
@@ -171,7 +175,7 @@ def train(
             "learned": learned,
             "seconds_a_pair": trace.median("seconds"),
         }
-        return row, images[:49].add(1).mul(127.5).round().byte().cpu()
+        return row, as_bytes(images[:49]).cpu()
 
     parts: dict[str, runs.Stateful] = {"g": generator, "d": discriminator, "trace": trace}
     parts |= {"g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
@@ -218,8 +222,7 @@ def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
     batch_size, device = settings.pop("batch_size"), settings.pop("device")
     trained = history[1:]
     means = {
-        f"mean_{c}": sum(row[c] for row in trained) / len(trained)
-        for c in gan_mnist_figures.EXPLANATION
+        f"mean_{c}": sum(row[c] for row in trained) / len(trained) for c in gan_mnist.EXPLANATION
     }
     fooled = sum(row["d_on_pattern"] > 0.5 for row in trained) / len(trained)
     row = {"experiment": "gan_mnist", **settings, "player_updates": 2 * config.pairs}
@@ -286,7 +289,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.generate is not None:
-            folder = gan_mnist_figures.generate(args.generate, args.out, generator_of, args.seed)
+            folder = gan_mnist.generate(args.generate, args.out, generator_of, args.seed)
             print(f"Samples are in {folder}/")
             return
         digits.mnist(args.data_root)
@@ -295,7 +298,7 @@ def main() -> None:
         parser.error(str(error))
     task = partial(train, data_root=args.data_root, classifier_file=args.classifier)
     configs = cli.carry_out(parser, args, build, task, record_rows, keep=True)
-    gan_mnist_figures.report(args.out, args.figures or args.out, configs)
+    gan_mnist.report(args.out, args.figures or args.out, configs)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from lab import cli, image_folder, runs
-from lab.features import Classifier, Extractor, classes, fingerprint
+from lab import cli, runs
+from lab.data import image_folder
+from lab.metrics.features import Classifier, Extractor, classes, fingerprint
 from torch import Tensor
 
 EXPERIMENT = "image_classifier"

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import cli, figures, records, runs
-from lab.mixtures import CEILING, CURVES, TABLE, mode_metrics, ring, rotation
-from lab.networks import ACTIVATIONS, Scale, perceptron
+from lab import cli, records, runs
+from lab.data.mixtures import CEILING, CURVES, TABLE, mode_metrics, ring, rotation
+from lab.figures import plots
+from lab.networks.perceptrons import ACTIVATIONS, Scale, perceptron
 from torch import Tensor, nn
 
 import unroll
@@ -194,7 +195,7 @@ def report(folder: Path, configs: Sequence[Config]) -> None:
     data = mixture.sample(first.samples, torch.Generator().manual_seed(first.seed))
     updates = [row["player_updates"] for row in histories[f"K = {first.unroll_steps}"][0]]
     columns = sorted({round(i * (len(updates) - 1) / 6) for i in range(7)})
-    figures.heat_maps(
+    plots.heat_maps(
         folder / "heat_maps.png",
         {label: [samples[i] for i in columns] for label, samples in snapshots.items()},
         [f"{updates[i]:,}" for i in columns],
@@ -203,9 +204,9 @@ def report(folder: Path, configs: Sequence[Config]) -> None:
         caption=f"updates of G and D (preset {first.preset}, seed {first.seed})",
     )
     titles = [f"{update:,} updates of G and D" for update in updates]
-    figures.animation(folder / "training.gif", snapshots, titles, data, extent=1.4 * first.radius)
+    plots.animation(folder / "training.gif", snapshots, titles, data, extent=1.4 * first.radius)
     ideal = {"modes": MODES, "percent_high_quality": CEILING, "largest_mode_share": 1 / MODES}
-    figures.curves(folder / "metrics.png", histories, CURVES, x="player_updates", ideal=ideal)
+    plots.curves(folder / "metrics.png", histories, CURVES, x="player_updates", ideal=ideal)
     print(f"\nFigures, time series, settings and checkpoints are in {folder}/")
 
 

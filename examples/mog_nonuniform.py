@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from lab import cli, planar, runs, seeds
-from lab.mixtures import Mixture, ring
+from lab.data.mixtures import Mixture, ring
 
 import unroll
 

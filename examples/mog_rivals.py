@@ -33,9 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import cli, costs, figures, planar, records, runs, seeds
-from lab.mixtures import CEILING, TABLE, Mixture, grid, ring
-from lab.networks import Scale
+from lab import cli, planar, records, runs, seeds
+from lab.data.mixtures import CEILING, TABLE, Mixture, grid, ring
+from lab.figures import costs, plots
+from lab.networks.perceptrons import Scale
 from torch import Tensor, nn
 
 import unroll
@@ -240,7 +241,7 @@ def draw(path: Path, configs: Sequence[Config], logs: Mapping[str, Mapping[str, 
         last: Tensor = logs[label]["snapshots"][-1][0]
         return last
 
-    figures.heat_maps(
+    plots.heat_maps(
         path,
         {
             f"K = {k}": [samples(method, k) for method in methods]

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import appendix, cli, figures, records, runs, seeds
-from lab.mixtures import TABLE
+from lab import appendix, cli, records, runs, seeds
+from lab.data.mixtures import TABLE
+from lab.figures import plots
 from torch import Tensor
 
 import unroll
@@ -125,7 +126,7 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
         name = f"mog_second_gradient_{steps}_{gradient}"
         updates = [row["player_updates"] for row in next(iter(histories.values()))[0]]
         columns = sorted({round(i * (len(updates) - 1) / 6) for i in range(7)})
-        figures.heat_maps(
+        plots.heat_maps(
             folder / f"{name}.png",
             {label: [log["snapshots"][i][0] for i in columns] for label, log in arms.items()},
             [f"{updates[i]:,}" for i in columns],
@@ -135,7 +136,7 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
             f"seed {first.first_seed})",
         )
         ideal = {"modes": appendix.MODES}
-        figures.curves(
+        plots.curves(
             folder / f"{name}_curves.png", histories, CURVES, x="player_updates", ideal=ideal
         )
     seeds.write_series(args.out, everything, first.first_seed)

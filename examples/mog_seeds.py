@@ -22,8 +22,8 @@ from typing import Any
 import mog
 import torch
 from lab import cli, planar, records, runs, seeds
-from lab.mixtures import Mixture, grid, ring
-from lab.networks import ACTIVATIONS, Scale
+from lab.data.mixtures import Mixture, grid, ring
+from lab.networks.perceptrons import ACTIVATIONS, Scale
 from torch import Tensor, nn
 
 import unroll

@@ -20,8 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import classifier, cli, coverage, digits, lstm, rnn_figures, runs
-from lab.mixtures import rotation
+from lab import cli, runs
+from lab.data import digits
+from lab.data.mixtures import rotation
+from lab.data.pixels import as_bytes
+from lab.figures import rnn
+from lab.metrics import classifier, coverage
+from lab.networks import lstm
 from torch import Tensor
 
 import unroll
@@ -125,7 +130,7 @@ def train(
         }
         row |= rotation([*earlier, row]) | {"cpu_seconds": round(before + spent, 2)}
         ticked = time.process_time()
-        return row, samples[:SHOWN].add(1).mul(127.5).round().byte().cpu()
+        return row, as_bytes(samples[:SHOWN]).cpu()
 
     iterations = runs.iterate(
         config.checkpoint(folder),
@@ -238,7 +243,7 @@ def main() -> None:
     args = parser.parse_args()
     task = partial(train, data_root=args.data_root, classifier_file=args.classifier)
     configs = cli.carry_out(parser, args, build, task, record_rows, keep=True)
-    rnn_figures.report(args.out, args.figures or args.out, configs)
+    rnn.report(args.out, args.figures or args.out, configs)
 
 
 if __name__ == "__main__":

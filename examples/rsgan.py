@@ -25,10 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import cli, features, image_folder, image_metrics, runs, stl10
-from lab.image_report import report
-from lab.resnets import NOISE, WIDTHS, networks
-from lab.samples import AT_ONCE, Sampler, as_bytes, sample, subset
+from lab import cli, runs
+from lab.data import image_folder, stl10
+from lab.data.pixels import as_bytes
+from lab.figures.images import report
+from lab.metrics import features, image_metrics
+from lab.metrics.samples import AT_ONCE, Sampler, sample, subset
+from lab.networks.resnets import NOISE, WIDTHS, networks
 from lab.updates import update
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

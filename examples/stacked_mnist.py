@@ -25,7 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import classifier, cli, coverage, dcgan, digits, pictures, records, runs, stacked_page
+from lab import cli, records, runs
+from lab.data import digits
+from lab.data.pixels import as_bytes, as_floats
+from lab.figures import pictures, stacked
+from lab.metrics import classifier, coverage
+from lab.networks import dcgan
 from torch import Tensor, nn
 
 import unroll
@@ -144,9 +149,7 @@ def train(
         whole = coverage.mode_metrics(labels, MODES)
         row = {name: value if pairs == config.pairs else "" for name, value in whole.items()}
         row |= {f"curve_{name}": value for name, value in curve.items()}
-        return {"player_updates": 2 * pairs, **row}, images[:16].add(1).mul(
-            127.5
-        ).round().byte().cpu()
+        return {"player_updates": 2 * pairs, **row}, as_bytes(images[:16]).cpu()
 
     iterations = runs.iterate(
         config.checkpoint(folder),
@@ -227,7 +230,7 @@ def report(folder: Path, figures: Path, configs: Sequence[Config]) -> None:
     moments = pictures.spread(len(history), 5)
     pictures.grid(
         figures / f"stacked_mnist_{first.preset}_{first.networks}.png",
-        {name: [digits.scaled(cells[i]) for i in moments] for name, cells in images.items()},
+        {name: [as_floats(cells[i]) for i in moments] for name, cells in images.items()},
         [f"{history[i]['pairs']:,}" for i in moments],
         caption=f"pairs of updates (preset {first.preset}, seed {first.seed})",
     )
@@ -282,7 +285,7 @@ def main() -> None:
     figures = args.figures or args.out
     report(args.out, figures, configs)
     if args.record is not None:
-        stacked_page.curves(args.record, figures / "stacked_mnist_curves.png")
+        stacked.curves(args.record, figures / "stacked_mnist_curves.png")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python examples/tables.py --check    fail if one does not follow from its record
 """
 
 import argparse
-import csv
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from lab import cifar_pages, mnist_pages, overview, toys
-from lab.pages import page
+from lab.pages import cifar, mnist, overview, toys
+from lab.pages.claims import Row, read
+from lab.pages.page import page
+from lab.records import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
-Row = dict[str, str]
 
 
 def mean(rows: Sequence[Row], column: str) -> str:
@@ -53,13 +53,9 @@ def mog(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def records(name: str) -> list[Row]:
+def records(name: str) -> Sequence[Row]:
     """Return the rows of a record: none where it was never made."""
-    path = ROOT / "docs" / "results" / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read(RESULTS / f"{name}.csv").rows
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -282,10 +278,9 @@ def main() -> None:
 def pages() -> dict[Path, str]:
     """Return what every page holds: those with tables in them, and those from records alone."""
     written = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-    results = ROOT / "docs" / "results"
     made = {"toys": toys.page()}
-    for name, module in (("mnist", mnist_pages), ("cifar10", cifar_pages)):
-        made[name] = page(module.INTRODUCTION, module.SECTIONS, results)
+    for name, module in (("mnist", mnist), ("cifar10", cifar)):
+        made[name] = page(module.INTRODUCTION, module.SECTIONS, RESULTS)
     addresses = {f"docs/results/{name}.md": text for name, text in made.items() if text}
     texts = {path: filled(path.read_text(), addresses) for path in written}
     return texts | {ROOT / address: text for address, text in addresses.items()}

@@ -23,7 +23,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from lab import classifier, cli, colors, digits, records, runs
+from lab import cli, records, runs
+from lab.data import colors, digits
+from lab.metrics import classifier
 
 WARM_UP = 2
 STEPS = {

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import classifier, cli, digits, runs
+from lab import cli, runs
+from lab.data import digits
+from lab.data.pixels import as_floats
+from lab.metrics import classifier
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -66,7 +69,7 @@ def train(config: Config, root: Path | None, folder: Path, *, resume: bool) -> n
 
     def evaluate(_: int, __: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], None]:
         network.eval()
-        labels = classifier.classify(network, digits.scaled(test.images))
+        labels = classifier.classify(network, as_floats(test.images))
         network.train()
         right = (labels == test.labels).float().mean().item()
         return {"test_accuracy": round(100 * right, 2)}, None

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import cli, lines, records, runs, seeds
-from lab.clusters import MATCHED, PLATEAU, SAMPLES, SPREAD, clusters, counts, landmarks, noises
+from lab import cli, records, runs, seeds
+from lab.data.clusters import MATCHED, PLATEAU, SAMPLES, SPREAD, clusters, counts, landmarks, noises
+from lab.figures import lines
 from torch import Tensor, nn
 
 import unroll

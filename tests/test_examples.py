@@ -226,7 +226,7 @@ def test_the_normalised_layer_is_the_last_of_d(monkeypatch: pytest.MonkeyPatch) 
 def test_verdicts_count_differences_of_more_than_two_standard_errors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    claims = example("lab.claims", monkeypatch)
+    claims = example("lab.pages.claims", monkeypatch)
     # Standard errors of 1 each: the difference's is the root of 2.
     low, near, far = [0.0, 2.0], [2.8, 4.8], [2.9, 4.9]
     findings = {

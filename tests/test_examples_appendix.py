@@ -194,8 +194,8 @@ def test_late_metrics_are_means_over_the_last_third(monkeypatch: pytest.MonkeyPa
 def test_the_steps_that_a_seed_needs_are_those_from_which_on_it_is_stable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    claims = example("lab.claims", monkeypatch)
-    page = example("lab.second_gradient_page", monkeypatch)
+    claims = example("lab.pages.claims", monkeypatch)
+    page = example("lab.pages.second_gradient", monkeypatch)
     kl = {"0": (1, 1, 0, 0), "1": (0, 1, 0, 0), "2": (1, 1, 0, 1), "3": (0, 0, 0, 0)}
     runs = [
         {

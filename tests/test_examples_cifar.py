@@ -20,7 +20,7 @@ from tests.test_examples import EXAMPLES, example, rows
 
 @pytest.fixture
 def image_folder(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return example("lab.image_folder", monkeypatch)
+    return example("lab.data.image_folder", monkeypatch)
 
 
 def images(folder: Path, count: int = 8, *, size: int = 32) -> np.ndarray:
@@ -157,7 +157,7 @@ def test_training_resumes_to_the_same_numbers(
 
 
 def test_the_networks_are_those_of_appendix_d(monkeypatch: pytest.MonkeyPatch) -> None:
-    dcgan = example("lab.dcgan", monkeypatch)
+    dcgan = example("lab.networks.dcgan", monkeypatch)
     rng = torch.Generator()
     g, d = dcgan.generator(1, rng), dcgan.discriminator(1, rng)
     assert d(g(torch.randn(2, 256))).shape == (2, 1)
@@ -288,6 +288,11 @@ def test_it_records_draws_and_is_measured(
     for name in ("cifar10_reconstructions_seed0", "cifar10_distances"):
         assert (tmp_path / "measured" / f"{name}.png").stat().st_size > 0
 
+    make = cifar10.sampler(out / "checkpoints" / "K0-seed0.pt")
+    drawn = make(3, torch.Generator().manual_seed(0))
+    assert drawn.dtype == torch.uint8 and drawn.shape == (3, 3, 32, 32)
+    assert torch.equal(drawn, make(3, torch.Generator().manual_seed(0)))
+
     def refused(*more: str) -> str:
         with pytest.raises(SystemExit):
             diversity.main([*map(str, given), *more])
@@ -339,7 +344,7 @@ def test_two_ranks_train_as_one_process_does(
 
 @pytest.fixture
 def inversion(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return example("lab.inversion", monkeypatch)
+    return example("lab.metrics.inversion", monkeypatch)
 
 
 def test_points_descend_together_as_each_does_alone(inversion: Any) -> None:
@@ -400,7 +405,7 @@ def test_a_lookup_table_reconstructs_its_images_exactly(inversion: Any) -> None:
 
 
 def test_distances_are_of_pairs_of_different_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    distances = example("lab.distances", monkeypatch)
+    distances = example("lab.metrics.distances", monkeypatch)
     rng = torch.Generator().manual_seed(0)
     two = torch.stack([-torch.ones(3, 2, 2), torch.ones(3, 2, 2)])
     found = distances.pairwise(two, 50, rng, batch_size=7)
@@ -418,7 +423,7 @@ def test_distances_are_of_pairs_of_different_images(monkeypatch: pytest.MonkeyPa
 def test_the_page_says_what_was_scaled_down_and_judges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = example("lab.diversity_page", monkeypatch)
+    page = example("lab.pages.diversity", monkeypatch)
     records = importlib.import_module("lab.records")
     first = {"preset": "small", "data": "two", "images": 8, "size": 0.25, "pairs": 300,
              "batch_size": 4, "targets": 4, "starts": 3, "steps": 5}  # fmt: skip

@@ -41,7 +41,7 @@ def normal(count: int, seed: int) -> Tensor:
 
 
 def test_the_formula_of_the_appendix() -> None:
-    colors, rng = module("lab.colors"), torch.Generator().manual_seed(0)
+    colors, rng = module("lab.data.colors"), torch.Generator().manual_seed(0)
     grey, colours = bars(200), colors.draw(200, rng)
     images = colors.coloured(grey, colours, rng)
     assert images.shape == (200, 3, 16, 16)
@@ -57,7 +57,7 @@ def test_the_formula_of_the_appendix() -> None:
 
 
 def test_colours_are_those_of_scikit_learns_k_means() -> None:
-    colors, rng = module("lab.colors"), torch.Generator().manual_seed(0)
+    colors, rng = module("lab.data.colors"), torch.Generator().manual_seed(0)
     images = colors.coloured(bars(20), colors.draw(20, rng), rng)
     back, front = colors.clusters(images.flatten(2).movedim(1, 2))
     for image, one, two in zip(images, back, front, strict=True):
@@ -70,7 +70,7 @@ def test_colours_are_those_of_scikit_learns_k_means() -> None:
 
 
 def test_colours_are_found_again_and_dark_digits_discarded() -> None:
-    colors, rng = module("lab.colors"), torch.Generator().manual_seed(0)
+    colors, rng = module("lab.data.colors"), torch.Generator().manual_seed(0)
     colours = torch.tensor([[0.5, -0.5, 0.0], [-0.9, 0.8, -0.9], [0.2, 0.2, 0.2]])
     found = colors.foreground(colors.coloured(bars(3), colours, rng))
     assert len(found) == 3
@@ -81,7 +81,7 @@ def test_colours_are_found_again_and_dark_digits_discarded() -> None:
 
 
 def test_data_against_data_is_at_the_floor_and_far_below_one_colour() -> None:
-    colors = module("lab.colors")
+    colors = module("lab.data.colors")
     data, again = normal(900, 0), normal(900, 1)
     floor = colors.js_divergence(data, again)
     assert 0 < floor < 0.06
@@ -95,7 +95,7 @@ def test_data_against_data_is_at_the_floor_and_far_below_one_colour() -> None:
 
 def test_a_single_colour_has_the_analytic_divergence() -> None:
     """Of N(0, 1 + h^2), the kernel density of normal data, and N(0, h^2), that of one colour."""
-    colors = module("lab.colors")
+    colors = module("lab.data.colors")
     data = normal(2000, 0)
     h = 2000 ** (-1 / 7)
 
@@ -116,7 +116,7 @@ def test_a_single_colour_has_the_analytic_divergence() -> None:
 
 
 def test_the_density_of_the_data_is_scipys() -> None:
-    colors = module("lab.colors")
+    colors = module("lab.data.colors")
     data, places = normal(300, 0), normal(50, 1).double().numpy()
     (density,) = colors.densities(data)
     root = np.linalg.cholesky(np.cov(data.double().numpy().T))
@@ -128,7 +128,7 @@ def test_the_density_of_the_data_is_scipys() -> None:
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the example, on digits that are made and not MNIST's."""
-    colored, base = module("colored_mnist"), module("lab.digits")
+    colored, base = module("colored_mnist"), module("lab.data.digits")
     grey = bars(50, size=32).add(1).mul(127.5).byte()
     made = base.Digits(grey, torch.zeros(50, dtype=torch.long))
     monkeypatch.setattr(base, "mnist", lambda *_, **__: made)
@@ -233,7 +233,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(
 
 
 def test_the_section_judges_each_size_by_the_better_of_5_and_10(tmp_path: Path) -> None:
-    records, page = module("lab.records"), module("lab.colored_page")
+    records, page = module("lab.records"), module("lab.pages.colored")
     assert page.colored_mnist(tmp_path) == ""
     shared = {"preset": "small", "base": "1/8", "pairs": 9, "batch_size": 4, "samples": 30}
     shared |= {"generator_lr": 1e-3, "discriminator_lr": 1e-3, "js_floor": 0.02}

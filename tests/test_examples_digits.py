@@ -14,6 +14,14 @@ from torch import Tensor, nn
 from tests import tiny_mnist
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+WHERE = {
+    "digits": "lab.data.digits",
+    "pixels": "lab.data.pixels",
+    "classifier": "lab.metrics.classifier",
+    "coverage": "lab.metrics.coverage",
+    "pictures": "lab.figures.pictures",
+    "train_classifier": "train_classifier",
+}
 
 
 @pytest.fixture(name="lab")
@@ -22,7 +30,7 @@ def _lab(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     class Lab:
         def __getattr__(self, name: str) -> Any:
-            return importlib.import_module(name if name == "train_classifier" else f"lab.{name}")
+            return importlib.import_module(WHERE[name])
 
     return Lab()
 
@@ -33,9 +41,9 @@ def test_digits_are_in_range_and_padded_with_black(lab: Any, tmp_path: Path) -> 
     assert large.images.shape == (60, 1, 32, 32)
     assert torch.equal(large.images[..., 2:-2, 2:-2], small.images)
     assert large.images.sum() == small.images.sum()
-    floats = lab.digits.scaled(small.images)
+    floats = lab.pixels.as_floats(small.images)
     assert (floats.min(), floats.max()) == (-1, 1)
-    assert torch.equal(lab.digits.padded(floats, 32), lab.digits.scaled(large.images))
+    assert torch.equal(lab.digits.padded(floats, 32), lab.pixels.as_floats(large.images))
     assert (small.labels == torch.arange(60) % 10).all()
     with pytest.raises(ValueError, match=r"size must be one of \(28, 32\), got 30"):
         lab.digits.mnist(root, size=30)

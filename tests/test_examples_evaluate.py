@@ -36,7 +36,9 @@ def nothing():
 def _examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(example("lab.image_metrics"), "CLUSTERINGS", 2)  # for the time it takes
+    monkeypatch.setattr(
+        example("lab.metrics.image_metrics"), "CLUSTERINGS", 2
+    )  # for the time it takes
 
 
 def example(name: str) -> Any:
@@ -88,7 +90,7 @@ def test_a_constant_image_has_recall_0(tmp_path: Path) -> None:
 
 
 def test_the_metrics_of_shifted_features_are_known() -> None:
-    metrics, features = example("lab.image_metrics"), example("lab.features")
+    metrics, features = example("lab.metrics.image_metrics"), example("lab.metrics.features")
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(400, 4, generator=rng, dtype=torch.float64)
     shift = torch.tensor([30.0, 0, 40, 0], dtype=torch.float64)
@@ -113,7 +115,7 @@ def test_the_metrics_of_shifted_features_are_known() -> None:
 def test_the_precision_recall_distribution_of_histograms_is_the_papers(
     fake: tuple[float, float], real: tuple[float, float], precision: float, recall: float
 ) -> None:
-    metrics = example("lab.image_metrics")
+    metrics = example("lab.metrics.image_metrics")
     curve = metrics.prd_of_histograms(np.array(fake), np.array(real))
     assert curve[0].max() == pytest.approx(precision, abs=2e-3)
     assert curve[1].max() == pytest.approx(recall, abs=2e-3)
@@ -125,7 +127,7 @@ def test_the_precision_recall_distribution_of_histograms_is_the_papers(
 
 
 def test_half_of_the_modes_is_full_precision_and_half_of_the_recall() -> None:
-    metrics = example("lab.image_metrics")
+    metrics = example("lab.metrics.image_metrics")
     rng = np.random.default_rng(0)
     near = rng.normal(size=(400, 2))
     far = near + 100
@@ -158,7 +160,7 @@ def test_a_classifier_is_trained_resumed_recorded_and_used(
     assert float(row["test_accuracy"]) == 100
     assert (row["train_images"], row["test_images"]) == ("80", "20")
 
-    extractor = example("lab.features").load(str(whole))
+    extractor = example("lab.metrics.features").load(str(whole))
     assert extractor.name.startswith(f"classifier 100.0 % {row['weights']}")
     embedding = extractor(random_images(4, size=16))
     assert embedding.features.shape == (4, 16)
@@ -184,7 +186,26 @@ def test_the_command_line_prints_and_records(
         (row,) = csv.DictReader(file)
     assert (row["fake"], row["real"]) == ("fake", "real/test")
     assert (row["fake_images"], row["real_images"]) == ("30", "35")
-    assert "| fake | real/test | 30 / 35 |" in example("lab.evaluate_page").evaluate(tmp_path)
+    assert "| fake | real/test | 30 / 35 |" in example("lab.pages.evaluate").evaluate(tmp_path)
+
+
+def test_the_page_averages_over_the_seeds_of_the_models_of_cifar10(tmp_path: Path) -> None:
+    page, records = example("lab.pages.evaluate"), example("lab.records")
+    shared = {"real": "x/test", "features": "some", "fake_images": 1000, "real_images": 1000}
+    shared |= dict.fromkeys(page.METRICS, 0.5)
+    known = [{"fake": "airplane", "seed": 0, **shared, "fid": 9.0}]
+    models = [
+        {"fake": f"K{k}-seed{seed}", "seed": 0, **shared, "fid": fid + seed / 10}
+        for k, fid in ((0, 3.0), (10, 2.0))
+        for seed in range(3)
+    ]
+    records.write(tmp_path / "evaluate.csv", [*known, *models])
+    text = page.evaluate(tmp_path)
+    assert "| airplane | x/test | 1,000 / 1,000 | 9.000 |" in text
+    assert "| 10 | 3 | 2.100 ± 0.058 |" in text
+    (judged,) = (line for line in text.splitlines() if "more like the data" in line)
+    assert "FID, K=0 against 10: 3.10 ± 0.06 against 2.10" in judged
+    assert "**partly**" in judged
 
 
 @pytest.mark.parametrize(
@@ -236,7 +257,7 @@ def test_inception_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyP
     inception = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     monkeypatch.setattr(inception, "load_state_dict_from_url", fail)
     with pytest.raises(RuntimeError, match=r"must fetch its weights, .* no network"):
-        example("lab.features").Inception()
+        example("lab.metrics.features").Inception()
 
 
 def test_inception_returns_what_fid_and_the_score_are_defined_on(
@@ -246,7 +267,7 @@ def test_inception_returns_what_fid_and_the_score_are_defined_on(
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
     class_ = inception.FeatureExtractorInceptionV3
     monkeypatch.setattr(class_, "load_state_dict", lambda *_, **__: None)
-    features = example("lab.features")
+    features = example("lab.metrics.features")
     seen = []
     network = features.Inception()
     network.network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))

@@ -19,7 +19,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the example, on made digits and with a classifier of brightness."""
     monkeypatch.syspath_prepend(EXAMPLES)
     gan_mnist = importlib.import_module("gan_mnist")
-    digits, classifier = (importlib.import_module(f"lab.{n}") for n in ("digits", "classifier"))
+    digits, classifier = map(importlib.import_module, ("lab.data.digits", "lab.metrics.classifier"))
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(256, (80, 1, 28, 28), generator=rng, dtype=torch.uint8)
     made = digits.Digits(images, torch.arange(80) % 10)
@@ -202,7 +202,7 @@ def test_a_missing_classifier_is_named(
 ) -> None:
     monkeypatch.undo()
     monkeypatch.syspath_prepend(EXAMPLES)
-    digits = importlib.import_module("lab.digits")
+    digits = importlib.import_module("lab.data.digits")
     monkeypatch.setattr(digits, "mnist", lambda *_, **__: None)
     command = ["gan_mnist.py", "--classifier", str(tmp_path / "none.pt"), "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
@@ -212,7 +212,7 @@ def test_a_missing_classifier_is_named(
 
 
 def test_the_section_is_written_from_the_record(example: Any, tmp_path: Path) -> None:
-    records, page = (importlib.import_module(f"lab.{n}") for n in ("records", "gan_mnist_page"))
+    records, page = map(importlib.import_module, ("lab.records", "lab.pages.gan_mnist"))
     assert page.gan_mnist(tmp_path) == ""
     numbers = ("classes", "classes_of_a_percent", "class_entropy", "variance", "seconds_a_pair")
     means = ("d_gradient", "d_update", "d_on_real", "d_on_fake", "d_on_pattern", "learned")

@@ -140,7 +140,7 @@ def test_it_refuses_bad_arguments_before_any_work(
 
 @pytest.mark.usefixtures("mog_seeds")
 def test_the_page_puts_the_better_arm_where_its_metric_is_better() -> None:
-    claims, page = (importlib.import_module(f"lab.{name}") for name in ("claims", "ring_page"))
+    claims, page = map(importlib.import_module, ("lab.pages.claims", "lab.pages.ring"))
     names = ("unroll_steps", "modes", "reverse_kl_all")
     rows = [(0, 1, 1.5), (0, 2, 1.6), (5, 8, 0.1), (5, 8, 0.2)]
     records = claims.Records([dict(zip(names, map(str, row), strict=True)) for row in rows])
@@ -154,7 +154,7 @@ def test_the_page_puts_the_better_arm_where_its_metric_is_better() -> None:
 
 @pytest.mark.usefixtures("mog_seeds")
 def test_the_published_tables_have_what_their_papers_say() -> None:
-    page = importlib.import_module("lab.ring_page")
+    page = importlib.import_module("lab.pages.ring")
     veegan = "VEEGAN (Srivastava et al. 2017) Table 1"
     assert f"| Unrolled GAN | 5 | 7.6 | 35.6 |  | {veegan} |" in page.published("ring")
     assert f"| Unrolled GAN | 5 | 23.6 | 16 |  | {veegan} |" in page.published("grid")

@@ -152,8 +152,8 @@ def test_the_command_line_records_a_row_a_seed_and_draws(tmp_path: Path) -> None
 
 
 def test_equals_share_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = example("lab.rivals_page", monkeypatch)
-    claims = importlib.import_module("lab.claims")
+    page = example("lab.pages.rivals", monkeypatch)
+    claims = importlib.import_module("lab.pages.claims")
     modes = {"A": (8, 8), "B": (7, 9), "C": (1, 2)}
     record = [
         {
@@ -173,8 +173,8 @@ def test_equals_share_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_same_seconds_are_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = example("lab.rivals_page", monkeypatch)
-    claims = importlib.import_module("lab.claims")
+    page = example("lab.pages.rivals", monkeypatch)
+    claims = importlib.import_module("lab.pages.claims")
     found = [("A", "5", "10", "30"), ("A", "0", "10", "10"), ("A", "0", "40", "39"),
              ("B", "0", "10", "20"), ("B", "0", "20", "41"), ("B", "5", "10", "90"),
              ("A", "5", "50", "150")]  # fmt: skip
@@ -185,7 +185,7 @@ def test_the_same_seconds_are_the_nearest(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_records_know_the_value_that_most_rows_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    claims = example("lab.claims", monkeypatch)
+    claims = example("lab.pages.claims", monkeypatch)
     record = claims.Records([{"pairs": p, "seed": s} for p, s in ("10", "90", "11", "12")])
     assert record.most("pairs").values("seed") == [0, 1, 2]
     equal = claims.Records([{"pairs": "500"}, {"pairs": "1000"}])
@@ -194,8 +194,8 @@ def test_records_know_the_value_that_most_rows_have(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_overview_reads_titles_commands_and_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
-    overview = example("lab.overview", monkeypatch)
-    claims = importlib.import_module("lab.claims")
+    overview = example("lab.pages.overview", monkeypatch)
+    claims = importlib.import_module("lab.pages.claims")
     low, high = [1.0, 1.1, 1.2], [3.0, 3.1, 3.2]
     higher, lower = claims.Comparison("", high, low), claims.Comparison("", low, high)
     judged = claims.claims([
@@ -218,7 +218,7 @@ def test_the_overview_reads_titles_commands_and_verdicts(monkeypatch: pytest.Mon
 def test_a_page_has_the_sections_that_have_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pages = example("lab.pages", monkeypatch)
+    pages = example("lab.pages.page", monkeypatch)
 
     def section(results: Path) -> str:
         record = results / "mnist.csv"

@@ -303,7 +303,7 @@ def page_of(page: Any, folder: Path, found: list[dict[str, object]]) -> str:
 def test_the_page_compares_at_equal_length_and_at_equal_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = example("lab.rnn_page", monkeypatch)
+    page = example("lab.pages.rnn", monkeypatch)
     assert page.rnn_mnist(tmp_path) == ""
     found = [row(20, seed, 1000, 2.2) for seed in range(3)]
     lengths = (1000, 2000, 10_000, 20_000)
@@ -320,7 +320,7 @@ def test_the_page_compares_at_equal_length_and_at_equal_time(
 def test_the_page_does_not_judge_at_equal_time_what_had_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = example("lab.rnn_page", monkeypatch)
+    page = example("lab.pages.rnn", monkeypatch)
     found = [row(20, seed, 100, 2.2) for seed in range(3)]
     found += [row(0, seed, n, 1.0) for seed in range(3) for n in (100, 200)]
     text = page_of(page, tmp_path, found)
@@ -331,7 +331,7 @@ def test_the_page_does_not_judge_at_equal_time_what_had_less(
 def test_the_page_does_not_judge_digits_where_there_are_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = example("lab.rnn_page", monkeypatch)
+    page = example("lab.pages.rnn", monkeypatch)
     found = [row(k, seed, 100, 0.1, classes=1) for k in (0, 20) for seed in range(3)]
     text = page_of(page, tmp_path, found)
     assert "After 100 pairs neither draws digits yet" in text

@@ -81,7 +81,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
 @pytest.mark.parametrize("size", [32, 48])
 @pytest.mark.parametrize("structure", ["dcgan", "resnet"])
 def test_the_networks_make_and_judge_images(structure: str, size: int) -> None:
-    resnets = example("lab.resnets")
+    resnets = example("lab.networks.resnets")
     torch.manual_seed(0)
     generator, discriminator = resnets.networks(structure, size, "quarter")
     images = generator(torch.randn(2, resnets.NOISE))
@@ -92,7 +92,7 @@ def test_the_networks_make_and_judge_images(structure: str, size: int) -> None:
 
 
 def test_the_widths_are_those_of_the_authors_commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    resnets = example("lab.resnets")
+    resnets = example("lab.networks.resnets")
     monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda weight: weight)  # slow where wide
 
     def channels(structure: str, size: int, width: str) -> tuple[list[int], list[int]]:
@@ -183,10 +183,10 @@ def test_the_command_line_records_draws_and_its_checkpoints_are_evaluated(
     for name in ("rsgan_small.png", "rsgan_small_curves.png", "metrics.csv"):
         assert (out / name).stat().st_size > 0
 
-    section = example("lab.rsgan_image_page").rsgan(tmp_path)
+    section = example("lab.pages.rsgan").rsgan(tmp_path)
     assert "| JS | 0 | 1 |" in section
     assert "too few runs to say" in section
-    assert example("lab.rsgan_image_page").rsgan(tmp_path / "nowhere") == ""
+    assert example("lab.pages.rsgan").rsgan(tmp_path / "nowhere") == ""
 
     with pytest.raises(SystemExit):
         main(common, monkeypatch)
@@ -211,11 +211,12 @@ def test_the_sampler_draws_from_the_averaged_generator_where_there_is_one(
     make = rsgan.sampler(config.checkpoint(tmp_path / "run"))
     images = make(4, torch.Generator().manual_seed(1))
     assert torch.equal(images, make(4, torch.Generator().manual_seed(1)))
-    generator = example("lab.resnets").networks("dcgan", 32, "quarter")[0]
+    generator = example("lab.networks.resnets").networks("dcgan", 32, "quarter")[0]
     generator.load_state_dict(content["parts"]["g"])
-    samples = example("lab.samples")
+    samples = example("lab.metrics.samples")
     noise = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
-    assert not torch.equal(images, samples.as_bytes(samples.sample(generator, noise)))
+    as_bytes = example("lab.data.pixels").as_bytes
+    assert not torch.equal(images, as_bytes(samples.sample(generator, noise)))
     before = {name: value.clone() for name, value in generator.state_dict().items()}
     samples.sample(generator, noise)
     assert all(torch.equal(v, before[name]) for name, v in generator.state_dict().items())
@@ -247,7 +248,7 @@ def test_bad_input_is_refused_before_any_work(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(example("lab.stl10").STL10, "__init__", fail)
+    monkeypatch.setattr(example("lab.data.stl10").STL10, "__init__", fail)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     given = {"--out": "out", "--iterations": "1"} | dict([arguments])

@@ -27,7 +27,7 @@ def _load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
 @pytest.fixture(name="files")
 def _files(load: Callable[[str], Any], tmp_path: Path) -> dict[str, Path]:
     """Make data and an untrained classifier."""
-    classifier = load("lab.classifier")
+    classifier = load("lab.metrics.classifier")
     path = tmp_path / "classifier.pt"
     facts = {"widths": list(classifier.WIDTHS), "test_accuracy": 10.0}
     classifier.save(path, classifier.network(), facts)
@@ -190,7 +190,7 @@ def test_throughput_times_pairs_and_their_data(
 
 
 def test_the_section_says_what_the_record_does(load: Callable[[str], Any], tmp_path: Path) -> None:
-    records, page = load("lab.records"), load("lab.stacked_page")
+    records, page = load("lab.records"), load("lab.pages.stacked")
     assert page.stacked_mnist(tmp_path) == ""
     config = load("stacked_mnist").PRESETS["small"]
     rng = torch.Generator().manual_seed(0)
@@ -211,12 +211,12 @@ def test_the_section_says_what_the_record_does(load: Callable[[str], Any], tmp_p
     verdicts = [line for line in text.splitlines() if line.startswith(("| ten", "| the benefit"))]
     assert [line.split(" | ")[-1] for line in verdicts] == ["**holds** |"] * 3
     assert "| networks of App. D's size cover all modes with K=0 | paper | not run |" in text
-    page.curves(tmp_path / "stacked_mnist.csv", tmp_path / "curves.png")
+    load("lab.figures.stacked").curves(tmp_path / "stacked_mnist.csv", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 0
 
 
 def test_the_section_on_costs_names_slow_data(load: Callable[[str], Any], tmp_path: Path) -> None:
-    records, page = load("lab.records"), load("lab.throughput_page")
+    records, page = load("lab.records"), load("lab.pages.throughput")
     assert page.throughput(tmp_path) == ""
     row = {"preset": "paper", "unroll_steps": 0, "batch_size": 128, "pairs": 10}
     row |= {"preset_pairs": 36_000, "images_a_second": 1280.0, "seconds_a_pair": 0.1}

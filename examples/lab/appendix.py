@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import unroll
 from lab import cli, planar, seeds
-from lab.mixtures import Mixture, ring
-from lab.networks import Scale
+from lab.data.mixtures import Mixture, ring
+from lab.networks.perceptrons import Scale
 
 MODES = 8
 NOISES = 256

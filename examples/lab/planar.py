@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import unroll
-from lab import figures, records, runs, seeds
-from lab.mixtures import CEILING, CURVES, TABLE, Mixture, mode_metrics, rotation
+from lab import records, runs, seeds
+from lab.data.mixtures import CEILING, CURVES, TABLE, Mixture, mode_metrics, rotation
+from lab.figures import plots
 
 KEPT = 4  # seeds whose samples are kept for the figures
 
@@ -166,7 +167,7 @@ def report(
     last = {label: list(moments[-1]) for label, moments in snapshots.items()}
     count = next(iter(last.values()))[0].shape[0]
     draw = partial(
-        figures.heat_maps,
+        plots.heat_maps,
         data=mixture.sample(count, torch.Generator().manual_seed(seed)),
         extent=1.4 * mixture.means.norm(dim=1).max().item(),
     )
@@ -183,6 +184,4 @@ def report(
         "percent_high_quality": CEILING,
         "largest_mode_share": mixture.weights.max().item(),
     }
-    figures.curves(
-        folder / f"{name}_curves.png", histories, CURVES, x="player_updates", ideal=ideal
-    )
+    plots.curves(folder / f"{name}_curves.png", histories, CURVES, x="player_updates", ideal=ideal)

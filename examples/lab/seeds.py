@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import unroll
 from lab import records
-from lab.networks import ACTIVATIONS
+from lab.networks.perceptrons import ACTIVATIONS
 
 
 class Generators:

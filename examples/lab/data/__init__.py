@@ -1,0 +1,1 @@
+"""What the experiments train on: points, digits, images."""

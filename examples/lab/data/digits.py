@@ -1,0 +1,118 @@
+"""MNIST as tensors in memory: single digits, and three of them stacked as an RGB image.
+
+data = digits.mnist(args.data_root, size=28)
+batch = data.sample(64, rng)      # (64, 1, 28, 28), floats in [-1, 1]
+stacks = data.stacks(64, rng)     # (64, 3, 28, 28): section 3.3.1 of the paper
+"""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchvision.datasets import MNIST
+
+from lab.data.pixels import as_floats
+
+CLASSES = 10
+SIZES = 28, 32  # as scanned, and with two black pixels around
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images and their labels.
+
+    Args:
+        images: `(N, 1, size, size)`, bytes from 0 (black) to 255.
+        labels: `(N,)`, from 0 to 9.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.images)
+
+    def to(self, device: str | torch.device) -> "Digits":
+        """Return them on a device."""
+        return Digits(self.images.to(device), self.labels.to(device))
+
+    def at(self, index: Tensor) -> Tensor:
+        """Return the images at an index, as floats."""
+        return as_floats(self.images[index])
+
+    def sample(self, count: int, rng: torch.Generator) -> Tensor:
+        """Return random images, `(count, 1, size, size)`."""
+        return self.at(self._random((count,), rng))
+
+    def stacks(self, count: int, rng: torch.Generator) -> Tensor:
+        """Return random images with an independent digit in each channel, `(count, 3, ...)`."""
+        return self.at(self._random((count, 3), rng)).squeeze(2)
+
+    def _random(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        return torch.randint(len(self), shape, generator=rng, device=rng.device)
+
+
+def padded(images: Tensor, size: int) -> Tensor:
+    """Return square images with as many black pixels around as `size` asks for.
+
+    Black is the least value of the type of numbers: 0 for bytes, -1 for floats.
+    """
+    margin, odd = divmod(size - images.shape[-1], 2)
+    if margin < 0 or odd:
+        raise ValueError(f"size must be {images.shape[-1]} plus an even number, got {size}")
+    black = -1 if images.is_floating_point() else 0
+    return functional.pad(images, [margin] * 4, value=black)
+
+
+def mnist(root: Path | None = None, *, train: bool = True, size: int = 28) -> Digits:
+    """Return the training or the test digits of MNIST.
+
+    Args:
+        root: A folder that holds `MNIST/raw`. Without one it is the environment variable
+            UNROLL_DATA, and without that `data/`, to which MNIST is downloaded.
+        train: The 60,000 to train on, or the 10,000 to test on.
+        size: Pixels a side: 28, or 32 with a black margin.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {SIZES}, got {size}")
+    given = root or os.environ.get("UNROLL_DATA")
+    folder = Path(given or "data")
+    raw = folder / "MNIST" / "raw"
+    try:
+        data = MNIST(str(folder), train=train, download=not given)
+        images, labels = data.data, data.targets
+        _check(images, labels)
+    except Exception as error:  # torchvision has one of its own for every way to be wrong
+        if given and not any(raw.glob("*-ubyte*")):
+            raise FileNotFoundError(
+                f"--data-root (or UNROLL_DATA) must be a folder with MNIST/raw in it, got {folder}:"
+                " give another folder, or neither, to download MNIST to data/"
+            ) from error
+        raise RuntimeError(
+            f"MNIST in {raw} cannot be read ({error}): it is incomplete or damaged, or the "
+            "download failed; delete the folder and try again, or give a --data-root that has it"
+        ) from error
+    return Digits(padded(images.unsqueeze(1), size), labels)
+
+
+def _check(images: Tensor, labels: Tensor) -> None:
+    if images.shape[1:] != (28, 28) or len(images) != len(labels) or not len(labels):
+        raise ValueError(f"images {tuple(images.shape)} and labels {tuple(labels.shape)}")
+    if labels.min() < 0 or labels.max() >= CLASSES:
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}")
+
+
+def add_data_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says where MNIST is."""
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="FOLDER",
+        help="the folder that holds MNIST/raw (default: the environment variable UNROLL_DATA, "
+        "else data/, to which MNIST is downloaded)",
+    )

@@ -1,0 +1,49 @@
+"""How samples spread over discrete classes: modes covered, entropy, reverse KL.
+
+All logarithms are natural. Labels are those of `lab.metrics.classifier`, and a stack of three
+digits is one of 1,000 modes (section 3.3.1 of the paper).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.stats import entropy
+from torch import Tensor
+
+
+def stack_labels(digits: Tensor) -> Tensor:
+    """Return the modes, from 0 to 999, of stacks whose digits are `(N, 3)`."""
+    return digits @ digits.new_tensor([100, 10, 1])
+
+
+def counts(labels: Tensor, classes: int) -> Tensor:
+    """Return how many samples each class has."""
+    return torch.bincount(labels.cpu(), minlength=classes)
+
+
+def reverse_kl(found: Tensor | Sequence[int]) -> float:
+    """Return KL(model || uniform) of counts: log(classes) where a single class has all."""
+    return float(entropy(np.asarray(found), np.ones(len(found))))
+
+
+def class_entropy(found: Tensor | Sequence[int]) -> float:
+    """Return the entropy of counts: log(classes) where all are equal."""
+    return float(entropy(np.asarray(found)))
+
+
+def mode_metrics(labels: Tensor, modes: int = 1000) -> dict[str, float]:
+    """Return Table 1's metrics: modes with at least one sample, and KL(model || uniform)."""
+    found = counts(labels, modes)
+    return {"modes": int((found > 0).sum()), "reverse_kl": reverse_kl(found)}
+
+
+def class_metrics(labels: Tensor, classes: int = 10) -> dict[str, float]:
+    """Return classes with at least one sample, their entropy, and the class that has most."""
+    found = counts(labels, classes)
+    return {
+        "classes": int((found > 0).sum()),
+        "class_entropy": class_entropy(found),
+        "dominant_class": int(found.argmax()),
+        "dominant_share": found.max().item() / len(labels),
+    }
