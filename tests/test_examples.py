@@ -223,12 +223,12 @@ def test_the_normalised_layer_is_the_last_of_d(monkeypatch: pytest.MonkeyPatch) 
     assert all(normalised[name] is p for name, p in d.named_parameters() if name != names[-1])
 
 
-def test_verdicts_count_differences_of_more_than_two_standard_errors(
+def test_verdicts_count_differences_that_welchs_test_finds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     claims = example("lab.pages.claims", monkeypatch)
-    # Standard errors of 1 each: the difference's is the root of 2.
-    low, near, far = [0.0, 2.0], [2.8, 4.8], [2.9, 4.9]
+    # Standard errors of 1 each and two degrees of freedom: means differ from 4.303 * 2^0.5 on.
+    low, near, far = [0.0, 2.0], [6.0, 8.0], [6.1, 8.1]
     findings = {
         "for": claims.Comparison("", far, low),
         "no difference": claims.Comparison("", near, low),
@@ -236,12 +236,56 @@ def test_verdicts_count_differences_of_more_than_two_standard_errors(
     }
     for finding, comparison in findings.items():
         assert comparison.finding == finding
-    assert claims.Comparison("", near, low, denied=True).finding == "for"
-    assert claims.Comparison("", far, low, denied=True).finding == "the reverse"
+    assert not claims.differ([1.0, 1.0], [1.0, 1.0])  # without any error
+    assert claims.differ([1.0, 1.0], [1.5, 1.5])
+    assert not claims.differ([1.0], [0.0, 2.0])  # one seed says nothing
+    for says, finding in {"not larger": "the reverse", "alike": "they differ"}.items():
+        denial = claims.Comparison("", near, low, says)
+        assert (denial.finding, denial.agrees) == ("no difference", True)
+        assert claims.verdict([denial]) == "not contradicted"
+        denial = claims.Comparison("", far, low, says)
+        assert (denial.finding, denial.agrees) == (finding, False)
+        assert claims.verdict([denial]) == "does not hold"
+    assert claims.Comparison("", low, far, "not larger").finding == "for"
     right, none, wrong = findings.values()
     assert claims.verdict([right, right]) == "holds"
     assert claims.verdict([right, none]) == "partly"
     assert claims.verdict([none, wrong]) == "does not hold"
+    assert claims.verdict([none, none]) == "not seen"
+
+
+def test_claims_that_something_happens_are_counts_of_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = example("lab.pages.claims", monkeypatch)
+    found = {}
+    for every in (False, True):
+        for seen in ([True, True, True], [True, False, False], [False, False, False]):
+            count = claims.Count("do it", seen, every=every)
+            assert str(count) == f"do it: {sum(seen)} of 3 ({count.finding})"
+            found[every, sum(seen)] = (count.finding, claims.verdict([count]))
+    some, every = ([found[e, n] for n in (3, 1, 0)] for e in (False, True))
+    assert some == [("for", "holds"), ("for", "holds"), ("none", "does not hold")]
+    assert every == [("for", "holds"), ("some", "partly"), ("none", "does not hold")]
+
+
+def test_numbers_of_a_comparison_have_the_digits_of_their_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    claims = example("lab.pages.claims", monkeypatch)
+    small = claims.Comparison("x", [0.031, 0.033], [0.0321, 0.0319])
+    assert str(small) == "x: 0.0320 ± 0.0010 against 0.0320 ± 0.0001 (no difference)"
+    large = claims.Comparison("x", [100.0, 180.0], [8.0, 8.0])
+    assert str(large) == "x: 140 ± 40 against 8 ± 0 (no difference)"
+
+
+def test_a_claim_may_be_too_early_or_have_too_few_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = example("lab.pages.claims", monkeypatch)
+    alike, two = claims.Count("do it", [True] * 3), claims.Count("do it", [True] * 2)
+    text = claims.claims([("a", "b", [alike]), ("a", "b", [alike], True), ("a", "b", [two])])
+    assert [line.split("**")[1] for line in text.splitlines()[2:]] == [
+        "holds",
+        claims.TOO_EARLY,
+        claims.TOO_FEW,
+    ]
 
 
 def test_the_tables_of_the_pages_follow_from_the_records() -> None:

@@ -211,7 +211,7 @@ def test_the_overview_reads_titles_commands_and_verdicts(monkeypatch: pytest.Mon
     found = overview.experiments({"page.md": page, "empty.md": ""})
     assert found.splitlines()[2:] == [
         "| [B.1: a Title](page.md#b1-a-title) | `python examples/a.py --record` "
-        "| 2 hold, 1 partly, 1 not, 1 too few runs, 1 not run |"
+        "| 2 hold, 1 partly, 1 do not, 1 too few runs, 1 not run |"
     ]
 
 

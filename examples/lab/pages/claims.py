@@ -6,6 +6,9 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from scipy import stats
 
 Row = Mapping[str, str]
 Setting = Mapping[str, object]
@@ -13,39 +16,114 @@ Value = str | Callable[[Row], float]  # of a row: a column, or what follows from
 FEWEST = 3  # seeds a side, to judge by
 TOO_FEW = "too few runs to say"
 TOO_EARLY = "too early to say"
+NOT_CONTRADICTED = "not contradicted"
+NOT_SEEN = "not seen"
+LEVEL = 0.05  # of the tests
 HEAD = ("claim", "of", "ours", "seeds", "verdict")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two settings' values over seeds; the claim is that the first are the larger ones.
+    """Two settings' values over seeds, and what a claim says of their means.
 
     Args:
         text: What is compared.
         larger: The values of one setting.
         smaller: Those of the other.
-        denied: Whether the claim is that the first are not the larger ones.
+        says: The claim: the means of the first are "larger", "not larger", or both are "alike".
     """
 
     text: str
     larger: Sequence[float]
     smaller: Sequence[float]
-    denied: bool = False
+    says: str = "larger"
 
     def __str__(self) -> str:
         """Return the comparison in words."""
-        small = max(moments(self.larger)[0], moments(self.smaller)[0]) < 1
-        values = [shown(side, 3 if small else 2) for side in (self.larger, self.smaller)]
+        digits = _digits(max(moments(side)[1] for side in (self.larger, self.smaller)))
+        values = [shown(side, digits) for side in (self.larger, self.smaller)]
         return f"{self.text}: {values[0]} against {values[1]} ({self.finding})"
 
     @property
     def finding(self) -> str:
-        """Return whether the means differ by more than two standard errors of the difference."""
-        (a, a_error), (b, b_error) = moments(self.larger), moments(self.smaller)
-        enough = 2 * math.hypot(a_error, b_error)
-        if (a - b > enough) is not self.denied:
-            return "for"
-        return "the reverse" if self.denied or b - a > enough else "no difference"
+        """Return what the values say of the claim, by Welch's t test, two-sided, at 5 %."""
+        if not differ(self.larger, self.smaller):
+            return "no difference"
+        if self.says == "alike":
+            return "they differ"
+        first_is_larger = moments(self.larger)[0] > moments(self.smaller)[0]
+        return "for" if first_is_larger is (self.says == "larger") else "the reverse"
+
+    @property
+    def agrees(self) -> bool:
+        """Return whether the values do not speak against the claim."""
+        return self.finding == "for" or (self.says != "larger" and self.finding == "no difference")
+
+    @property
+    def seeds(self) -> set[int]:
+        """Return how many there are."""
+        return {len(self.larger), len(self.smaller)}
+
+
+@dataclass(frozen=True)
+class Count:
+    """The seeds that do what a claim says of some of them, or of all.
+
+    Args:
+        text: What they do.
+        seen: Whether each of them does.
+        every: Whether the claim is of all of them.
+    """
+
+    text: str
+    seen: Sequence[bool]
+    every: bool = False
+
+    def __str__(self) -> str:
+        """Return the count in words."""
+        return f"{self.text}: {sum(self.seen)} of {len(self.seen)} ({self.finding})"
+
+    @property
+    def finding(self) -> str:
+        """Return what the seeds say of the claim."""
+        if not any(self.seen):
+            return "none"
+        return "for" if all(self.seen) or not self.every else "some"
+
+    @property
+    def agrees(self) -> bool:
+        """Return whether enough of them do it."""
+        return self.finding == "for"
+
+    @property
+    def seeds(self) -> set[int]:
+        """Return how many there are."""
+        return {len(self.seen)}
+
+
+Finding = Comparison | Count
+Claim = tuple[Any, ...]  # source, claim, findings; and perhaps that it is too early to judge
+
+
+def differ(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Return whether two means differ by Welch's t test, two-sided, at 5 %."""
+    means, errors = zip(moments(one), moments(other), strict=True)
+    if not any(errors):
+        return means[0] != means[1]
+    if min(len(one), len(other)) < 2:
+        return False
+    deviations = [
+        error * math.sqrt(len(side)) for error, side in zip(errors, (one, other), strict=True)
+    ]
+    found = stats.ttest_ind_from_stats(
+        means[0], deviations[0], len(one), means[1], deviations[1], len(other), equal_var=False
+    )
+    return bool(found.pvalue < LEVEL)
+
+
+def _digits(error: float) -> int:
+    """Return how many decimals show two digits of a standard error."""
+    return 2 if error == 0 else min(max(1 - math.floor(math.log10(error)), 0), 5)
 
 
 def moments(values: Sequence[float]) -> tuple[float, float]:
@@ -72,30 +150,35 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def verdict(comparisons: Sequence[Comparison]) -> str:
+def verdict(findings: Sequence[Finding]) -> str:
     """Return the verdict on a claim."""
-    right = sum(comparison.finding == "for" for comparison in comparisons)
-    return "partly" if 0 < right < len(comparisons) else "holds" if right else "does not hold"
+    agreeing = sum(finding.agrees for finding in findings)
+    words = {finding.finding for finding in findings}
+    if agreeing == len(findings):
+        return NOT_CONTRADICTED if "no difference" in words else "holds"
+    if agreeing or "some" in words:
+        return "partly"
+    return NOT_SEEN if words == {"no difference"} else "does not hold"
 
 
-def claims(given: Iterable[tuple[str, str, Sequence[Comparison]]], *, early: bool = False) -> str:
-    """Return the table of claims: who says what, our comparisons and the verdict.
+def claims(given: Iterable[Claim], *, early: bool = False) -> str:
+    """Return the table of claims: who says what, what we found and the verdict.
 
     Args:
-        given: Who says it, the claim, and its comparisons.
-        early: Whether the runs are too short to judge by.
+        given: Who says it, the claim, and the findings; fourth, where it is so, that the runs are
+            too short to judge it by.
+        early: Whether they are too short for any of them.
     """
     lines = []
-    for source, claim, comparisons in given:
-        if not comparisons:
+    for source, claim, findings, *short in given:
+        if not findings:
             lines.append((claim, source, "not run", "", "none"))
             continue
-        ours = "; ".join(map(str, comparisons))
-        counts = {len(values) for c in comparisons for values in (c.larger, c.smaller)}
+        counts = set[int]().union(*(finding.seeds for finding in findings))
         seeds = "-".join(map(str, sorted(counts)))
-        judged = verdict(comparisons) if min(counts) >= FEWEST else TOO_FEW
-        judged = TOO_EARLY if early else judged
-        lines.append((claim, source, ours, seeds, f"**{judged}**"))
+        judged = verdict(findings) if min(counts) >= FEWEST else TOO_FEW
+        judged = TOO_EARLY if early or any(short) else judged
+        lines.append((claim, source, "; ".join(map(str, findings)), seeds, f"**{judged}**"))
     return table(HEAD, lines)
 
 
@@ -133,12 +216,12 @@ class Records:
         larger: Setting,
         smaller: Setting,
         *,
-        denied: bool = False,
+        says: str = "larger",
     ) -> list[Comparison]:
         """Return the comparison of a column in two settings, if both were run."""
         value = column if callable(column) else lambda row: float(row[column])
         high, low = ([value(row) for row in self.pick(**s).rows] for s in (larger, smaller))
-        return [Comparison(text, high, low, denied)] if high and low else []
+        return [Comparison(text, high, low, says)] if high and low else []
 
 
 def read(path: Path) -> Records:

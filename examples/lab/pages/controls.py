@@ -60,15 +60,14 @@ def mog_resample(records: Records) -> str:
     first = judged.rows[0]
 
     def alike(metric: str) -> list[Comparison]:
-        """Deny that either is better than the other."""
+        """Compare both, of which neither is to be better."""
         found = []
         for (k,) in judged.settings(K):
             fixed, fresh = (
                 (f"K={k} {name}", {K: k, "resample": resample})
                 for name, resample in (("fixed", False), ("fresh", True))
             )
-            found += better(judged, metric, fixed, fresh, denied=True)
-            found += better(judged, metric, fresh, fixed, denied=True)
+            found += better(judged, metric, fixed, fresh, says="alike")
         return found
 
     return f"""## Fixed or fresh minibatches in the look-ahead

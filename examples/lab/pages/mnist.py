@@ -11,9 +11,9 @@ INTRODUCTION = """# The experiments on MNIST
 
 Written by `python examples/tables.py` from the records beside this page. Means over seeds, ±
 standard errors; claims are judged as on the page of [the toy experiments](toys.md): a comparison is
-*for* its claim where the means differ in the claim's direction by more than two standard errors of
-the difference, and with fewer than three seeds a side there are too few to say. All runs are on a
-CPU, and shorter or smaller than the originals; each section says how.
+*for* its claim where the means differ in the claim's direction (Welch's t test, two-sided, 5 %),
+and with fewer than three seeds a side there are too few to say. All runs are on a CPU, and shorter
+or smaller than the originals; each section says how.
 """
 SECTIONS: list[Section] = [
     rnn_mnist,

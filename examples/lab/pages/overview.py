@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from lab.pages.claims import HEAD, TOO_EARLY, TOO_FEW, table
+from lab.pages.claims import HEAD, NOT_CONTRADICTED, NOT_SEEN, TOO_EARLY, TOO_FEW, table
 
 COUNTED = {
     "holds": "hold",
     "partly": "partly",
-    "does not hold": "not",
+    NOT_CONTRADICTED: "not contradicted",
+    NOT_SEEN: "not seen",
+    "does not hold": "do not",
     TOO_FEW: "too few runs",
     TOO_EARLY: "too early",
     "none": "not run",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from lab.pages.claims import Comparison, Records, claims, moments, read, shown, table
+from lab.pages.claims import Comparison, Count, Records, claims, moments, read, shown, table
 from lab.records import RESULTS
 
 PUBLISHED = RESULTS / "published.csv"
@@ -54,13 +54,13 @@ def _shown(values: Sequence[float], digits: int) -> str:
 
 
 def better(
-    records: Records, metric: str, one: Arm, other: Arm, *, denied: bool = False
+    records: Records, metric: str, one: Arm, other: Arm, *, says: str = "larger"
 ) -> list[Comparison]:
     """Return the comparison whose claim is that the first arm does better than the other."""
     if metric not in (MODES, SHARE, SHARP):  # the less the better
         one, other = other, one
     text = f"{METRICS[metric][0]}, {one[0]} against {other[0]}"
-    return records.compare(text, metric, one[1], other[1], denied=denied)
+    return records.compare(text, metric, one[1], other[1], says=says)
 
 
 def published(mixture: str) -> str:
@@ -127,9 +127,8 @@ def mog_seeds(records: Records) -> str:
 
     everywhere = []
     for name, setting in (each[-1] for each in arms):
-        full = [float(value == 8) for value in ring.pick(**setting).values(MODES)]
-        text = f"share of the {name} seeds with 8 of 8"
-        everywhere.append(Comparison(text, full, [0.0] * len(full)))
+        full = [value == 8 for value in ring.pick(**setting).values(MODES)]
+        everywhere.append(Count(f"{name} seeds with 8 of 8", full, every=True))
 
     protocols = "\n\n".join(
         f"{text}, ours, again by {_command(own)}:\n\n"

@@ -51,7 +51,7 @@ def rsgan(results: Path) -> str:
     *(("ours", f"looking ahead helps {name} against K=0 at {longer.rows[0]['pairs']} pairs",
        _ahead(main, longer, game))
       for longer in others if _alike(main, longer) for game, name in GAMES.items()),
-))}
+), early=int(first["pairs"]) < PLANNED)}
 
 FID falls and F_8 rises where an arm is better. Seconds are CPU time, of a run.
 

@@ -1,6 +1,6 @@
 """The sections on the toys of RS-GAN: two clusters on a line, five Gaussians on a circle."""
 
-from lab.pages.claims import Comparison, Records, Row, Setting, Value, claims, shown, table
+from lab.pages.claims import Comparison, Count, Records, Row, Setting, Value, claims, shown, table
 from lab.pages.planar_table import planar
 
 
@@ -59,14 +59,14 @@ def two_clusters(records: Records) -> str:
 
     js, rp = arm("JS"), arm("Rp")
     basin = [
-        Comparison(f"share of the JS seeds {text} ({name})", share, [0.0] * len(share))
+        Count(f"JS seeds {text} ({name})", seen)
         for name, runs in groups.items()
         if "random" in name
         for text, column in (
             ("that were collapsed at an evaluation", "collapsed"),
             ("whose D was at the plateau then", "on_plateau"),
         )
-        if (share := [float(value > 0) for value in runs.pick(**js).values(column)])
+        if (seen := [value > 0 for value in runs.pick(**js).values(column)])
     ]
     return f"""## Two clusters
 

@@ -58,13 +58,13 @@ class Ratio:
             found.append(float(least))
         return found
 
-    def faster(self, slow: str, fast: str, *, denied: bool = False) -> list[Comparison]:
+    def faster(self, slow: str, fast: str, *, says: str = "larger") -> list[Comparison]:
         """Compare the steps that two gradients need, of those that were run with both."""
         ks = [k for k in self.ran(slow) if k in self.ran(fast)]
         if not ks:
             return []
         text = f"{self.name}, steps needed, {slow} against {fast}"
-        return [Comparison(text, self.needed(slow, ks), self.needed(fast, ks), denied)]
+        return [Comparison(text, self.needed(slow, ks), self.needed(fast, ks), says)]
 
     def stable_at(self, one: tuple[str, int], other: tuple[str, int]) -> list[Comparison]:
         """Compare the shares of stable seeds of two gradients and numbers of steps."""
@@ -72,14 +72,14 @@ class Ratio:
         text = f"{self.name}, stable seeds, {one[0]} K={one[1]} against {other[0]} K={other[1]}"
         return self.records.compare(text, stable, sides[0], sides[1])
 
-    def second_term_helps(self, k: int, *, denied: bool = False) -> list[Comparison]:
+    def second_term_helps(self, k: int, *, says: str = "larger") -> list[Comparison]:
         """Compare the modes that both terms and the first alone capture at one K."""
         return self.records.compare(
             f"{self.name}, late modes, K={k}, both against first",
             "late_modes",
             self.arm("both") | {"unroll_steps": k},
             self.arm("first") | {"unroll_steps": k},
-            denied=denied,
+            says=says,
         )
 
 
@@ -135,8 +135,8 @@ each look-ahead step goes further: the steps needed need not be those at the pap
         *one.stable_at(("both", 3), ("both", 1)), *one.stable_at(("first", 3), ("first", 1)),
     ]),
     ("App. B.2", "1:1, no difference without the second term", [
-        *one.faster("first", "both", denied=True),
-        *_each(lambda k: one.second_term_helps(k, denied=True), ks),
+        *one.faster("first", "both", says="not larger"),
+        *_each(lambda k: one.second_term_helps(k, says="not larger"), ks),
     ]),
     ("App. B.2", "5:1, the second term helps: both need half as many steps as the first", [
         *(found for ratio in fives for found in (

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from lab.pages.claims import Comparison, Records, claims, read, shown, table
+from lab.pages.claims import Claim, Comparison, Count, Records, claims, read, shown, table
 
-ALL, STEPS = 1000, (0, 1, 5, 10)
+ALL, STEPS, PAPER_PAIRS = 1000, (0, 1, 5, 10), 50_000
 SIZES = {"0.25": "1/4", "0.5": "1/2"}
 METRICS = ("modes", "reverse_kl")
+STEP = "unroll_steps"
 RATES = ("generator_lr", "discriminator_lr")
 CURVE_HEAD = {"size": "D", "unroll_steps": "K", "batch_size": "batch"}
 CURVE_HEAD |= {"generator_lr": "rate of G", "discriminator_lr": "of D"}
@@ -52,8 +53,8 @@ Scaled down, of `paper`: {int(first["pairs"]):,} pairs of updates for 50,000 (Pa
 {first["discriminator_lr"]} for 1e-4 and 2e-4. Our numbers, and the verdicts on them, are of the
 beginning of training: compare them within the table, and their order with the published
 ones.{_not_run(last)} Again:
-`python examples/stacked_mnist.py --iterations {first["pairs"]} --unroll-steps 0 1 5 10 --seeds 8
---record --figures`; with `--resume` and more `--iterations` or `--seeds` the same runs go on.
+{_commands(last)}; with
+`--resume` and more `--iterations` or `--seeds` the same runs go on.
 
 {table(HEAD, _lines(last, published))}
 {_too_early(last)}
@@ -121,11 +122,23 @@ def _data(results: Path) -> str:
         return "The score of real stacks is not recorded yet."
     first = scores.rows[0]
     return (
-        f"Real stacks, {int(first['samples']):,} of the training digits, score "
+        f"{int(first['samples']):,} stacks of training digits score "
         f"{shown(scores.values('modes'), 1)} modes and {shown(scores.values('reverse_kl'), 4)} "
         f"({len(scores.rows)} draws): the floor of the KL. The classifier is right on "
         f"{first['test_accuracy']} % of the test digits (hash {first['classifier']})."
     )
+
+
+def _commands(last: Records) -> str:
+    """Return how the runs are made again: all K at the seeds that all have, then the others."""
+    counts = {k: len(last.pick(unroll_steps=k).settings("seed")) for (k,) in last.settings(STEP)}
+    few, many = min(counts.values()), max(counts.values())
+    start = f"python examples/stacked_mnist.py --iterations {last.rows[0]['pairs']} --unroll-steps"
+    found = [f"`{start} {' '.join(counts)} --seeds {few} --record --figures`"]
+    if many > few:
+        ks = " ".join(k for k, count in counts.items() if count == many)
+        found.append(f"`{start} {ks} --seed {few} --seeds {many - few} --record`")
+    return ", ".join(found)
 
 
 def _too_early(last: Records) -> str:
@@ -144,30 +157,31 @@ def _not_run(last: Records) -> str:
     return f" Not run, for time: {'; '.join(missing)}." if missing else ""
 
 
-def _claims(last: Records, large: Records) -> list[tuple[str, str, Sequence[Comparison]]]:
-    modes, kl, one_step = [], [], []
+def _claims(last: Records, large: Records) -> list[Claim]:
+    modes, kl, one_step = [], [], list[Comparison]()
     for size, name in SIZES.items():
         none, one, ten = ({"size": size, "unroll_steps": k} for k in (0, 1, 10))
-        one_step += last.compare(f"modes, D = {name}, K=0 against 1", "modes", none, one)
+        if name == "1/2":  # as in the paper; at 1/4 its one step covers more
+            one_step = last.compare(f"modes, D = {name}, K=0 against 1", "modes", none, one)
         modes += last.compare(f"modes, D = {name}, K=10 against 0", "modes", ten, none)
         kl += last.compare(f"reverse KL, D = {name}, K=0 against 10", "reverse_kl", none, ten)
     gains = [_gains(last.pick(size=size)) for size in SIZES]
     grows = [Comparison("modes gained, D = 1/4 against 1/2", *gains)] if all(gains) else []
     standard = large.pick(size=1.0, unroll_steps=0)
     covered = standard.values("modes")
-    all_of_them = []
+    all_of_them, early = [], False
     if covered:
         first = standard.rows[0]
-        text = f"modes of App. D's networks with K=0 after {first['pairs']} pairs"
-        text += f" at learning rates of {first['generator_lr']}"
-        enough = [ALL - 0.5] * len(covered)
-        all_of_them = [Comparison(f"{text} against {enough[0]}", covered, enough)]
+        early = int(first["pairs"]) < PAPER_PAIRS / 10
+        text = f"seeds with {ALL:,} modes, App. D's networks with K=0 after {first['pairs']} pairs"
+        text += f" at learning rates of {first['generator_lr']}, {shown(covered, 0)} on average"
+        all_of_them = [Count(text, [modes == ALL for modes in covered], every=True)]
     return [
         ("paper", "ten steps cover more modes than none, at both sizes", modes),
         ("paper", "ten steps have a lower reverse KL than none, at both sizes", kl),
         ("paper", "the benefit of ten steps grows as D shrinks", grows),
-        ("paper", "networks of App. D's size cover all modes with K=0", all_of_them),
-        ("ours", "one step covers fewer modes than none, as in the paper at D = 1/2", one_step),
+        ("paper", "networks of App. D's size cover all modes with K=0", all_of_them, early),
+        ("paper", "one step covers fewer modes than none at D = 1/2", one_step),
     ]
 
 

@@ -19,10 +19,13 @@ INTRODUCTION = """# The toy experiments
 
 Written by `python examples/tables.py` from the records beside this page. Means over seeds, ±
 standard errors. A claim is one or more comparisons of two settings over seeds. A comparison is
-*for* its claim where the means differ in the claim's direction by more than two standard errors of
-the difference, *the reverse* where they differ as much in the other one, else *no difference*. (A
-claim that something does not help has comparisons for it where it does not.) The claim **holds**
-where all comparisons are for it, holds **partly** where some are, **does not hold** where none is.
+*for* its claim where the means differ in the claim's direction (Welch's t test, two-sided, 5 %),
+*the reverse* where they differ in the other one, else *no difference*. The claim **holds** where
+all comparisons are for it and **partly** where some are; it is **not seen** where all say "no
+difference" (with few seeds, small differences go unseen), else it **does not hold**. A claim that
+something makes no difference, or does not help, is **not contradicted** where no comparison is
+against it. Where a claim is that
+something happens, or always does, seeds are counted: *some* and *none* are the seeds that do it.
 
 Nothing is corrected for the number of comparisons. All runs are on a CPU, and shorter or smaller
 than the originals; each section says how. Seconds are for all seeds of a setting, which train side
