@@ -435,14 +435,15 @@ def test_the_page_says_what_was_scaled_down_and_judges(
         for i in range(4)
     ]
     records.write(tmp_path / "cifar10_inversion.csv", found)
-    text = page.inversion(tmp_path)
-    assert "its samples are noise yet" in " ".join(text.split())
+    text = " ".join(page.inversion(tmp_path).split())
+    assert "its samples are noise yet" in text
     assert text.count("**too early to say**") == 2
     records.write(tmp_path / "cifar10_inversion.csv", [row | {"pairs": 1000} for row in found])
     text = page.inversion(tmp_path)
-    assert "too early" not in text
-    assert "1,000 pairs of updates for 50,000" in text
-    assert "a part of CIFAR-10's images" in text
+    paragraph = " ".join(text.split())
+    assert "too early" not in paragraph
+    assert "1,000 pairs of updates for 50,000" in paragraph
+    assert "a part of CIFAR-10's images" in paragraph
     assert "| 10 | 0.1115 ± 0.0058 | 0.0279 ± 0.0014 | 100.0 ± 0.0 |" in text
     verdicts = [line.rpartition("|")[0].rpartition("| ")[2].strip() for line in text.splitlines()
                 if "reconstruct better than none" in line]  # fmt: skip
