@@ -201,11 +201,7 @@ def sampler(path: Path, device: str = "cpu") -> Sampler:
 
 def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what is kept of a finished run: its settings, its last losses, their provenance."""
-    settings, result = asdict(config), log["history"][-1]
-    batch_size, device = settings.pop("batch_size"), settings.pop("device")
-    size = {"player_updates": result["player_updates"], "batch_size": batch_size}
-    row = {"experiment": "cifar10", **settings, **size, **result, "device": device}
-    return [row | log["provenance"]]
+    return [records.row("cifar10", config, log["history"][-1], log)]
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -42,7 +42,7 @@ class Config:
 
 
 PRESETS = {
-    "small": Config(targets=64, steps=50, samples=2000, distances=10_000),
+    "small": Config(targets=256, steps=30, samples=2000, distances=10_000),
     "paper": Config(),
 }
 
@@ -87,6 +87,7 @@ def measure(path: Path, where: Setting, folder: Path) -> dict[str, Any]:
     starts = torch.randn(shape, generator=rng)
     targets = where.targets.to(where.device)
     images, errors = inversion.reconstruct(g, targets, starts, steps=where.config.steps)
+    rng = torch.Generator().manual_seed(where.config.draw + 3)  # whatever the starts are
     noise = torch.randn(where.config.samples, model.noise_size, generator=rng)
     samples = cifar10.generated(g, noise)
     result = {

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import cli, runs
+from lab import cli, records, runs
 from lab.data import colors, digits
 from lab.data.pixels import as_bytes
 from lab.figures import colored
@@ -182,12 +182,9 @@ def train(
 
 def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what is kept of a finished run: its settings, its last metrics, their provenance."""
-    settings, result = asdict(config), log["history"][-1]
-    batch_size, device = settings.pop("batch_size"), settings.pop("device")
-    size = {"player_updates": result["player_updates"], "batch_size": batch_size}
-    row = {"experiment": "colored_mnist", **settings, **size, **result}
-    rate = batch_size / result["seconds_a_pair"]
-    return [row | {"images_a_second": rate, "device": device} | log["provenance"]]
+    result = log["history"][-1]
+    rate = config.batch_size / result["seconds_a_pair"]
+    return [records.row("colored_mnist", config, {**result, "images_a_second": rate}, log)]
 
 
 def arguments() -> argparse.ArgumentParser:

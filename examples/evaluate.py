@@ -90,6 +90,10 @@ def evaluate(config: Config) -> dict[str, str | int | float]:
     network = features.load(config.features, config.device)
     fake_name, fake = read(config.fake, config.fake_split, config, "FAKE")
     real_name, real = read(config.real, config.split, config, "REAL")
+    if fake.shape[1:] != real.shape[1:]:
+        raise ValueError(
+            f"--size must be that of the generated images, {fake.shape[-1]}, got {config.size}"
+        )
     found = image_metrics.measure(network(fake), network(real), seed=config.seed)
     return {
         "experiment": EXPERIMENT,
@@ -97,6 +101,7 @@ def evaluate(config: Config) -> dict[str, str | int | float]:
         "real": real_name,
         "features": network.name,
         "fake_images": len(fake),
+        "fake_hash": runs.digest({"": fake}),
         "real_images": len(real),
         "size": config.size,
         "seed": config.seed,
@@ -180,8 +185,9 @@ def main() -> None:
         value = row[name]
         print(f"{label:16}{'n/a' if math.isnan(value) else f'{value:.4f}'}")
     if args.record is not None:
-        key = ("fake", "real", "features", "fake_images", "real_images", "size", "seed", "revision")
-        records.append(args.record, row, key=key)
+        key = ("fake", "fake_hash", "real", "features", "real_images", "size", "seed", "revision")
+        if not records.append(args.record, row, key=key):
+            print(f"{args.record} has these numbers already")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import cli, runs
+from lab import cli, records, runs
 from lab.data import digits
 from lab.data.pixels import as_bytes
 from lab.figures import gan_mnist
@@ -218,17 +218,14 @@ def train(
 
 def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what is kept of a run: settings, last metrics, and means over its evaluations."""
-    settings, history = asdict(config), log["history"]
-    batch_size, device = settings.pop("batch_size"), settings.pop("device")
-    trained = history[1:]
+    last, trained = log["history"][-1], log["history"][1:]
     means = {
         f"mean_{c}": sum(row[c] for row in trained) / len(trained) for c in gan_mnist.EXPLANATION
     }
     fooled = sum(row["d_on_pattern"] > 0.5 for row in trained) / len(trained)
-    row = {"experiment": "gan_mnist", **settings, "player_updates": 2 * config.pairs}
-    row |= {"batch_size": batch_size, **history[-1], **means, "taken_for_real": fooled}
-    rate = batch_size / history[-1]["seconds_a_pair"]
-    return [row | {"images_a_second": rate, "device": device} | log["provenance"]]
+    result = {"player_updates": 2 * config.pairs, **last, **means, "taken_for_real": fooled}
+    result["images_a_second"] = config.batch_size / last["seconds_a_pair"]
+    return [records.row("gan_mnist", config, result, log)]
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -42,6 +42,7 @@ class Config:
     weight_decay: float = 5e-4
     seed: int = 0
     device: str = "cpu"
+    data: str = ""
 
     def checkpoint(self, folder: Path) -> Path:
         """Return where the classifier is kept."""
@@ -139,7 +140,13 @@ def arguments() -> argparse.ArgumentParser:
 def build(given: Mapping[str, Any]) -> list[Config]:
     """Return the settings that the command line asks for."""
     known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    first = Config(**known)
+    train, test = (image_folder.load(given.get("data_root"), split=s) for s in image_folder.SPLITS)
+    if torch.equal(train.pixels, test.pixels):
+        raise ValueError(
+            f"--data-root must have test images apart, {given['data_root']} has no folder test: "
+            "put some of the images there, and the others in train"
+        )
+    first = Config(**known, data=f"{train.name}, {len(train.pixels):,} images")
     return [replace(first, seed=first.seed + number) for number in range(given["seeds"])]
 
 
@@ -148,7 +155,7 @@ def main() -> None:
     parser = arguments()
     args = parser.parse_args()
     task = partial(train, root=args.data_root)
-    for config in cli.carry_out(parser, args, build, task, record_rows, length="epochs"):
+    for config in cli.carry_out(parser, args, build, task, record_rows, length="", keep=True):
         file = config.checkpoint(args.out)
         last = runs.read_log(file)["history"][-1]
         print(f"{file}: {last['test_accuracy']:.1f} % of {last['test_images']:,} test images")

@@ -165,11 +165,7 @@ def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
 
 def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what is kept of a finished run: its settings, its last metrics, their provenance."""
-    settings, result = asdict(config), log["history"][-1]
-    batch_size, device = settings.pop("batch_size"), settings.pop("device")
-    size = {"player_updates": result["player_updates"], "batch_size": batch_size}
-    row = {"experiment": "mog", **settings, **size, **result, "device": device}
-    return [row | log["provenance"]]
+    return [records.row("mog", config, log["history"][-1], log)]
 
 
 def report(folder: Path, configs: Sequence[Config]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import cli, runs
+from lab import cli, records, runs
 from lab.data import digits
 from lab.data.mixtures import rotation
 from lab.data.pixels import as_bytes
@@ -173,11 +173,7 @@ def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
         pairs = result["pairs"]
         if not pairs or (pairs % config.record_every and pairs != config.pairs):
             continue
-        settings = asdict(config)
-        batch_size, device = settings.pop("batch_size"), settings.pop("device")
-        size = {"player_updates": result["player_updates"], "batch_size": batch_size}
-        row = {"experiment": "rnn_mnist", **settings, **size, **result, "device": device}
-        rows.append(row | log["provenance"])
+        rows.append(records.row("rnn_mnist", config, result, log))
     return rows
 
 

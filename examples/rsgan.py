@@ -206,7 +206,8 @@ def train(
 
         g_loss = unrolled(generator(noise()), real())
         update(g_optimizer, g_loss, f"G at pair {pair} of {run}", path)
-        averaged.update_parameters(generator)
+        if config.ema:
+            averaged.update_parameters(generator)
 
         for _ in range(config.discriminator_steps):
             d_loss = game.discriminator_loss(discriminator, generator(noise()).detach(), real())
@@ -228,14 +229,14 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_unroll_steps(add, 0, 1)
     add = parser.add_argument_group("the experiment").add_argument
     add("--preset", choices=PRESETS, default="small", help="default: small")
-    add("--structure", choices=("dcgan", "resnet"), help="default: the preset's")
     add("--width", choices=WIDTHS, help="of the networks (default: the preset's)")
     add("--image-size", type=cli.positive, metavar="SIDE", help="32 or 48")
     add(
         "--data-root",
         type=Path,
         metavar="FOLDER",
-        help="images, in train and test or not (default: the preset's data, by torchvision)",
+        help="images, in train and test or not: metrics are against test, or else all "
+        "(default: the preset's data, by torchvision)",
     )
     add(
         "--features",
@@ -256,9 +257,18 @@ def build(given: Mapping[str, Any]) -> list[Config]:
     """Return the settings that the command line asks for."""
     base = cli.chosen(given, PRESETS)
     networks(base.structure, base.image_size, base.width)
-    data = images(base.preset, given.get("data_root"), "train", base.image_size)
+    data, test = (
+        images(base.preset, given.get("data_root"), split, base.image_size)
+        for split in image_folder.SPLITS
+    )
+    apart = "" if not torch.equal(data.pixels, test.pixels) else ", none apart for the metrics"
     behind = features.load(base.features, base.device).name if base.features else ""
-    base = replace(base, data=f"{data.name}, {len(data.pixels):,} images", features=behind)
+    base = replace(
+        base,
+        data=f"{data.name}, {len(data.pixels):,} images{apart}",
+        features=behind,
+        decay_until=max(base.pairs, base.decay_until),
+    )
     return [
         replace(base, game=game, unroll_steps=k, seed=base.seed + number)
         for number in range(given["seeds"])

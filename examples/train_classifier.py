@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 ENOUGH = 99.3  # percent of the test digits
+CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def train(config: Config, root: Path | None, folder: Path, *, resume: bool) -> n
         return {"test_accuracy": round(100 * right, 2)}, None
 
     epochs = runs.iterate(
-        folder / "checkpoint.pt",
-        {name: value for name, value in asdict(config).items() if name != "widths"},
+        folder / CHECKPOINT,
+        settings(config),
         {"network": network, "optimizer": optimizer, "cycle": cycle},
         rng,
         evaluate,
@@ -97,6 +98,11 @@ def train(config: Config, root: Path | None, folder: Path, *, resume: bool) -> n
             optimizer.step()
             cycle.step()
     return network
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Return what a checkpoint is known by."""
+    return {name: value for name, value in asdict(config).items() if name != "widths"}
 
 
 def main() -> None:
@@ -121,14 +127,24 @@ def main() -> None:
     try:
         if path.exists():
             raise FileExistsError(f"--classifier {path} is there already: delete it first")
+        if (checkpoint := args.out / CHECKPOINT).exists():
+            if not args.resume:
+                raise FileExistsError(
+                    f"--out must not hold a training already, there is {checkpoint}: continue it "
+                    "with --resume, or give another folder"
+                )
+            runs.check(checkpoint, settings(config), length="")
         network = train(config, args.data_root, args.out, resume=args.resume)
     except (OSError, RuntimeError, ValueError) as error:
         parser.error(str(error))
 
-    log = runs.read_log(args.out / "checkpoint.pt")
+    log = runs.read_log(args.out / CHECKPOINT)
     accuracy = log["history"][-1]["test_accuracy"]
     if accuracy < ENOUGH:
-        sys.exit(f"{accuracy} % of the test digits are right, not {ENOUGH}: give it more --epochs")
+        sys.exit(
+            f"{accuracy} % of the test digits are right, not {ENOUGH}: give it more --epochs, in "
+            "another --out"
+        )
     facts = {**asdict(config), "widths": list(config.widths), "test_accuracy": accuracy}
     digest = classifier.save(path, network, facts | log["provenance"])
     print(f"{accuracy} % of the test digits are right; {path}, hash {digest}")

@@ -197,9 +197,16 @@ def test_training_the_classifier(
         monkeypatch.setattr(sys, "argv", ["train_classifier.py", *arguments])
         train_classifier.main()
 
-    with pytest.raises(SystemExit, match=r"not 99.3: give it more --epochs"):
+    with pytest.raises(SystemExit, match=r"not 99.3: give it more --epochs, in another --out"):
         command("--epochs", "1", "--out", str(tmp_path / "short"))
     assert not path.exists()
+    for more, message in (
+        (("--epochs", "1"), "continue it with --resume, or give another folder"),
+        (("--epochs", "2", "--resume"), "cannot be resumed, it has epochs 1, not 2"),
+    ):
+        with pytest.raises(SystemExit):
+            command(*more, "--out", str(tmp_path / "short"))
+        assert message in capsys.readouterr().err
 
     monkeypatch.setattr(train_classifier, "ENOUGH", 0)
     weights = []

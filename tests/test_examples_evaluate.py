@@ -29,6 +29,10 @@ def wrong():
 
 def nothing():
     return None
+
+def sampler(path, device):
+    import torch
+    return lambda count, rng: torch.zeros(count, 3, 16, 16, dtype=torch.uint8)
 """
 
 
@@ -136,8 +140,8 @@ def test_half_of_the_modes_is_full_precision_and_half_of_the_recall() -> None:
     assert f_8 < 0.6 < 0.8 < f_1_8
 
 
-def test_a_classifier_is_trained_resumed_recorded_and_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_classifier_is_trained_recorded_used_and_never_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split, count in (("train", 40), ("test", 10)):
         for number, name in enumerate(("dark", "light")):
@@ -152,9 +156,21 @@ def test_a_classifier_is_trained_resumed_recorded_and_used(
         return tmp_path / out / "checkpoints" / "width4-seed0.pt"
 
     whole = run(2, "whole", "--record", record)
-    again = run(2, "whole", "--resume")
-    states = [torch.load(path, weights_only=True)["parts"]["net"] for path in (whole, again)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    before = whole.read_bytes()
+    run(2, "whole", "--resume")
+    other = write(tmp_path / "other" / "train" / "dark", random_images(4)).parents[1]
+    write(other / "test" / "dark", random_images(2))
+    flat = write(tmp_path / "flat" / "dark", random_images(4)).parent
+    for epochs, more, message in (
+        (2, (), "--out must not hold the run already"),
+        (3, ("--resume",), "it has epochs 2, not 3"),
+        (2, ("--resume", "--data-root", other), "it has data data, 80 images, not other, 4 images"),
+        (2, ("--resume", "--data-root", flat), "has no folder test"),
+    ):
+        with pytest.raises(SystemExit):
+            run(epochs, "whole", *more)
+        assert message in capsys.readouterr().err
+    assert whole.read_bytes() == before
     with record.open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert float(row["test_accuracy"]) == 100
@@ -181,9 +197,15 @@ def test_the_command_line_prints_and_records(
     given = [fake, real, "--features", network(tmp_path), "--size", 8, "--samples", 35]
     for _ in range(2):  # the same once more is not a new row
         main("evaluate", [*given, "--record", record], monkeypatch)
-    assert "F_1/8" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "F_1/8" in printed
+    assert printed.count("has these numbers already") == 1
+    other = write(tmp_path / "elsewhere" / "fake", random_images(30, 3))  # of the same name
+    main("evaluate", [other, *given[1:], "--record", record], monkeypatch)
     with record.open(newline="") as file:
-        (row,) = csv.DictReader(file)
+        row, second = csv.DictReader(file)
+    assert (row["fake"], second["fake"]) == ("fake", "fake")
+    assert row["fid"] != second["fid"]
     assert (row["fake"], row["real"]) == ("fake", "real/test")
     assert (row["fake_images"], row["real_images"]) == ("30", "35")
     assert "| fake | real/test | 30 / 35 |" in example("lab.pages.evaluate").evaluate(tmp_path)
@@ -204,7 +226,7 @@ def test_the_page_averages_over_the_seeds_of_the_models_of_cifar10(tmp_path: Pat
     assert "| airplane | x/test | 1,000 / 1,000 | 9.000 |" in text
     assert "| 10 | 3 | 2.100 ± 0.058 |" in text
     (judged,) = (line for line in text.splitlines() if "more like the data" in line)
-    assert "FID, K=0 against 10: 3.10 ± 0.06 against 2.10" in judged
+    assert "FID, K=0 against 10: 3.100 ± 0.058 against 2.100" in judged
     assert "**partly**" in judged
 
 
@@ -226,6 +248,14 @@ def test_the_page_averages_over_the_seeds_of_the_models_of_cifar10(tmp_path: Pat
         ({"--samples": "0"}, "must be at least 1, got 0"),
         ({"--record": "fake/0.png/record.csv"}, "--record must be in a folder that can be written"),
         ({"--device": "no"}, "no"),
+        (
+            {
+                "FAKE": "good.pt",
+                "--sampler": "network.py:sampler",
+                "--features": "network.py:build",
+            },
+            "--size must be that of the generated images, 16, got 8",
+        ),
     ],
 )
 def test_bad_input_is_refused_by_name(
@@ -238,6 +268,7 @@ def test_bad_input_is_refused_by_name(
     write(tmp_path / "fake", random_images(30))
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged.pt").write_bytes(b"not a checkpoint")
+    (tmp_path / "good.pt").touch()
     network(tmp_path)
     monkeypatch.chdir(tmp_path)
     given = {"FAKE": "fake", "REAL": "fake", "--size": "8"} | {"--features": "network.py:build"}

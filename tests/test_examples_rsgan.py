@@ -139,6 +139,17 @@ def test_the_learning_rates_fall_from_the_middle_to_nothing() -> None:
     assert rates == [1, 1, 0.5, 0, 0]
 
 
+def test_a_longer_run_decays_until_its_end_and_says_what_it_is_measured_on(data: Path) -> None:
+    rsgan = example("rsgan")
+    given = {"preset": "small", "seed": 0, "seeds": 1, "steps": [0], "games": ["JS"]}
+    (config,) = rsgan.build({**given, "data_root": data, "pairs": 200_000})
+    assert config.rate(150_000) == pytest.approx(1 / 3)
+    assert "none apart" not in config.data
+    (config,) = rsgan.build({**given, "data_root": data / "train"})
+    assert config.rate(75_000) == 0.5
+    assert config.data.endswith("images, none apart for the metrics")
+
+
 def test_a_run_that_leaves_the_finite_numbers_stops_and_keeps_its_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +196,7 @@ def test_the_command_line_records_draws_and_its_checkpoints_are_evaluated(
 
     section = example("lab.pages.rsgan").rsgan(tmp_path)
     assert "| JS | 0 | 1 |" in section
-    assert "too few runs to say" in section
+    assert "too early to say" in section
     assert example("lab.pages.rsgan").rsgan(tmp_path / "nowhere") == ""
 
     with pytest.raises(SystemExit):
@@ -228,7 +239,7 @@ def test_the_sampler_draws_from_the_averaged_generator_where_there_is_one(
         (("--unroll-steps", "-1"), "--unroll-steps must not be negative, got -1"),
         (("--ema", "1"), "--ema must be at least 0 and less than 1, got 1.0"),
         (("--image-size", "40"), r"--image-size must be one of \[32, 48\] for dcgan, got 40"),
-        (("--width", "bottleneck"), "--width bottleneck is of the resnet, got --structure dcgan"),
+        (("--width", "bottleneck"), "--width bottleneck is of the ResNets, got a preset of dcgan"),
         (("--iterations", "0"), "--iterations must be positive, got 0"),
         (("--data-root", "nowhere"), "--data-root must be a folder of images, nowhere"),
         (("--features", "absent.pt"), "--features must be .*absent.pt, which does not exist"),

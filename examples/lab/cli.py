@@ -207,7 +207,7 @@ def carry_out(
                 records.append(args.record, row, key=key)
     except KeyboardInterrupt:
         sys.exit("\nInterrupted: the same command with --resume continues.")
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, ValueError) as error:
         sys.exit(
             f"\nStopped: {error}\nThe checkpoints in {args.out} are whole, --resume continues."
         )

@@ -3,7 +3,9 @@
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -11,6 +13,24 @@ from filelock import FileLock
 from lab.runs import write_atomically
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+
+
+def row(
+    experiment: str, config: Any, result: Mapping[str, Any], log: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a row of a finished run: its settings, what came of it, and its provenance.
+
+    Args:
+        experiment: Its name.
+        config: A dataclass with `batch_size` and `device`.
+        result: The metrics, `player_updates` among them.
+        log: What `runs.iterate` wrote.
+    """
+    settings = asdict(config)
+    batch_size, device = settings.pop("batch_size"), settings.pop("device")
+    size = {"player_updates": result["player_updates"], "batch_size": batch_size}
+    row = {"experiment": experiment, **settings, **size, **result, "device": device}
+    return row | log["provenance"]
 
 
 def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

@@ -1,5 +1,6 @@
 """Runs that survive an interruption: atomic files, checkpoints, several processes."""
 
+import hashlib
 import io
 import multiprocessing
 import os
@@ -73,6 +74,15 @@ def provenance() -> dict[str, str]:
 
 def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def digest(states: Mapping[str, torch.Tensor]) -> str:
+    """Return a hash of tensors and their names, whatever file they are in."""
+    whole = hashlib.sha256()
+    for name, value in states.items():
+        whole.update(name.encode())
+        whole.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()[:12]
 
 
 def save(

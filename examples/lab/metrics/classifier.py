@@ -8,7 +8,6 @@ environment variable UNROLL_CLASSIFIER, else in the user's cache.
 """
 
 import argparse
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lab.data.digits import CLASSES
-from lab.runs import write_atomically
+from lab.runs import digest, write_atomically
 
 CACHE = Path.home() / ".cache" / "unroll" / "mnist_classifier.pt"
 WIDTHS = 16, 32, 48
@@ -113,15 +112,6 @@ def facts(path: Path | None = None) -> dict[str, Any]:
 def found(path: Path | None = None) -> Path:
     """Return where the classifier is looked for."""
     return path or Path(os.environ.get("UNROLL_CLASSIFIER") or CACHE)
-
-
-def digest(states: dict[str, Tensor]) -> str:
-    """Return a hash of weights, whatever file they are in."""
-    whole = hashlib.sha256()
-    for name, value in states.items():
-        whole.update(name.encode())
-        whole.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return whole.hexdigest()[:12]
 
 
 def add_classifier_flag(parser: argparse.ArgumentParser) -> None:

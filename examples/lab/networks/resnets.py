@@ -31,7 +31,7 @@ def networks(structure: str, size: int, width: str) -> tuple[nn.Sequential, nn.S
         raise ValueError(f"--image-size must be one of {known} for {structure}, got {size}")
     narrow = 2 if width == "bottleneck" else 1
     if narrow > 1 and structure != "resnet":
-        raise ValueError(f"--width bottleneck is of the resnet, got --structure {structure}")
+        raise ValueError(f"--width bottleneck is of the ResNets, got a preset of {structure}")
     features = FULL[structure, size] // WIDTHS[width]
     if structure == "dcgan":
         return dcgan_generator(features, size), dcgan_discriminator(features, size)
