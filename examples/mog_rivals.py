@@ -226,7 +226,8 @@ def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
         panels[f"the {data}"] = lines
         draw(folder / f"mog_rivals_{data}.png", own, logs)
     seconds = f"CPU seconds of {configs[0].seeds} seeds"
-    costs.chart(folder / "mog_rivals_costs.png", panels, seconds=seconds, metric="modes covered")
+    path = folder / "mog_rivals_costs.png"
+    costs.chart(path, panels, seconds=seconds, metric="modes covered", hollow=True)
     seeds.write_series(args.out, everything, configs[0].first_seed)
     cli.written(args, folder)
 

@@ -173,7 +173,11 @@ def benchmarks(rows: Sequence[Row]) -> str:
 
     parts = []
     for kind, title, cell in (
-        ("Time", "ms a step (times K plain steps; without, one step of a peer on its own)", time),
+        (
+            "Time",
+            "ms a step (in brackets: of K plain steps; without: timed alone)",
+            time,
+        ),
         ("Memory", "peak MiB above K = 0", above_no_steps),
         ("First call", "s", lambda row: f"{float(row['first_ms']) / 1e3:.2f}"),
     ):
@@ -202,8 +206,13 @@ def compiled(rows: Sequence[Row]) -> str:
         f"{rows[0]['torch']}, revision {revisions}. The others run uncompiled, after a warning:"
     )
     others = [row for row in rows if row["compiled"] != "True"]
-    lines = [[row["discriminator"], row["optimizer"], f"`{row['reason']}`"] for row in others]
+    lines = [[r["discriminator"], r["optimizer"], f"`{whole_words(r['reason'])}`"] for r in others]
     return f"{summary}\n\n{markdown(['discriminator', 'optimizer', 'reason'], lines)}"
+
+
+def whole_words(text: str, cut: int = 120) -> str:
+    """Return a text that the record has cut, up to its last whole word."""
+    return text if len(text) < cut else f"{text.rpartition(' ')[0]} ..."
 
 
 def costs(rows: Sequence[Row], steps: int = 10) -> str:
@@ -213,13 +222,13 @@ def costs(rows: Sequence[Row], steps: int = 10) -> str:
     lines = []
     for network in dict.fromkeys(row["network"] for row in cells):
         found = {r["peer"]: r for r in cells if r["network"] == network and r["status"] == "ok"}
-        best = found.get(found["unroll"]["best_torch_peer"])
-        others = (best, found.get("JAX, optax"))
-        ratios = [f"{float(r['vs_plain']):.2f}" if r else "" for r in others]
+        own_row, jax = found["unroll"], found.get("JAX, optax")
+        ratios = [f"{float(own_row['vs_best_torch_peer']):.2f}", own_row["rounds"]]
+        ratios.insert(0, f"{float(jax['vs_plain']):.2f}" if jax else "")
         own = [f"{float(found[p]['vs_plain']):.2f}" if p in found else "" for p in peers]
         lines.append([network, f"{number(found['plain']['median_ms'])} ms", *own, *ratios])
     head = ["D", f"{steps} training steps of D", "`unroll`", "`compile=True`", "`checkpoint=True`"]
-    return markdown([*head, "fastest other in PyTorch", "JAX"], lines)
+    return markdown([*head, "JAX", "`unroll` / fastest other in PyTorch", "rounds"], lines)
 
 
 def number(text: str) -> str:

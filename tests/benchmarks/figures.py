@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -74,8 +75,11 @@ def figure(rows: Sequence[Row], value: Value, label: str, least: float = 0.0) ->
     ks = sorted({int(k) for _, k in measured})
     grid[0][0].set_xticks(ks, [str(k) for k in ks])  # of all panels, which share them
     grid[0][0].set_xticks([], minor=True)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside right center", fontsize=8)
+    found: dict[str, Artist] = {}
+    for axes in grid.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    drawn.legend(found.values(), found.keys(), loc="outside right center", fontsize=8)
     return drawn
 
 

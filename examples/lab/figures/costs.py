@@ -18,14 +18,16 @@ def chart(
     *,
     seconds: str,
     metric: str,
+    hollow: bool = False,
 ) -> None:
-    """Draw a panel a data set and a line a method, hollow at its first point.
+    """Draw a panel a data set and a line a method.
 
     Args:
         path: Where to.
-        panels: For each data set and method, its points: first without looking ahead, then with.
+        panels: For each data set and method, its points.
         seconds: What the horizontal axis says.
         metric: What the vertical one says.
+        hollow: Whether the first point of a line, without looking ahead, is.
     """
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4 * len(panels) + 1.5, 3.2), squeeze=False, layout="constrained"
@@ -37,7 +39,8 @@ def chart(
             color = f"C{number}"
             ax.errorbar(x, y, errors, color=color, linewidth=1, alpha=0.7)
             ax.plot(x, y, "o", color=color, label=method)
-            ax.plot(x[:1], y[:1], "o", color="white", markersize=3.5)
+            if hollow:
+                ax.plot(x[:1], y[:1], "o", color="white", markersize=3.5)
         ax.set(title=data, xscale="log", xlabel=seconds)
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
