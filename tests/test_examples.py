@@ -262,9 +262,9 @@ def test_claims_that_something_happens_are_counts_of_seeds(monkeypatch: pytest.M
             count = claims.Count("do it", seen, every=every)
             assert str(count) == f"do it: {sum(seen)} of 3 ({count.finding})"
             found[every, sum(seen)] = (count.finding, claims.verdict([count]))
-    some, every = ([found[e, n] for n in (3, 1, 0)] for e in (False, True))
+    some, of_all = ([found[e, n] for n in (3, 1, 0)] for e in (False, True))
     assert some == [("for", "holds"), ("for", "holds"), ("none", "does not hold")]
-    assert every == [("for", "holds"), ("some", "partly"), ("none", "does not hold")]
+    assert of_all == [("for", "holds"), ("some", "partly"), ("none", "does not hold")]
 
 
 def test_numbers_of_a_comparison_have_the_digits_of_their_errors(

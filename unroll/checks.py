@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,7 @@ from unroll.differences import (
 )
 from unroll.inspection import DETACHED_FAKES, calls_to_the_module_itself
 from unroll.loss import UnrolledGeneratorLoss
-from unroll.stateless import (
-    Batch,
-    held,
-    map_tensors,
-    tensors,
-)
+from unroll.stateless import Batch, map_tensors, tensors
 from unroll.steps.checks import checked_steps, minibatches_checked
 
 
@@ -81,7 +76,7 @@ def gradient_terms(
         )
     everything = list(generator_parameters)
     theta_g = [p for p in everything if p.requires_grad]
-    with held(loss.discriminator):
+    with loss._held():
         pairs = loss._pairs(fake, real, minibatches, needs_graph=True)
         points, _ = loss._look_ahead(pairs, optimizer_state)
         # Cut the graph at theta_D^1..K (and at buffers that carry one): leaves on the near side.
@@ -103,21 +98,33 @@ def gradient_terms(
             for point in points
         ]
         value = loss._surrogate(held_points, fake, real)
-    gradients = torch.autograd.grad(
-        value, [*theta_g, *near], retain_graph=True, allow_unused=True, materialize_grads=True
-    )
+    gradients = _gradients([value], [*theta_g, *near])
     first, reactions = gradients[: len(theta_g)], gradients[len(theta_g) :]
     second = tuple(map(torch.zeros_like, first))
     if far:
-        second = torch.autograd.grad(
-            far, theta_g, reactions, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        second = _gradients(far, theta_g, reactions)
 
     def in_place(found: Iterable[Tensor]) -> tuple[Tensor, ...]:
         terms = iter(found)
         return tuple(next(terms) if p.requires_grad else torch.zeros_like(p) for p in everything)
 
     return in_place(first), in_place(second)
+
+
+def _gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor] | None = None
+) -> tuple[Tensor, ...]:
+    try:
+        return torch.autograd.grad(
+            outputs, inputs, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+    except RuntimeError as error:
+        if "donated buffers" not in str(error):
+            raise
+        raise RuntimeError(
+            "fake: comes from a compiled generator, which can be differentiated once, and the two "
+            "terms need it twice. Make it by the module inside, generator._orig_mod."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,8 @@ def check_gradients(
         calls_to_the_module_itself(loss.discriminator) as strays,
     ):
         warnings.simplefilter("always")
-        check = DifferenceCheck(in_double(loss), copies[0], copies[1:] if minibatches else None)
+        resampled = copies[1:] if minibatches is not None else None
+        check = DifferenceCheck(in_double(loss), copies[0], resampled)
         with calls_to_the_module_itself(check.loss.discriminator) as more_strays:
             try:
                 error, suspicions = check.run(fakes)

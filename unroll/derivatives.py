@@ -54,9 +54,21 @@ def _layer_norm(
     return y if torch.is_autocast_enabled(input.device.type) else y.to(input.dtype)
 
 
+def _native_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, mean, rstd = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
+    return _layer_norm(input, normalized_shape, weight, bias, eps), mean, rstd
+
+
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """PyTorch's double backward holds the norm of ``v`` constant."""
-    dims = [d for d in range(v.dim()) if d != dim]  # dim = -1 means one norm over all of v
+    kept = dim if dim == -1 else dim % v.dim()  # -1 means one norm over all of v
+    dims = [d for d in range(v.dim()) if d != kept]
     return v * (g / v.square().sum(dims, keepdim=True).sqrt())
 
 
@@ -83,6 +95,7 @@ def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
 _TWICE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
+    torch.native_layer_norm: _native_layer_norm,
     torch._weight_norm: _weight_norm,
     F.scaled_dot_product_attention: _math_attention(F.scaled_dot_product_attention),
     F.multi_head_attention_forward: _math_attention(F.multi_head_attention_forward),

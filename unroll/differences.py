@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from unroll.inspection import innermost, probe_layers
 from unroll.loss import UnrolledGeneratorLoss
 from unroll.optimizers import inner_optimizer, unwrap_optimizer
 from unroll.randomness import random_state, set_random_state
-from unroll.stateless import Batch, Stateless, held, hooked, tensors
+from unroll.stateless import Batch, Stateless, hooked, tensors
 from unroll.steps.discriminator import At, Point
 
 TOLERANCE = 1e-5  # of check_gradients; a lost second derivative is seldom below 1e-4
@@ -45,7 +46,7 @@ class DifferenceCheck:
         """Return f_K."""
         fake, real = self.batch
         set_random_state(self.random_state, self.device)
-        with held(self.loss.discriminator):
+        with self.loss._held():
             points, after = self.held or self.points()
             set_random_state(after, self.device)
             return self.loss._surrogate(points, fake, real)
@@ -59,9 +60,14 @@ class DifferenceCheck:
     def run(self, fakes: Sequence[Tensor]) -> tuple[float, list[str]]:
         """Return the relative error and what explains it."""
         if self.loss.stop_gradient:
-            with held(self.loss.discriminator):
+            with self.loss._held():
                 self.held = self.points()
         value = self.f()
+        if value.dtype != torch.float64:
+            return float("inf"), [
+                f"D or the objective computes in {value.dtype}, whatever it is given, which is too "
+                "coarse for differences. Check with one that keeps the precision of its input"
+            ]
         if not bool(value.isfinite()):
             return float("inf"), [f"f_K itself is {value.item()}: lower D's learning rate"]
         if not torch.equal(value, self.f()):
@@ -93,7 +99,7 @@ class DifferenceCheck:
     def explanations(self) -> list[str]:
         """Differentiate the parts of one look-ahead step on their own."""
         loss, (fake, real) = self.loss, (self.minibatches or [self.batch])[0]
-        with held(loss.discriminator):
+        with loss._held():
             module = Stateless(loss.discriminator)
             theta = {name: p.detach().requires_grad_() for name, p in module.parameters.items()}
             d = At(module, theta, module.buffers, twice=True)
@@ -213,11 +219,11 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
     impl = getattr(optimizer, "impl", optimizer)
     if isinstance(impl, GradientTransformation):  # pure functions, which deepcopy breaks
         memo[id(impl)] = impl
-    parts = (loss.discriminator, optimizer, loss.objective, loss.project)
-    module, optimizer, objective, project = copy.deepcopy(parts, memo)
-    module.double()
-    for part in [*module.modules(), objective, project]:
-        _attributes_in_double(part)
+    module = _copied("discriminator", loss.discriminator, memo)
+    optimizer = _copied("optimizer", optimizer, memo)
+    objective = _copied("objective", loss.objective, memo)
+    project = _copied("project", loss.project, memo)
+    _in_double([module, objective, project], set())
     if isinstance(optimizer, torch.optim.Optimizer):
         for state in optimizer.state.values():
             state.update({k: double(v) for k, v in state.items() if k != "step"})
@@ -236,23 +242,57 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
         project=project,
         sync=False,  # the copies are this rank's alone
     )
-    copied._trainable = loss._trainable
     originals = dict(loss.discriminator.named_parameters())
+    frozen = {id(p) for p in loss._frozen}
+    copied._frozen = tuple(
+        p for n, p in copied.discriminator.named_parameters() if id(originals[n]) in frozen
+    )
     for name, parameter in copied.discriminator.named_parameters():
         parameter._backward_hooks = originals[name]._backward_hooks  # which deepcopy leaves out
     return copied
 
 
-def _attributes_in_double(part: Any) -> None:
-    for name, value in list(getattr(part, "__dict__", {}).items()):
-        if isinstance(value, nn.Module):
-            value.double()
-        elif isinstance(value, Tensor):
-            vars(part)[name] = double(value)
-        elif isinstance(part, nn.Module):
-            continue
-        elif hasattr(value, "__dict__"):
-            _attributes_in_double(value)
+# What deepcopy does not copy, and optimizers, whose states are looked after apart.
+_LEFT = (
+    *(FunctionType, BuiltinFunctionType, ModuleType, type),
+    *(torch.optim.Optimizer, torchopt.Optimizer, torchopt.FuncOptimizer, torchopt.MetaOptimizer),
+)
+
+
+def _copied(name: str, part: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(part, memo)
+    except Exception as error:
+        raise TypeError(
+            f"{name}: must be what copy.deepcopy can copy, for check_gradients to work on a copy; "
+            f"it cannot ({type(error).__name__}: {error}). Keep locks, loggers and writers out of "
+            "it, or give them a __deepcopy__."
+        ) from error
+
+
+def _in_double(value: Any, seen: set[int]) -> Any:
+    """Return what a copy holds in float64; objects and containers are changed in place."""
+    if isinstance(value, Tensor):
+        return double(value)
+    if id(value) in seen or isinstance(value, _LEFT):
+        return value
+    seen.add(id(value))
+    if isinstance(value, MethodType):
+        _in_double(value.__self__, seen)
+    elif isinstance(value, nn.Module):
+        value.double()
+        own = {k: v for k, v in vars(value).items() if k not in ("_parameters", "_buffers")}
+        vars(value).update({k: _in_double(v, seen) for k, v in own.items()})
+    elif isinstance(value, dict):
+        value.update({k: _in_double(v, seen) for k, v in value.items()})
+    elif isinstance(value, list):
+        value[:] = [_in_double(v, seen) for v in value]
+    elif isinstance(value, tuple):
+        found = [_in_double(v, seen) for v in value]
+        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+    elif hasattr(value, "__dict__"):
+        vars(value).update({k: _in_double(v, seen) for k, v in vars(value).items()})
+    return value
 
 
 def double(value: Any) -> Any:

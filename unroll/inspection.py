@@ -25,16 +25,34 @@ DETACHED_FAKES = (
 
 def refuse_own_parameters(module: nn.Module, loss: Tensor, until: Iterable[Tensor]) -> None:
     """Refuse a loss that D's real parameters reach; ``until`` are the tensors it may depend on."""
+    if (name := _own_parameter(module, [loss], until)) is not None:
+        raise RuntimeError(
+            f"discriminator, objective: the loss uses D's parameter {name!r} other than "
+            "through the discriminator it is given (from a closure, or D keeps it in a plain "
+            "list), so the look-ahead cannot put theta_D^k in its place. Call the "
+            "`discriminator` argument; in D, read parameters as attributes."
+        )
+
+
+def refuse_update_by_own_parameters(
+    module: nn.Module, updated: Iterable[Tensor], until: Iterable[Tensor]
+) -> None:
+    """Refuse an update that D's real parameters reach; ``until`` is what it may depend on."""
+    if (name := _own_parameter(module, updated, until)) is not None:
+        raise RuntimeError(
+            f"project, optimizer: the update uses D's parameter {name!r} itself (from a closure of "
+            "project=, of a transformation or of a gradient hook), which would get a gradient. Use "
+            "what they are given, theta_D^k; where theta_D^0 is meant, parameter.detach()."
+        )
+
+
+def _own_parameter(
+    module: nn.Module, outputs: Iterable[Tensor], until: Iterable[Tensor]
+) -> str | None:
     own = {id(p): name for name, p in module.named_parameters()}
-    for node in graph([loss], [t.grad_fn for t in until if t.grad_fn is not None]):
-        name = own.get(id(getattr(node, "variable", None)))
-        if name is not None:
-            raise RuntimeError(
-                f"discriminator, objective: the loss uses D's parameter {name!r} other than "
-                "through the discriminator it is given (from a closure, or D keeps it in a plain "
-                "list), so the look-ahead cannot put theta_D^k in its place. Call the "
-                "`discriminator` argument; in D, read parameters as attributes."
-            )
+    nodes = graph(outputs, [t.grad_fn for t in until if t.grad_fn is not None])
+    found = (own.get(id(getattr(node, "variable", None))) for node in nodes)
+    return next((name for name in found if name is not None), None)
 
 
 def warn_of_gradient_hooks(module: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import repeat
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchopt.pytree import tree_map
 
-from unroll.game import check_objective, warn_of_sigmoid
+from unroll.game import check_objective, parts, warn_of_sigmoid
 from unroll.game.objectives import Minimax, Objective
 from unroll.inspection import refuse_own_parameters, warn_of_gradient_hooks
 from unroll.optimizers import inner_optimizer, warn_of_step_hooks
@@ -26,6 +27,7 @@ from unroll.steps.compiled import CompiledStep
 from unroll.steps.discriminator import At, Point, UnrolledDiscriminator, start
 from unroll.steps.lookahead import LookAhead
 from unroll.steps.ranks import agreed, resolved_sync
+from unroll.steps.recompute import recomputed, refuse_unrepeatable
 
 
 class UnrolledGeneratorLoss(nn.Module):
@@ -107,19 +109,12 @@ class UnrolledGeneratorLoss(nn.Module):
         sync: bool | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(discriminator, nn.Module):
-            raise TypeError(
-                "discriminator: must be an nn.Module; got "
-                f"{type(discriminator).__name__}. Pass the module whose parameters are trained."
-            )
-        module = unwrap(discriminator)
-        check_supported(module)
+        module = _unwrapped(discriminator)
         check_objective(objective)
         warn_of_sigmoid(module, objective)
         warn_of_step_hooks(optimizer)
         warn_of_gradient_hooks(module)
-        parameters = dict(module.named_parameters())
-        inner_optimizer(optimizer, parameters)
+        inner_optimizer(optimizer, dict(module.named_parameters()))
         if project is not None and not callable(project):
             raise TypeError(
                 "project: must be a function from a mapping of parameters to one; got "
@@ -135,25 +130,30 @@ class UnrolledGeneratorLoss(nn.Module):
         self.checkpoint = checkpoint
         self._compile = compile
         self.sync, self._group = resolved_sync(discriminator, sync)
-        trainable = {name for name, p in parameters.items() if p.requires_grad}
-        floating = {name for name, p in parameters.items() if p.is_floating_point()}
-        self._trainable = frozenset(trainable or floating)
         checked_steps(unroll_steps)
 
+    _frozen: tuple[Tensor, ...]  # parameters of D that stay where they are
     _inspected: bool
     _inspected_value: bool
     _compiled: CompiledStep | None
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set a plain attribute: nn.Module's own would make D a submodule of its loss."""
+        if name == "discriminator":
+            value = _unwrapped(value)
+        elif name == "objective":
+            check_objective(value)
         object.__setattr__(self, name, value)
         if name in ("discriminator", "optimizer", "objective", "project", "checkpoint"):
             object.__setattr__(self, "_inspected", False)
             object.__setattr__(self, "_inspected_value", False)
+        if name in ("discriminator", "optimizer") and hasattr(self, "optimizer"):
+            object.__setattr__(self, "_frozen", self._frozen_parameters())
         if name in ("discriminator", "optimizer", "objective", "project", "_compile"):
             compiled = CompiledStep() if getattr(self, "_compile", False) else None
             object.__setattr__(self, "_compiled", compiled)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled step calls it as it is
     def forward(
         self,
         fake: Batch,
@@ -182,13 +182,14 @@ class UnrolledGeneratorLoss(nn.Module):
         """
         needs_graph = torch.is_grad_enabled() and not self.stop_gradient
         pairs = self._pairs(fake, real, minibatches, needs_graph=needs_graph)
-        with held(self.discriminator):
+        with self._held():
             if self.unroll_steps or self.sync or optimizer_state is not None:
                 points, _ = self._look_ahead(pairs, optimizer_state)
             else:  # f_0 needs no optimizer
                 points = [start(Stateless(self.discriminator))]
             return self._surrogate(points, fake, real)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def unroll(
         self,
         fake: Batch,
@@ -209,7 +210,7 @@ class UnrolledGeneratorLoss(nn.Module):
                 seen.extend(tensors(pair))
                 yield pair
 
-        with held(self.discriminator):
+        with self._held():
             points, ahead = self._look_ahead(recorded(), optimizer_state)
         last, losses = points[-1], ahead.losses
         in_graph = any(t.requires_grad for t in seen) and not self._constant
@@ -221,6 +222,28 @@ class UnrolledGeneratorLoss(nn.Module):
             optimizer_state=tree_map(keep, ahead.optimizer.export(last.optimizer_state)),
             losses=torch.stack(losses) if losses else nothing,
             _module=self.discriminator,
+        )
+
+    def _held(self) -> AbstractContextManager[None]:
+        """Return the context in which D and the objective are used, and given back as they were."""
+        return held(self.discriminator, parts(self.objective))
+
+    def _frozen_parameters(self) -> tuple[Tensor, ...]:
+        """Return which of the parameters that the optimizer holds require no gradient now."""
+        parameters = dict(self.discriminator.named_parameters())
+        try:
+            names = inner_optimizer(self.optimizer, parameters).names
+        except ValueError:  # one of the two is assigned before the other
+            return ()
+        frozen = tuple(parameters[name] for name in names if not parameters[name].requires_grad)
+        return frozen if len(frozen) < len(names) else ()  # a loop may freeze D for its G step
+
+    def _moving(self, parameters: Mapping[str, Tensor], names: Iterable[str]) -> frozenset[str]:
+        """Return the names of the parameters that take steps, those that D has gained included."""
+        frozen = {id(p) for p in self._frozen}
+        held_ones = {name: parameters[name] for name in names}
+        return frozenset(
+            name for name, p in held_ones.items() if p.is_floating_point() and id(p) not in frozen
         )
 
     @property
@@ -238,7 +261,7 @@ class UnrolledGeneratorLoss(nn.Module):
             module=module,
             optimizer=optimizer,
             objective=self.objective,
-            moving=self._trainable & optimizer.names,
+            moving=self._moving(module.parameters, optimizer.names),
             constant=self._constant,
             checkpoint=self.checkpoint,
             project=self.project,
@@ -253,23 +276,43 @@ class UnrolledGeneratorLoss(nn.Module):
 
     def _surrogate(self, points: list[Point], fake: Batch, real: Batch) -> Tensor:
         """Return f at theta_D^K, or its mean over theta_D^1..K; D must be held."""
-        module = Stateless(self.discriminator)
+        if len(points) == 1:
+            return self._value(points[0], fake, real)
+        where = self.discriminator, parts(self.objective)
         values = []
         for point in points:
-            constant = self._constant or point.loss is None  # theta_D^0 takes no gradient
-            keep = _detached if constant else _unchanged
-            theta = {name: keep(p) for name, p in point.parameters.items()}
-            # At theta_D, which needs no watching, a D that recomputes itself does so rightly.
-            watched = point.loss is not None or not self._inspected_value
-            d = At(module, theta, point.buffers, twice=not constant, watched=watched)
-            value = self.objective.generator_loss(d, aliased(fake), aliased(real))
-            check_scalar(value, "generator_loss")
-            if not self._inspected_value and value.requires_grad:
-                between = [*tensors((fake, real)), *theta.values(), *point.buffers.values()]
-                refuse_own_parameters(self.discriminator, value, between)
-                self._inspected_value = True
-            values.append(value)
-        return torch.stack(values).mean() if len(values) > 1 else values[0]
+            given = (point._replace(optimizer_state=None), fake, real)
+            if not self.checkpoint or self._constant:
+                values.append(self._value(*given))
+            elif self._inspected_value:
+                values.append(recomputed(self._again, *where, given))
+            else:
+                values.append(self._value(*given))
+                refuse_unrepeatable(self._again, *where, given)
+        return torch.stack(values).mean()
+
+    def _again(self, point: Point, fake: Batch, real: Batch, *, graph: bool) -> Tensor:
+        """Return f at one point, in a form that can be computed again in the backward pass."""
+        with torch.enable_grad():
+            value = self._value(point, fake, real)
+        return value if graph else value.detach().requires_grad_(value.requires_grad)
+
+    def _value(self, point: Point, fake: Batch, real: Batch) -> Tensor:
+        """Return f at theta_D^k."""
+        constant = self._constant or point.loss is None  # theta_D^0 takes no gradient
+        keep = _detached if constant else _unchanged
+        theta = {name: keep(p) for name, p in point.parameters.items()}
+        # At theta_D, which needs no watching, a D that recomputes itself does so rightly.
+        watched = point.loss is not None or not self._inspected_value
+        module = Stateless(self.discriminator)
+        d = At(module, theta, point.buffers, twice=not constant, watched=watched)
+        value = self.objective.generator_loss(d, aliased(fake), aliased(real))
+        check_scalar(value, "generator_loss")
+        if not self._inspected_value and value.requires_grad:
+            between = [*tensors((fake, real)), *theta.values(), *point.buffers.values()]
+            refuse_own_parameters(self.discriminator, value, between)
+            self._inspected_value = True
+        return value
 
     def extra_repr(self) -> str:
         """Return the settings, for ``print``."""
@@ -311,6 +354,18 @@ class UnrolledGeneratorLoss(nn.Module):
 
 def _unchanged(tensor: Any) -> Any:
     return tensor
+
+
+def _unwrapped(discriminator: object) -> nn.Module:
+    """Return the module inside all wrappers, or refuse it."""
+    if not isinstance(discriminator, nn.Module):
+        raise TypeError(
+            "discriminator: must be an nn.Module; got "
+            f"{type(discriminator).__name__}. Pass the module whose parameters are trained."
+        )
+    module = unwrap(discriminator)
+    check_supported(module)
+    return module
 
 
 def _detached(tensor: Any) -> Any:

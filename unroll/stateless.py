@@ -6,6 +6,8 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from itertools import combinations
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -82,6 +84,7 @@ class Stateless:
         self.module = module
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
+        self._empty: dict[str, None] = {}  # buffers that are None, until D is run perhaps
         self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
         names: dict[int, str] = {}
         for prefix, submodule in module.named_modules():
@@ -90,10 +93,15 @@ class Stateless:
                 (self.buffers, submodule._buffers),
             ):
                 for key, tensor in container.items():
+                    own = f"{prefix}.{key}" if prefix else key
                     if tensor is not None:  # a tied tensor has several places and one name
-                        name = names.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
-                        found.setdefault(name, tensor)
-                        self._places.setdefault(name, []).append((container, key))
+                        own = names.setdefault(id(tensor), own)
+                        found.setdefault(own, tensor)
+                    elif container is submodule._buffers:
+                        self._empty[own] = None
+                    else:
+                        continue
+                    self._places.setdefault(own, []).append((container, key))
 
     def __call__(
         self,
@@ -104,20 +112,22 @@ class Stateless:
     ) -> tuple[Any, dict[str, Tensor]]:
         """Return ``module(*args, **kwargs)`` and the buffers that it leaves behind."""
         # Fresh buffers at every call: one that is changed in place may be saved for backward.
-        swapped = {**parameters, **{name: buffer.clone() for name, buffer in buffers.items()}}
+        kept = {**dict.fromkeys(self.buffers), **self._empty}
+        swapped = {**parameters, **kept, **{name: b.clone() for name, b in buffers.items()}}
         versions = {name: tensor._version for name, tensor in parameters.items()}
         try:
             self._write(swapped)
             output = self.module(*args, **kwargs)
-            left = {name: self._places[name][0][0][self._places[name][0][1]] for name in buffers}
+            slots = {name: self._places[name][0] for name in kept}
+            left = {name: container[key] for name, (container, key) in slots.items()}
         finally:
-            self._write({**self.parameters, **self.buffers})
+            self._write({**self.parameters, **self.buffers, **self._empty})
         for name, tensor in parameters.items():
             if tensor._version != versions[name]:
                 raise RuntimeError(mutation_message(name))
-        return output, left
+        return output, {name: buffer for name, buffer in left.items() if buffer is not None}
 
-    def _write(self, values: Mapping[str, Tensor]) -> None:
+    def _write(self, values: Mapping[str, Tensor | None]) -> None:
         for name, value in values.items():
             for container, key in self._places[name]:
                 container[key] = value
@@ -126,7 +136,15 @@ class Stateless:
 def hooked(parameter: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradient as the hooks of the real parameter leave it."""
     for hook in (parameter._backward_hooks or {}).values():
-        replaced = hook(gradient)
+        try:
+            replaced = hook(gradient)
+        except AssertionError as error:
+            if "inside a backward call" not in str(error):
+                raise
+            raise TypeError(
+                "discriminator: its parameters have a hook of register_multi_grad_hook, which runs "
+                "in backward() alone. Use parameter.register_hook, or remove it for G's step."
+            ) from error
         gradient = gradient if replaced is None else replaced
     return gradient
 
@@ -150,14 +168,18 @@ def _containers(values: Iterable[Any], found: dict[int, tuple[Any, Any]]) -> Non
 
 
 @contextmanager
-def held(module: nn.Module) -> Iterator[None]:
+def held(module: nn.Module, also: Iterable[object] = ()) -> Iterator[None]:
     """Let ``module`` be used for a look-ahead and give it back exactly as it was.
 
     Attributes that a forward pass or a hook sets are restored, spectral norm's power iteration
-    stands still, compiled parts run uncompiled (they cannot be differentiated twice).
+    stands still, compiled parts run uncompiled (they cannot be differentiated twice). So are the
+    attributes of the objects in ``also``, the objective's.
     """
     submodules = list(module.modules())
-    saved = [(vars(submodule), vars(submodule).copy()) for submodule in submodules]
+    nested = [part.modules() if isinstance(part, nn.Module) else [part] for part in also]
+    others = [part for found in nested for part in found if hasattr(part, "__dict__")]
+    holders = [part for part in (*submodules, *others) if not isinstance(part, ModuleType)]
+    saved = [(vars(part), vars(part).copy()) for part in holders]
     containers: dict[int, tuple[Any, Any]] = {}  # parameters, buffers, lists that D may fill
     for _, before in saved:
         _containers(before.values(), containers)
@@ -166,9 +188,10 @@ def held(module: nn.Module) -> Iterator[None]:
     cache = parametrize._cache_enabled, parametrize._cache
     try:
         parametrize._cache_enabled, parametrize._cache = 0, {}  # it would hold theta_D^0's weights
-        registered = (d for m in submodules for d in (m._parameters, m._buffers))
+        registered = [d for m in submodules for d in (m._parameters, m._buffers)]
+        registered += [part._parameters for part in others if isinstance(part, nn.Module)]
         own = {id(tensor) for d in registered for tensor in d.values()}
-        # Clones of unregistered tensors, which D perhaps changes in place.
+        # Clones of other tensors, which D or the objective perhaps changes in place.
         for attributes, before in saved:
             for name, attribute in before.items():
                 if isinstance(attribute, Tensor):
@@ -200,6 +223,28 @@ def held(module: nn.Module) -> Iterator[None]:
         parametrize._cache_enabled, parametrize._cache = cache
 
 
+def refuse_shared_memory(module: nn.Module) -> None:
+    """Refuse parameters that have elements in common."""
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, p in module.named_parameters():
+        if p.layout == torch.strided and p.numel():
+            where = p.untyped_storage().data_ptr()
+            by_storage.setdefault(where, []).append((name, p))
+    for sharing in by_storage.values():
+        for (one, first), (other, second) in combinations(sharing, 2):
+            places = torch.arange(first.untyped_storage().nbytes() // first.element_size())
+            own, others = (
+                places.as_strided(t.shape, t.stride(), t.storage_offset()).reshape(-1)
+                for t in (first, second)
+            )
+            if torch.isin(own, others).any():
+                raise ValueError(
+                    f"discriminator: parameters {one!r} and {other!r} share memory, so that a step "
+                    "of one moves the other, which a look-ahead step does not. Make them one "
+                    "nn.Parameter, transposed where it is used, or use parametrizations."
+                )
+
+
 def check_supported(module: nn.Module) -> None:
     """Refuse modules that cannot be run with parameters other than their own."""
     for name, submodule in module.named_modules():
@@ -229,6 +274,7 @@ def check_supported(module: nn.Module) -> None:
                 f"discriminator: parameter {name!r} is complex, which the look-ahead does not "
                 "support. Store its real and imaginary parts."
             )
+    refuse_shared_memory(module)
     if next(module.parameters(), None) is None:
         raise ValueError(
             f"discriminator: must have parameters to look ahead with; {type(module).__name__} has "

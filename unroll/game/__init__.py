@@ -30,6 +30,13 @@ def check_objective(objective: object) -> None:
             )
 
 
+def parts(objective: Objective) -> list[Objective]:
+    """Return what an objective is the sum of."""
+    if isinstance(objective, Sum):
+        return [*parts(objective.first), *parts(objective.second)]
+    return [objective]
+
+
 def warn_of_sigmoid(module: nn.Module, objective: Objective) -> None:
     """Warn of a discriminator that returns probabilities to an objective that takes logits."""
     if _expects_logits(objective) and isinstance(list(module.modules())[-1], nn.Sigmoid):

@@ -6,7 +6,6 @@ Parameters that take the same step are one flat vector, on which a rule (:mod:`r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -45,12 +44,12 @@ class _Bucket(NamedTuple):
 
     def split(self, keep: Mapping[str, Any], like: Tensors) -> Iterator[_Bucket]:
         """Yield the part whose names are in ``keep``, and the rest, if there are both."""
-        if len({name in keep for name in self.names}) == 1:
+        parts = [tuple(n for n in self.names if (n in keep) is kept) for kept in (False, True)]
+        if not all(parts):
             yield self
             return
         per_name = self.per_name(like)
-        for _, part in groupby(sorted(self.names, key=keep.__contains__), keep.__contains__):
-            names = tuple(part)
+        for names in parts:
             yield _Bucket(names, self.hyper, _join([per_name[name] for name in names]))
 
     def numbers(self, form: Callable[[Any], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -104,7 +103,9 @@ class TorchOptim:
             for p in group["params"]:
                 if id(p) in names:
                     given = optimizer.state.get(p, {})
-                    state = {k: _live(k, v) for k, v in given.items()}
+                    # Old versions of torch kept None; what else is no tensor, no rule knows.
+                    kept = {k: v for k, v in given.items() if k in SCALARS or torch.is_tensor(v)}
+                    state = {k: _live(k, v) for k, v in kept.items()}
                     numbers = tuple((k, v) for k, v in state.items() if not isinstance(v, Tensor))
                     key = (p.dtype, p.device, _scalar_dtype(given), tuple(state), numbers)
                     alike.setdefault(key, []).append((names[id(p)], state))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import CellType, FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torchopt
 from torch import Tensor
@@ -13,6 +13,7 @@ from torchopt.base import GradientTransformation, UninitializedState
 from torchopt.pytree import tree_flatten, tree_map, tree_unflatten
 
 from unroll.derivatives import differentiable_roots
+from unroll.stateless import map_tensors
 
 Tensors = Mapping[str, Tensor]
 
@@ -35,13 +36,13 @@ class Transformation:
         self.names = frozenset(names[id(p)] for group in groups for p in group if id(p) in names)
         self._impl, self._single = impl, single
         self._groups = [[(names.get(id(p)), p.detach()) for p in group] for group in groups]
-        functions = list(_functions(impl.update))
+        functions = [part for part in _parts(impl.update) if isinstance(part, FunctionType)]
         _refuse_inexact(functions)
         self._states = [self._started(g, s) for g, s in zip(self._groups, states, strict=True)]
         self._adagrad = any(f.__module__ == "torchopt.transform.scale_by_rss" for f in functions)
         self._masked = any(f.__qualname__.startswith("_masked.") for f in functions)
-        self._cells = _python_state(functions)
-        self._cell_values = [cell.cell_contents for _, cell in self._cells]
+        self._slots = _python_state(impl.update)
+        self._slot_values = [_copied(slot.read()) for slot in self._slots]
 
     def _started(self, group: list[tuple[str | None, Tensor]], state: Any) -> Any:
         fresh = self._impl.init(tuple(p for _, p in group))
@@ -64,23 +65,24 @@ class Transformation:
 
     def forget(self) -> None:
         """Start torchopt's momentum afresh: it keeps its first call in a closure, not its state."""
-        for i, (name, _) in enumerate(self._cells):
-            if name == "first_call":
-                self._cell_values[i] = True
+        for i, slot in enumerate(self._slots):
+            if slot.name == "first_call":
+                self._slot_values[i] = True
 
     def initial_state(self) -> Any:
         """Return the live state, apart from what the user holds."""
-        return [tree_flatten(s, none_is_leaf=True) for s in self._states], self._cell_values
+        return [tree_flatten(s, none_is_leaf=True) for s in self._states], self._slot_values
 
     def step(
         self, parameters: Tensors, gradients: Tensors, state: Any
     ) -> tuple[dict[str, Tensor], Any]:
         """Return theta_D^{k+1} and the next state."""
-        states, cell_values = state
+        states, values = state
         moved, new_states = dict(parameters), []
-        live = [cell.cell_contents for _, cell in self._cells]
+        live = [slot.read() for slot in self._slots]
         try:
-            _fill(self._cells, cell_values)
+            for slot, value in zip(self._slots, values, strict=True):
+                slot.write(_copied(value))
             for group, (leaves, structure) in zip(self._groups, states, strict=True):
                 old = tree_unflatten(structure, leaves)
                 theta = tuple(p if name is None else parameters[name] for name, p in group)
@@ -99,9 +101,10 @@ class Transformation:
                 theta = torchopt.apply_updates(theta, updates, inplace=False)
                 moved |= {name: p for (name, _), p in zip(group, theta, strict=True) if name}
                 new_states.append(tree_flatten(new, none_is_leaf=True))
-            new_values = [cell.cell_contents for _, cell in self._cells]
+            new_values = [slot.read() for slot in self._slots]
         finally:
-            _fill(self._cells, live)
+            for slot, value in zip(self._slots, live, strict=True):
+                slot.write(value)
         return moved, (new_states, new_values)
 
     def as_inputs(self, state: Any) -> Any:
@@ -122,13 +125,29 @@ def _shape(leaf: Any) -> Any:
     return leaf.shape if isinstance(leaf, Tensor) else type(leaf)
 
 
-def _fill(cells: Sequence[tuple[str, CellType]], values: Sequence[Any]) -> None:
-    for (_, cell), value in zip(cells, values, strict=True):
-        cell.cell_contents = value
+class _Slot(NamedTuple):
+    """Where a transformation may keep state: a variable of a closure, an attribute of an object."""
+
+    name: str
+    place: CellType | dict[str, Any]
+
+    def read(self) -> Any:
+        return self.place[self.name] if isinstance(self.place, dict) else self.place.cell_contents
+
+    def write(self, value: Any) -> None:
+        if isinstance(self.place, dict):
+            self.place[self.name] = value
+        else:
+            self.place.cell_contents = value
 
 
-def _functions(update: Any) -> Iterator[FunctionType]:
-    """Yield the functions that a transformation consists of: its own and those it closes over."""
+def _copied(value: Any) -> Any:
+    """Return state apart from where it is kept; tensors keep their history."""
+    return map_tensors(Tensor.clone, value)
+
+
+def _parts(update: Any) -> Iterator[Any]:
+    """Yield the functions and bound methods that a transformation consists of."""
     stack, seen = [update], set[int]()
     while stack:
         item = stack.pop()
@@ -142,7 +161,8 @@ def _functions(update: Any) -> Iterator[FunctionType]:
         elif isinstance(item, partial):
             stack.extend((item.func, item.args, item.keywords))
         elif isinstance(item, MethodType):
-            stack.extend((item.__func__, vars(item.__self__)))
+            yield item
+            stack.extend((item.__func__, getattr(item.__self__, "__dict__", {})))
         elif isinstance(item, FunctionType):
             yield item
             stack.extend(cell.cell_contents for _, cell in _cells(item))
@@ -154,14 +174,24 @@ def _cells(function: FunctionType) -> list[tuple[str, CellType]]:
     return [(name, cell) for name, cell in cells if cell != CellType()]
 
 
-def _python_state(functions: Iterable[FunctionType]) -> list[tuple[str, CellType]]:
-    """Return the closure cells in which a transformation may keep flags and counters."""
-    return [
-        (name, cell)
-        for function in functions
-        for name, cell in _cells(function)
-        if cell.cell_contents is None or isinstance(cell.cell_contents, (bool, int, float))
-    ]
+def _python_state(update: Any) -> list[_Slot]:
+    """Return where a transformation may keep flags, counters and tensors besides its state."""
+    slots = []
+    for part in _parts(update):
+        if isinstance(part, FunctionType):
+            slots += [_Slot(name, cell) for name, cell in _cells(part)]
+        else:
+            attributes = getattr(part.__self__, "__dict__", {})
+            slots += [_Slot(name, attributes) for name in attributes]
+    once = {(id(slot.place), slot.name): slot for slot in slots}
+    return [slot for slot in once.values() if _is_state(slot.read())]
+
+
+def _is_state(value: Any) -> bool:
+    """Return whether a value consists of numbers and tensors alone, or is not there yet."""
+    if isinstance(value, (dict, list, tuple)):
+        return all(map(_is_state, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, (bool, int, float, Tensor))
 
 
 def _refuse_inexact(functions: Iterable[FunctionType]) -> None:

@@ -43,6 +43,8 @@ def product(a: Tensor, b: Tensor) -> Any:
         return (a * b[:, 0]).sum(1, keepdim=True)
     if rows == 1:
         return (a[0, :, None] * b).sum(0, keepdim=True)
+    if max(rows, columns) <= FEW:
+        return (a[:, :, None] * b).sum(1)
     if columns <= FEW:
         return torch.ops.aten.mm.default(b.t(), a.t()).t()
     return NotImplemented

@@ -14,8 +14,8 @@ Given = tuple[Point, Batch, Batch]
 
 
 def compare(
-    compiled: Step[Point],
-    step: Step[Point],
+    compiled: Step[Point, Point],
+    step: Step[Point, Point],
     given: Given,
     state: RandomState,
     device: torch.device,
@@ -28,7 +28,7 @@ def compare(
     last place. ``state`` is that of the random generators before both.
     """
     found = []
-    runs: tuple[tuple[Step[Point], Given], ...] = (
+    runs: tuple[tuple[Step[Point, Point], Given], ...] = (
         (compiled, given),
         (step, given),
         (step, map_tensors(_nudged, given)),
@@ -46,7 +46,7 @@ def compare(
         raise RuntimeError("it draws other random numbers")
 
 
-def _values_and_derivatives(step: Step[Point], given: Given, *, graph: bool) -> list[Tensor]:
+def _values_and_derivatives(step: Step[Point, Point], given: Given, *, graph: bool) -> list[Tensor]:
     """Return what a step leads to, and the derivatives of two functions of it in all inputs."""
     inputs = leaves(tensors(given), [t.requires_grad for t in tensors(given)])
     point, fake, real = filled(given, inputs)

@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any, cast
 
 import torch
+import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
@@ -23,6 +24,8 @@ from unroll.steps.checks import Project, projected
 from unroll.steps.comparison import Given, compare
 from unroll.steps.discriminator import At, Point
 from unroll.steps.recompute import Step
+
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
 class Functional:
@@ -113,16 +116,21 @@ class CompiledStep:
         return inductor(graph, inputs)
 
     def __call__(
-        self, step: Step[Point], game: Game, given: Given, *, graph: bool, eager: bool
+        self, step: Step[Point, Point], game: Game, given: Given, *, graph: bool, eager: bool
     ) -> Point:
         """Return what ``step(*given, graph=graph)`` does; by itself where ``eager``."""
         if any(p._backward_hooks for p in game.module.parameters()):
             self.fall_back("a parameter of D has gradient hooks")
+        if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+            self.fall_back("there are hooks of all modules")
         point, fake, real = given
         inputs = game.optimizer.as_inputs(point.optimizer_state)
         given = (point._replace(optimizer_state=inputs), fake, real)
         if eager or self._eager or self.reached is None:
-            return step(*given, graph=graph)
+            following = step(*given, graph=graph)
+            if following.buffers.keys() != point.buffers.keys():
+                self.fall_back("D makes or drops a buffer as it runs")
+            return following
         given = _alike(game, given, graph=graph)
         device = next(game.module.parameters()).device
         before = random_state(device)
@@ -141,7 +149,12 @@ class CompiledStep:
     def _run(self, game: Game, point: Point, fake: Batch, real: Batch, *, graph: bool) -> Point:
         theta = dict(point.parameters)
         assert self.reached is not None
-        with torch.set_grad_enabled(graph), torch.compiler.set_stance("default"):
+        with (
+            torch.set_grad_enabled(graph),
+            torch.compiler.set_stance("default"),
+            # Hooks that D gets later are part of it, too.
+            torch._dynamo.config.patch(skip_nnmodule_hook_guards=False),
+        ):
             state = point.optimizer_state
             given = state if game.optimizer.traceable else None
             found, buffers, traced, loss = self._function(

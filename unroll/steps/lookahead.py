@@ -10,8 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unroll.game import parts
 from unroll.game.objectives import Objective
-from unroll.inspection import inspect_step, refuse_layers, refuse_own_parameters
+from unroll.inspection import (
+    inspect_step,
+    refuse_layers,
+    refuse_own_parameters,
+    refuse_update_by_own_parameters,
+)
 from unroll.optimizers import InnerOptimizer
 from unroll.stateless import (
     Batch,
@@ -78,10 +84,11 @@ class LookAhead:
             return self._once(point, fake, real, graph=False)
         if not self.checkpoint:
             return self._once(point, fake, real, graph=True)
-        inspected = self.inspected
-        following = recomputed(self._once, self.module.module, point, fake, real)
+        inspected, given = self.inspected, (point, fake, real)
+        where = self.module.module, parts(self.objective)
+        following = recomputed(self._once, *where, given)
         if self.inspected and not inspected:
-            refuse_unrepeatable(self._step, self.module.module, (point, fake, real))
+            refuse_unrepeatable(self._step, *where, given)
         return following
 
     def _once(self, point: Point, fake: Batch, real: Batch, *, graph: bool) -> Point:
@@ -129,6 +136,9 @@ class LookAhead:
                 if not same(theta[name], own):
                     raise RuntimeError(mutation_message(name))
             refuse_own_parameters(module, loss, tensors((fake, real)))
+            refuse_update_by_own_parameters(
+                module, [*moved.values(), *tensors(state)], [loss, *tensors((fake, real))]
+            )
             inspect_step(module, theta.values(), local, tensors(fake), lambda: d(real))
             self.inspected = True
         return Point(moved, d.buffers, state, loss.detach())

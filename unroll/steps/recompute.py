@@ -13,27 +13,34 @@ from unroll.randomness import random_state, replayed
 from unroll.stateless import Batch, held, map_tensors, tensors
 
 _PLACEHOLDER = torch.empty(0)
-P = TypeVar("P")
+P = TypeVar("P", contravariant=True)
+R = TypeVar("R", covariant=True)
 
 
-class Step(Protocol[P]):
-    """A step from one point of the look-ahead to the next; ``graph`` keeps its graph."""
+class Step(Protocol[P, R]):
+    """What leads from a point of the look-ahead to the next, or to f; ``graph`` keeps its graph."""
 
-    def __call__(self, point: P, fake: Batch, real: Batch, *, graph: bool) -> P:
-        """Return the next point; without a graph, it requires gradients where it would have one."""
+    def __call__(self, point: P, fake: Batch, real: Batch, *, graph: bool) -> R:
+        """Return the result; without a graph, it requires gradients where it would have one."""
         ...
 
 
-def recomputed(step: Step[P], module: nn.Module, point: P, fake: Batch, real: Batch) -> P:
-    """Return ``step(point, fake, real)`` with the same gradient, in the memory of its inputs."""
-    given = (point, fake, real)
-    run = _Run(step, module, given)
+def recomputed(
+    step: Step[Any, R], module: nn.Module, also: Sequence[object], given: tuple[Any, Batch, Batch]
+) -> R:
+    """Return ``step(*given)`` with the same gradient, in the memory of its inputs.
+
+    ``also`` is what is held with ``module`` in the second run.
+    """
+    run = _Run(step, module, also, given)
     outputs = _Recompute.apply(run, *tensors(given))
-    following: P = filled(run.result, outputs)
-    return following
+    result: R = filled(run.result, outputs)
+    return result
 
 
-def refuse_unrepeatable(step: Step[P], module: nn.Module, given: tuple[P, Batch, Batch]) -> None:
+def refuse_unrepeatable(
+    step: Step[Any, Any], module: nn.Module, also: Sequence[object], given: tuple[Any, Batch, Batch]
+) -> None:
     """Refuse a step whose second run would differ, or lose the gradient of a tensor.
 
     A tensor from elsewhere stands in the graphs of two runs; what a step makes for itself stands in
@@ -45,7 +52,7 @@ def refuse_unrepeatable(step: Step[P], module: nn.Module, given: tuple[P, Batch,
     results: list[list[Tensor]] = []
     ends: list[dict[int, Tensor]] = []
     for _ in range(2):
-        with replayed(state, device), held(module):
+        with replayed(state, device), held(module, also):
             results.append(tensors(step(*filled(given, inputs), graph=True)))
         variables = [getattr(node, "variable", None) for node in graph(results[-1])]
         ends.append({id(v): v for v in variables if v is not None})
@@ -66,20 +73,27 @@ def _check_repeated(first: Sequence[Tensor | None], second: Sequence[Tensor]) ->
         if a is not None and not torch.allclose(a, b, equal_nan=True):
             raise RuntimeError(
                 "checkpoint: a look-ahead step must give the same result when it runs again in the "
-                "backward pass, but D's loss or buffers differ. D or the objective keeps state "
-                "outside of buffers, was changed in between, or draws from another generator than "
-                "torch's global one. Register buffers, or set checkpoint=False."
+                "backward pass, but D's loss, update or buffers differ. D, the objective, project= "
+                "or a gradient hook keeps state of its own, was changed in between, or draws from "
+                "another generator than torch's global one. Register buffers, or set "
+                "checkpoint=False."
             )
 
 
 class _Run:
     """What the second run needs besides tensors: random numbers, modes, autocast."""
 
-    def __init__(self, step: Step[Any], module: nn.Module, given: tuple[Any, Batch, Batch]) -> None:
-        self.step, self.module = step, module
+    def __init__(
+        self,
+        step: Step[Any, Any],
+        module: nn.Module,
+        also: Sequence[object],
+        given: tuple[Any, Batch, Batch],
+    ) -> None:
+        self.step, self.module, self.also = step, module, also
         self.given = _emptied(given)
         self.result: Any = None
-        self.constants: list[Tensor | None] = []  # of the first run, where they take no gradient
+        self.found: list[Tensor | None] = []  # of the first run, what the second is compared with
         self.device = next(module.parameters()).device
         self.random_state = random_state(self.device)
         self.training = [submodule.training for submodule in module.modules()]
@@ -99,7 +113,7 @@ class _Run:
     def again(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         with (
             replayed(self.random_state, self.device),
-            held(self.module),
+            held(self.module, self.also),
             torch.autocast(*self.autocast),
         ):
             for submodule, training in zip(self.module.modules(), self.training, strict=True):
@@ -116,8 +130,11 @@ class _Recompute(torch.autograd.Function):
         found = run.first(leaves(inputs, ctx.needs_input_grad[1:]))
         outputs = tuple(t.detach() for t in found)
         constants = [o for o, t in zip(outputs, found, strict=True) if not t.requires_grad]
-        run.constants = [
-            None if t.requires_grad else o.detach() for o, t in zip(outputs, found, strict=True)
+        # Elsewhere than on a CPU, sums may come in another order, which Adam's first steps amplify.
+        exact = run.device.type == "cpu"
+        run.found = [
+            o.detach() if exact or not t.requires_grad else None
+            for o, t in zip(outputs, found, strict=True)
         ]
         ctx.mark_non_differentiable(*constants)
         return outputs
@@ -133,7 +150,7 @@ class _Recompute(torch.autograd.Function):
         inputs = leaves(ctx.saved_tensors, needed)
         with torch.enable_grad():
             outputs = ctx.run.again(inputs)
-        _check_repeated(ctx.run.constants, outputs)
+        _check_repeated(ctx.run.found, outputs)
         pairs = zip(outputs, grads, strict=True)
         seeded = [(o, g) for o, g in pairs if o.requires_grad and g is not None]
         found = iter(
