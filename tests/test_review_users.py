@@ -280,6 +280,25 @@ def test_a_multi_grad_hook_is_named() -> None:
         Loss(d, adam(d), unroll_steps=1)(fakes(), randn(5, 3))
 
 
+def test_attributes_of_a_parameter_are_those_of_theta() -> None:
+    class Gained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+            vars(self.layer.weight)["gain"] = 2.0
+            self.to(DEVICE, torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gain: float = vars(self.layer.weight)["gain"]
+            output: Tensor = gain * self.layer(x)
+            return output
+
+    d = Gained()
+    loss = Loss(d, adam(d), unroll_steps=2)
+    assert_live(loss)
+    assert unroll.check_gradients(loss, fakes(), randn(5, 3)).ok
+
+
 # --- recomputed -----------------------------------------------------------------------------------
 
 

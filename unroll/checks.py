@@ -10,12 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unroll.differences import (
-    TOLERANCE,
-    DifferenceCheck,
-    double,
-    in_double,
-)
+from unroll.copies import double, in_double
+from unroll.differences import TOLERANCE, DifferenceCheck
 from unroll.inspection import DETACHED_FAKES, calls_to_the_module_itself
 from unroll.loss import UnrolledGeneratorLoss
 from unroll.stateless import Batch, map_tensors, tensors

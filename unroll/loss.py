@@ -13,21 +13,21 @@ from torchopt.pytree import tree_map
 
 from unroll.game import check_objective, parts, warn_of_sigmoid
 from unroll.game.objectives import Minimax, Objective
-from unroll.inspection import refuse_own_parameters, warn_of_gradient_hooks
+from unroll.inspection import warn_of_gradient_hooks
 from unroll.optimizers import inner_optimizer, warn_of_step_hooks
-from unroll.stateless import Batch, Stateless, aliased, check_supported, held, tensors, unwrap
+from unroll.stateless import Batch, Stateless, held, tensors
 from unroll.steps.checks import (
     Project,
     check_differentiable,
-    check_scalar,
+    checked_discriminator,
     checked_steps,
     minibatches_checked,
 )
 from unroll.steps.compiled import CompiledStep
-from unroll.steps.discriminator import At, Point, UnrolledDiscriminator, start
+from unroll.steps.discriminator import Point, UnrolledDiscriminator, start
 from unroll.steps.lookahead import LookAhead
 from unroll.steps.ranks import agreed, resolved_sync
-from unroll.steps.recompute import recomputed, refuse_unrepeatable
+from unroll.steps.surrogate import Surrogate
 
 
 class UnrolledGeneratorLoss(nn.Module):
@@ -109,7 +109,7 @@ class UnrolledGeneratorLoss(nn.Module):
         sync: bool | None = None,
     ) -> None:
         super().__init__()
-        module = _unwrapped(discriminator)
+        module = checked_discriminator(discriminator)
         check_objective(objective)
         warn_of_sigmoid(module, objective)
         warn_of_step_hooks(optimizer)
@@ -140,7 +140,7 @@ class UnrolledGeneratorLoss(nn.Module):
     def __setattr__(self, name: str, value: object) -> None:
         """Set a plain attribute: nn.Module's own would make D a submodule of its loss."""
         if name == "discriminator":
-            value = _unwrapped(value)
+            value = checked_discriminator(value)
         elif name == "objective":
             check_objective(value)
         object.__setattr__(self, name, value)
@@ -276,42 +276,15 @@ class UnrolledGeneratorLoss(nn.Module):
 
     def _surrogate(self, points: list[Point], fake: Batch, real: Batch) -> Tensor:
         """Return f at theta_D^K, or its mean over theta_D^1..K; D must be held."""
-        if len(points) == 1:
-            return self._value(points[0], fake, real)
-        where = self.discriminator, parts(self.objective)
-        values = []
-        for point in points:
-            given = (point._replace(optimizer_state=None), fake, real)
-            if not self.checkpoint or self._constant:
-                values.append(self._value(*given))
-            elif self._inspected_value:
-                values.append(recomputed(self._again, *where, given))
-            else:
-                values.append(self._value(*given))
-                refuse_unrepeatable(self._again, *where, given)
-        return torch.stack(values).mean()
-
-    def _again(self, point: Point, fake: Batch, real: Batch, *, graph: bool) -> Tensor:
-        """Return f at one point, in a form that can be computed again in the backward pass."""
-        with torch.enable_grad():
-            value = self._value(point, fake, real)
-        return value if graph else value.detach().requires_grad_(value.requires_grad)
-
-    def _value(self, point: Point, fake: Batch, real: Batch) -> Tensor:
-        """Return f at theta_D^k."""
-        constant = self._constant or point.loss is None  # theta_D^0 takes no gradient
-        keep = _detached if constant else _unchanged
-        theta = {name: keep(p) for name, p in point.parameters.items()}
-        # At theta_D, which needs no watching, a D that recomputes itself does so rightly.
-        watched = point.loss is not None or not self._inspected_value
-        module = Stateless(self.discriminator)
-        d = At(module, theta, point.buffers, twice=not constant, watched=watched)
-        value = self.objective.generator_loss(d, aliased(fake), aliased(real))
-        check_scalar(value, "generator_loss")
-        if not self._inspected_value and value.requires_grad:
-            between = [*tensors((fake, real)), *theta.values(), *point.buffers.values()]
-            refuse_own_parameters(self.discriminator, value, between)
-            self._inspected_value = True
+        surrogate = Surrogate(
+            module=self.discriminator,
+            objective=self.objective,
+            constant=self._constant,
+            checkpoint=self.checkpoint,
+            inspected=self._inspected_value,
+        )
+        value = surrogate(points, fake, real)
+        self._inspected_value = surrogate.inspected
         return value
 
     def extra_repr(self) -> str:
@@ -354,18 +327,6 @@ class UnrolledGeneratorLoss(nn.Module):
 
 def _unchanged(tensor: Any) -> Any:
     return tensor
-
-
-def _unwrapped(discriminator: object) -> nn.Module:
-    """Return the module inside all wrappers, or refuse it."""
-    if not isinstance(discriminator, nn.Module):
-        raise TypeError(
-            "discriminator: must be an nn.Module; got "
-            f"{type(discriminator).__name__}. Pass the module whose parameters are trained."
-        )
-    module = unwrap(discriminator)
-    check_supported(module)
-    return module
 
 
 def _detached(tensor: Any) -> Any:

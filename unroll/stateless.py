@@ -6,13 +6,11 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from itertools import combinations
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -67,12 +65,6 @@ def unwrap_once(module: nn.Module) -> nn.Module | None:
     return inner
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """Return the user's own module inside all wrappers."""
-    inner = unwrap_once(module)
-    return module if inner is None else unwrap(inner)
-
-
 class Stateless:
     """``module`` as a pure function of parameters and buffers.
 
@@ -102,6 +94,8 @@ class Stateless:
                     else:
                         continue
                     self._places.setdefault(own, []).append((container, key))
+        # Attributes that the user has put on a parameter, for D to read.
+        self._attributes = {n: vars(p) for n, p in self.parameters.items() if vars(p)}
 
     def __call__(
         self,
@@ -115,6 +109,8 @@ class Stateless:
         kept = {**dict.fromkeys(self.buffers), **self._empty}
         swapped = {**parameters, **kept, **{name: b.clone() for name, b in buffers.items()}}
         versions = {name: tensor._version for name, tensor in parameters.items()}
+        for name, attributes in self._attributes.items():
+            vars(parameters[name]).update(attributes)
         try:
             self._write(swapped)
             output = self.module(*args, **kwargs)
@@ -221,62 +217,3 @@ def held(module: nn.Module, also: Iterable[object] = ()) -> Iterator[None]:
                 add = container.update if isinstance(container, (dict, set)) else container.extend
                 add(content)
         parametrize._cache_enabled, parametrize._cache = cache
-
-
-def refuse_shared_memory(module: nn.Module) -> None:
-    """Refuse parameters that have elements in common."""
-    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
-    for name, p in module.named_parameters():
-        if p.layout == torch.strided and p.numel():
-            where = p.untyped_storage().data_ptr()
-            by_storage.setdefault(where, []).append((name, p))
-    for sharing in by_storage.values():
-        for (one, first), (other, second) in combinations(sharing, 2):
-            places = torch.arange(first.untyped_storage().nbytes() // first.element_size())
-            own, others = (
-                places.as_strided(t.shape, t.stride(), t.storage_offset()).reshape(-1)
-                for t in (first, second)
-            )
-            if torch.isin(own, others).any():
-                raise ValueError(
-                    f"discriminator: parameters {one!r} and {other!r} share memory, so that a step "
-                    "of one moves the other, which a look-ahead step does not. Make them one "
-                    "nn.Parameter, transposed where it is used, or use parametrizations."
-                )
-
-
-def check_supported(module: nn.Module) -> None:
-    """Refuse modules that cannot be run with parameters other than their own."""
-    for name, submodule in module.named_modules():
-        if isinstance(submodule, torch.jit.ScriptModule):
-            raise TypeError(
-                f"discriminator: a torch.jit module ({name or 'the discriminator itself'}) cannot "
-                "run with parameters other than its own. Pass the nn.Module it was made from."
-            )
-        if type(submodule).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")):
-            raise TypeError(
-                f"discriminator: {name or 'the discriminator itself'} is quantised, and rounding "
-                "has no derivative. Pass the floating-point module from before the quantisation."
-            )
-        if any(c.__module__.startswith("torch.distributed.fsdp") for c in type(submodule).__mro__):
-            raise TypeError(
-                f"discriminator: {name or 'the discriminator itself'} is sharded by FSDP, whose "
-                "gathering hooks have no second derivative. Wrap D in DistributedDataParallel."
-            )
-    for name, parameter in module.named_parameters():
-        if isinstance(parameter, (UninitializedParameter, UninitializedBuffer)):
-            raise ValueError(
-                f"discriminator: parameter {name!r} is not initialised yet (a lazy module). Run "
-                "one batch through the discriminator before wrapping it."
-            )
-        if parameter.is_complex():
-            raise TypeError(
-                f"discriminator: parameter {name!r} is complex, which the look-ahead does not "
-                "support. Store its real and imaginary parts."
-            )
-    refuse_shared_memory(module)
-    if next(module.parameters(), None) is None:
-        raise ValueError(
-            f"discriminator: must have parameters to look ahead with; {type(module).__name__} has "
-            "none. Pass the module whose parameters the optimizer trains."
-        )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unroll.randomness import RandomState, random_state, replayed
 from unroll.stateless import Batch, map_tensors, tensors
 from unroll.steps.discriminator import Point
+from unroll.steps.randomness import RandomState, random_state, replayed
 from unroll.steps.recompute import Step, filled, leaves
 
 Given = tuple[Point, Batch, Batch]

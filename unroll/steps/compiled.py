@@ -17,12 +17,12 @@ from torch.func import functional_call, grad_and_value
 
 from unroll.game.objectives import Objective
 from unroll.optimizers import InnerOptimizer
-from unroll.randomness import random_state, set_random_state
 from unroll.stateless import Batch, map_tensors
 from unroll.steps.backend import inductor
 from unroll.steps.checks import Project, projected
 from unroll.steps.comparison import Given, compare
 from unroll.steps.discriminator import At, Point
+from unroll.steps.randomness import random_state, set_random_state
 from unroll.steps.recompute import Step
 
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from unroll.inspection import graph
-from unroll.randomness import random_state, replayed
 from unroll.stateless import Batch, held, map_tensors, tensors
+from unroll.steps.randomness import random_state, replayed
 
 _PLACEHOLDER = torch.empty(0)
 P = TypeVar("P", contravariant=True)
