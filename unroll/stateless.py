@@ -168,8 +168,8 @@ def held(module: nn.Module, also: Iterable[object] = ()) -> Iterator[None]:
     """Let ``module`` be used for a look-ahead and give it back exactly as it was.
 
     Attributes that a forward pass or a hook sets are restored, spectral norm's power iteration
-    stands still, compiled parts run uncompiled (they cannot be differentiated twice). So are the
-    attributes of the objects in ``also``, the objective's.
+    stands still, compiled parts run uncompiled (they cannot be differentiated twice). The
+    attributes of the objects in ``also``, an objective's, are restored, too.
     """
     submodules = list(module.modules())
     nested = [part.modules() if isinstance(part, nn.Module) else [part] for part in also]

@@ -65,6 +65,22 @@ def _check_supported(module: nn.Module) -> None:
         )
 
 
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors of one storage have elements in common."""
+    starts, ends = [], []
+    for t in (one, other):
+        starts.append(t.storage_offset())
+        steps = zip(t.shape, t.stride(), strict=True)
+        ends.append(starts[-1] + 1 + sum((size - 1) * stride for size, stride in steps))
+    if max(starts) >= min(ends):  # neighbours, as the weights of a flattened LSTM are
+        return False
+    places = torch.arange(max(ends))
+    own, others = (
+        places.as_strided(t.shape, t.stride(), t.storage_offset()).reshape(-1) for t in (one, other)
+    )
+    return bool(torch.isin(own, others).any())
+
+
 def _refuse_shared_memory(module: nn.Module) -> None:
     """Refuse parameters that have elements in common."""
     by_storage: dict[int, list[tuple[str, Tensor]]] = {}
@@ -74,12 +90,7 @@ def _refuse_shared_memory(module: nn.Module) -> None:
             by_storage.setdefault(where, []).append((name, p))
     for sharing in by_storage.values():
         for (one, first), (other, second) in combinations(sharing, 2):
-            places = torch.arange(first.untyped_storage().nbytes() // first.element_size())
-            own, others = (
-                places.as_strided(t.shape, t.stride(), t.storage_offset()).reshape(-1)
-                for t in (first, second)
-            )
-            if torch.isin(own, others).any():
+            if _overlap(first, second):
                 raise ValueError(
                     f"discriminator: parameters {one!r} and {other!r} share memory, so that a step "
                     "of one moves the other, which a look-ahead step does not. Make them one "
