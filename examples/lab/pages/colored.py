@@ -69,6 +69,7 @@ Scaled down: X is a part of {first["base"]} of the paper's widths, {int(first["p
 updates for 50,000, batches of {first["batch_size"]} for 128, learning rates of
 {float(first["generator_lr"]):g} for 1e-4 (G) and {float(first["discriminator_lr"]):g} for 2e-4 (D),
 {int(first["samples"]):,} samples for 10,000; seeds of each cell: {seeds}.{_not_run(missing)}
+Widths and rates were chosen by what K=0 does with them (seed 0, X = 1/4 and 1).
 Colouring the batches takes {brief(pipeline, 1)} % of the time of a pair at K=0, whose networks are
 tiny. Times are CPU times on a machine that did other work beside, and images those of the data that
 a training goes through. Again:

@@ -67,7 +67,7 @@ def mog_history(records: Records) -> str:
     drawn = {
         "ensembles": "Ensembles of the last N, and looking K steps ahead, seed 0.",
         "delays": "Five members, the newest D itself, with delays, seed 0.",
-        "sampled": "Five members, all as sampled, with delays, seed 0; empty: no sample is in the window.",
+        "sampled": "Five members, all as sampled, with delays, seed 0; empty: none in the window.",
         "ensembles_curves": "Metrics: thin lines are seeds, thick ones their means.",
     }
     if all(live for _, live in delays):
