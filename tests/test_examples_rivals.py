@@ -154,7 +154,7 @@ def test_the_command_line_records_a_row_a_seed_and_draws(tmp_path: Path) -> None
 def test_equals_share_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     page = example("lab.pages.rivals", monkeypatch)
     claims = importlib.import_module("lab.pages.claims")
-    modes = {"A": (8, 8), "B": (7, 9), "C": (1, 2)}
+    modes = {"A": (8, 8, 8), "B": (7, 8, 9), "C": (1, 2, 1)}
     record = [
         {
             "method": method,

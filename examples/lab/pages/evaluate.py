@@ -88,7 +88,7 @@ def _models(models: Records) -> str:
 {table(("K", "seeds", *(label for label, _ in METRICS.values())), lines)}
 
 {claims(
-    ("ours", f"{k} steps make images more like the data than none", [
+    ("ours", f"{k} step{'s' * (k != '1')} ahead, images are more like the data than with none", [
         *models.compare(f"FID, K=0 against {k}", "fid", {"unroll_steps": 0}, {"unroll_steps": k}),
         *models.compare(f"F_8, K={k} against 0", "f_8", {"unroll_steps": k}, {"unroll_steps": 0}),
     ]) for k in steps if k != "0"
