@@ -164,7 +164,8 @@ def train(
     )
     for _ in iterations:
         began = time.process_time()
-        d_images, g_images = real(), real()
+        d_images = real()
+        g_images = real() if config.unroll_steps else d_images  # f_0 uses none
         data_seconds = time.process_time() - began
         d_loss = game.discriminator_loss(discriminator, generator(noise()).detach(), d_images)
         d_optimizer.zero_grad()

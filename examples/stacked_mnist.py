@@ -90,7 +90,7 @@ PRESETS = {
         generator_lr=4e-3,
         discriminator_lr=4e-3,
         batch_size=16,
-        pairs=1000,
+        pairs=500,
         evaluate_every=125,
     ),
 }
