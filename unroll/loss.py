@@ -109,20 +109,18 @@ class UnrolledGeneratorLoss(nn.Module):
         sync: bool | None = None,
     ) -> None:
         super().__init__()
-        module = checked_discriminator(discriminator)
-        check_objective(objective)
-        warn_of_sigmoid(module, objective)
+        self.discriminator = discriminator  # checked where they are set, here and later
+        self.objective = objective
+        warn_of_sigmoid(self.discriminator, objective)
         warn_of_step_hooks(optimizer)
-        warn_of_gradient_hooks(module)
-        inner_optimizer(optimizer, dict(module.named_parameters()))
+        warn_of_gradient_hooks(self.discriminator)
+        inner_optimizer(optimizer, dict(self.discriminator.named_parameters()))
         if project is not None and not callable(project):
             raise TypeError(
                 "project: must be a function from a mapping of parameters to one; got "
                 f"{type(project).__name__}. Pass for instance a function that clamps each of them."
             )
-        self.discriminator = module
         self.optimizer = optimizer
-        self.objective = objective
         self.project = project
         self.unroll_steps = unroll_steps
         self.stop_gradient = stop_gradient

@@ -64,9 +64,7 @@ def _counts(row: Row) -> str:
 
 
 def _cell(rows: Sequence[Row], name: str) -> str:
-    digits = METRICS[name][1]
-    values = [float(row[name]) for row in rows]
-    return brief(values, digits) if len(values) > 1 else f"{values[0]:.{digits}f}"
+    return brief([float(row[name]) for row in rows], METRICS[name][1])
 
 
 def _models(models: Records) -> str:

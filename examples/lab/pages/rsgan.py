@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lab.pages.claims import Comparison, Records, Row, claims, read, shown, table, wrapped
+from lab.pages.claims import Comparison, Records, Row, brief, claims, read, table, wrapped
 from lab.pages.evaluate import METRICS
 
 ARM = ("game", "unroll_steps")
@@ -113,15 +113,11 @@ def _arms(records: Records) -> str:
     lines = []
     for game, k in _ran(records):
         own = records.pick(game=game, unroll_steps=k)
-        values = [_shown(own.values(name), digits) for name, (_, digits) in METRICS.items()]
+        values = [brief(own.values(name), digits) for name, (_, digits) in METRICS.items()]
         seconds = f"{sum(own.values('seconds')) / len(own.rows):.0f}"
         lines.append((game, k, str(len(own.rows)), *values, seconds))
     labels = (label for label, _ in METRICS.values())
     return table(("game", "K", "seeds", *labels, "seconds"), lines)
-
-
-def _shown(values: list[float], digits: int) -> str:
-    return shown(values, digits) if len(values) > 1 else f"{values[0]:.{digits}f}"
 
 
 def _ahead(records: Records, standard: Records, game: str) -> list[Comparison]:

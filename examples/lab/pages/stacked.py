@@ -1,10 +1,9 @@
 """The section on Table 1: the thousand modes of stacked MNIST."""
 
-from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from lab.pages.claims import Claim, Comparison, Count, Records, claims, read, shown, table
+from lab.pages.claims import Claim, Comparison, Count, Records, brief, claims, read, shown, table
 
 ALL, STEPS, PAPER_PAIRS = 1000, (0, 1, 5, 10), 50_000
 SIZES = {"0.25": "1/4", "0.5": "1/2"}
@@ -86,7 +85,7 @@ def _lines(last: Records, published: Records) -> list[tuple[str, ...]]:
             own = last.pick(size=size, unroll_steps=k)
             ours = ("", "0", "not run", "")
             if own.rows:
-                modes, kl = (_mean(own.values(c), d) for c, d in (("modes", 1), ("reverse_kl", 3)))
+                modes, kl = (brief(own.values(c), d) for c, d in (("modes", 1), ("reverse_kl", 3)))
                 ours = (f"{int(own.rows[0]['pairs']):,}", str(len(own.rows)), modes, kl)
             cells = [
                 _published(published.pick(setting=setting, unroll_steps=k, metric=metric))
@@ -95,10 +94,6 @@ def _lines(last: Records, published: Records) -> list[tuple[str, ...]]:
             ]
             lines.append((name, str(k), *ours, *cells))
     return lines
-
-
-def _mean(values: Sequence[float], digits: int) -> str:
-    return shown(values, digits) if len(values) > 1 else f"{values[0]:,.{digits}f}"
 
 
 def _published(found: Records) -> str:
@@ -204,7 +199,7 @@ def _curve(every: Records, *names: str) -> str:
         own = every.pick(**which)
         cells = [own.pick(pairs=moment).values("curve_modes") for moment in moments_shown]
         which["size"] = f"{Fraction(which['size'])}"
-        lines.append((*which.values(), *(_mean(c, 0) if c else "" for c in cells)))
+        lines.append((*which.values(), *(brief(c, 0) if c else "" for c in cells)))
     head = [CURVE_HEAD[name] for name in names]
     return table((*head, *(f"{moment:,} pairs" for moment in moments_shown)), lines)
 
