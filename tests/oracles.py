@@ -12,7 +12,8 @@ from torch.func import functional_call
 from torch.nn.functional import logsigmoid
 
 import unroll
-from unroll.game.penalties import Sum
+
+Sum = type(unroll.Minimax() + unroll.R1(1.0))
 
 Parameters = dict[str, Tensor]
 Step = Callable[[Parameters, Parameters, Any], tuple[Parameters, Any]]

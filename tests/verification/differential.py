@@ -1,0 +1,230 @@
+"""The library at two revisions: every outcome of the correctness matrix, compared bit for bit.
+
+    python -m tests.verification.differential 169e8af                    the whole matrix
+    python -m tests.verification.differential 169e8af --share 0.1        every tenth discriminator
+    python -m tests.verification.differential 169e8af --modes compiled   a covering subset, compiled
+
+A revision is unpacked beside the checkout, and both play the games of the tests as they stand now.
+An outcome is f_K, its gradient in the fakes, what `unroll()` returns, the state of the random
+generator, and what was warned of; or the type of a refusal and the arguments that it names. It runs
+after every slice of a redesign: what differs by more than `--tolerance` is printed and counted.
+
+`compiled` traces and differentiates graphs as a compilation does, then runs them as they are
+("aot_eager"): every optimizer and every discriminator once.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchopt.pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parents[2]
+MODES: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "checkpoint": {"checkpoint": True},
+    "stop_gradient": {"stop_gradient": True},
+    "average": {"average": True},
+}
+Outcome = dict[str, Any]
+
+
+def outcome(optimizer_name: str, discriminator_name: str, options: Mapping[str, bool]) -> Outcome:
+    """Return what the library that is imported makes of a game, tensors and words."""
+    from tests import matrix
+    from tests.settings import randn
+    from tests.zoo_refused import Refusal
+    from unroll import UnrolledGeneratorLoss
+
+    animal: Any = matrix.DISCRIMINATORS[discriminator_name]
+    torch.manual_seed(matrix.SEED)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            d = animal.make()
+            optimizer, objective = matrix.COLUMNS[optimizer_name](d), animal.objective
+            samples = 2 if discriminator_name in matrix.ARCHITECTURES else matrix.SAMPLES
+            if isinstance(optimizer, torch.optim.Optimizer) and optimizer.defaults.get("maximize"):
+                objective = matrix.Maximised(objective)
+            draws = [randn(samples, *animal.shape) for _ in range(6)]
+            with sdpa_kernel(SDPBackend.MATH):
+                pairs = [(animal.feed(a), animal.feed(b + 0.5)) for a, b in zip(*[iter(draws)] * 2)]  # noqa: B905
+                refused = isinstance(animal, Refusal)
+                state = {} if refused else matrix.warmed(d, optimizer, pairs[1:], objective)
+            loss = UnrolledGeneratorLoss(d, optimizer, objective, unroll_steps=matrix.K, **options)
+            fake, real = draws[0].requires_grad_(), pairs[0][1]
+            found: Outcome = {}
+            for call in ("first", "second"):  # the second meets what the first has found out
+                torch.manual_seed(matrix.SEED)
+                value = loss(animal.feed(fake), real, **state)
+                (gradient,) = torch.autograd.grad(value, fake)
+                found |= {f"{call} f_K": value, f"{call} gradient": gradient}
+            torch.manual_seed(matrix.SEED)
+            ahead = loss.unroll(animal.feed(fake), real, **state)
+            found |= {f"parameter {name}": p for name, p in ahead.parameters.items()}
+            found |= {f"buffer {name}": b for name, b in ahead.buffers.items()}
+            found |= {f"state {i}": s for i, s in enumerate(tree_leaves(ahead.optimizer_state))}
+            found |= {"losses": ahead.losses, "random state": torch.get_rng_state()}
+            found |= {f"own {name}": value for name, value in d.state_dict().items()}
+        except Exception as error:
+            found = {"refusal": f"{type(error).__name__}: {str(error).partition(':')[0]}"}
+            found["words"] = str(error)
+    known = {str(w.message).partition(":")[0] for w in caught if "Unroll" not in str(w.message)}
+    found["warnings"] = sorted(known)
+    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in found.items()}
+
+
+def _cells(discriminator: str, modes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the optimizers and modes that a discriminator meets."""
+    from tests import matrix
+
+    few = discriminator in matrix.ARCHITECTURES
+    for optimizer in matrix.FEW if few else matrix.COLUMNS:
+        yield from ((optimizer, mode) for mode in modes if mode != "compiled")
+    if "compiled" in modes:
+        names, optimizers = list(matrix.DISCRIMINATORS), list(matrix.COLUMNS)
+        own = [o for d, o in zip(names, cycle(optimizers), strict=False) if d == discriminator]
+        yield from ((optimizer, "compiled") for optimizer in own)
+
+
+def work(discriminator: str, modes: Sequence[str], path: Path) -> None:
+    """Write the outcomes of one discriminator to a file."""
+    torch.set_num_threads(1)
+    found: dict[tuple[str, str], Outcome] = {}
+    for optimizer, mode in _cells(discriminator, modes):
+        if mode == "compiled":
+            _trace_only()
+            found[optimizer, mode] = outcome(optimizer, discriminator, {"compile": True})
+            torch._dynamo.reset()
+        else:
+            found[optimizer, mode] = outcome(optimizer, discriminator, MODES[mode])
+    torch.save(found, path)
+
+
+def _trace_only() -> None:
+    """Let no code be generated, wherever a revision keeps its backend."""
+    from torch._dynamo import lookup_backend
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("unroll.") and hasattr(module, "inductor"):
+            vars(module)["inductor"] = lookup_backend("aot_eager")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not the same at both revisions."""
+
+    cell: tuple[str, ...]
+    what: str
+    size: str  # relative error, or both values
+
+    def __str__(self) -> str:
+        """Return it in a line."""
+        return f"{' | '.join(self.cell)}: {self.what}: {self.size}"
+
+
+def differences(cell: tuple[str, ...], old: Outcome, new: Outcome) -> Iterator[Difference]:
+    """Yield what differs between two outcomes, down to the last bit."""
+    for what in sorted(old.keys() | new.keys(), key=str):
+        a, b = old.get(what), new.get(what)
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
+            if not torch.equal(a.nan_to_num(), b.nan_to_num()):
+                error = (a.double() - b.double()).norm() / a.double().norm()
+                yield Difference(cell, what, f"{error:.1e}")
+        elif type(a) is not type(b) or isinstance(a, Tensor) or a != b:
+            yield Difference(cell, what, f"{a!r} -> {b!r}"[:300])
+
+
+def unpacked(revision: str, folder: Path) -> Path:
+    """Return a folder that holds the package of a revision."""
+    archive = subprocess.run(
+        ["git", "-C", str(ROOT), "archive", revision, "unroll"], capture_output=True, check=True
+    )
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
+    return folder
+
+
+def both(
+    discriminator: str, modes: Sequence[str], packages: Mapping[str, Path], folder: Path
+) -> list[Difference]:
+    """Return the differences of one discriminator, each revision in a process of its own."""
+    outcomes = []
+    for name, package in packages.items():
+        path = folder / f"{name}-{abs(hash(discriminator))}.pt"
+        subprocess.run(
+            [sys.executable, "-m", __spec__.name, name, "--worker", discriminator, str(path)]
+            + ["--modes", *modes],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [package, ROOT]))},
+            cwd=folder,
+            check=True,
+        )
+        outcomes.append(torch.load(path, weights_only=False))
+        path.unlink()
+    old, new = outcomes
+    return [
+        difference
+        for cell in old
+        for difference in differences((discriminator, *cell), old[cell], new[cell])
+    ]
+
+
+def main() -> None:
+    """Compare the checkout with the revision."""
+    from tests import matrix
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("revision", help="what the checkout is compared with")
+    parser.add_argument("--modes", nargs="+", choices=[*MODES, "compiled"], default=list(MODES))
+    parser.add_argument("--only", default="", help="part of a discriminator's name")
+    parser.add_argument("--share", type=float, default=1.0, help="of the discriminators")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="relative; default: no bit")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: one a core")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return work(options.worker[0], options.modes, Path(options.worker[1]))
+
+    names = [name for name in matrix.DISCRIMINATORS if options.only in name]
+    names = names[:: round(1 / options.share)]
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
+        folder = Path(temporary)
+        packages = {"old": unpacked(options.revision, folder), "new": ROOT}
+
+        def compare(name: str) -> list[Difference]:
+            return both(name, options.modes, packages, folder)
+
+        found: list[Difference] = []
+        for done, (name, rows) in enumerate(zip(names, pool.map(compare, names)), start=1):  # noqa: B905
+            print(f"{done}/{len(names)} {name}", flush=True)
+            for row in rows:
+                print(f"  {row}", flush=True)
+            found += rows
+
+    def small(size: str) -> bool:
+        return "->" not in size and float(size) <= options.tolerance
+
+    large = [row for row in found if not small(row.size)]
+    cells = sum(len(list(_cells(name, options.modes))) for name in names)
+    print(f"{cells} cells, {len(found)} differences, {len(large)} beyond {options.tolerance:g}")
+    for what, count in Counter(row.what for row in large).most_common():
+        print(f"  {count} x {what}")
+    sys.exit(bool(large))
+
+
+if __name__ == "__main__":
+    main()
