@@ -27,7 +27,7 @@ from tests.matrix import COLUMNS, RESULTS, SEED, K, Record, Row, warmed
 from tests.settings import randn
 from tests.zoo import ZOO
 from unroll import UnrolledGeneratorLoss
-from unroll.steps import compiled
+from unroll._modes import compiled
 
 ADAM, TANH, BOUND = "torch Adam", "tanh", 1e-10
 

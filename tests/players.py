@@ -8,7 +8,7 @@ import torchopt
 from torch import Tensor, nn
 
 from tests.settings import DEVICE
-from unroll import Minimax, Objective
+from unroll import Minimax, Objective, UnrolledGeneratorLoss
 
 Build = Callable[[nn.Module], Any]
 
@@ -221,3 +221,10 @@ def called(d: nn.Module) -> Callable[[Any], Any]:
 
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def with_options(loss: UnrolledGeneratorLoss, **options: Any) -> UnrolledGeneratorLoss:
+    """Return a loss of the same D, optimizer and objective with other options."""
+    names = ("unroll_steps", "stop_gradient", "average", "checkpoint", "project", "sync")
+    settings = {name: getattr(loss, name) for name in names} | options
+    return UnrolledGeneratorLoss(loss.discriminator, loss.optimizer, loss.objective, **settings)

@@ -11,7 +11,7 @@ import torch
 import torchopt
 from torch import Tensor, nn
 
-from tests.players import OPTIMIZERS, batches, deep, small, train
+from tests.players import OPTIMIZERS, batches, deep, small, train, with_options
 from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
 from tests.zoo import ZOO
@@ -324,8 +324,7 @@ def test_a_tensor_whose_gradient_would_be_lost_is_refused() -> None:
     with pytest.raises(RuntimeError, match=message):
         loss(leaf(fake), real)
     game = Scaled()
-    loss = checkpointed(objective=game)
-    loss.checkpoint = False
+    loss = with_options(checkpointed(objective=game), checkpoint=False)
     loss(leaf(fake), real).backward()
     assert game.scale.grad is not None
 

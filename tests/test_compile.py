@@ -22,7 +22,7 @@ from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
 from tests.zoo import ZOO
 from unroll import UnrolledGeneratorLoss, gradient_terms
-from unroll.steps import backend, compiled
+from unroll._modes import backend, compiled
 
 pytestmark = pytest.mark.plain  # one test below has both options
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from tests import fuzz, games
 from tests.composite import LEAVES
 from tests.fuzz import Case, cases, check
-from unroll import derivatives
-from unroll.optimizers import torch_optim
-from unroll.stateless import Stateless
+from unroll import _autograd_fixes as derivatives
+from unroll._functional import Functional
+from unroll._optimizers import torch_optim
 
 Patch = pytest.MonkeyPatch
 
@@ -159,30 +159,30 @@ def _without_safe_roots(patch: Patch) -> None:
 def _without_second_term(patch: Patch) -> None:
     step = torch_optim.TorchOptim.step
 
-    def detached(self: Any, theta: Any, gradients: dict[str, Tensor], state: Any) -> Any:
-        return step(self, theta, {n: g.detach() for n, g in gradients.items()}, state)
+    def detached(self: Any, theta: Any, gradients: dict[str, Tensor], *rest: Any) -> Any:
+        return step(self, theta, {n: g.detach() for n, g in gradients.items()}, *rest)
 
     patch.setattr(torch_optim.TorchOptim, "step", detached)
 
 
 def _with_buffers_standing_still(patch: Patch) -> None:
-    call = Stateless.__call__
+    call = Functional.__call__
 
     def forgetful(self: Any, theta: Any, buffers: Any, args: Any, kwargs: Any) -> Any:
         return call(self, theta, buffers, args, kwargs)[0], dict(buffers)
 
-    patch.setattr(Stateless, "__call__", forgetful)
+    patch.setattr(Functional, "__call__", forgetful)
 
 
 def _with_a_gradient_left_in_d(patch: Patch) -> None:
-    call = Stateless.__call__
+    call = Functional.__call__
 
     def leaving(self: Any, *args: Any) -> Any:
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         return call(self, *args)
 
-    patch.setattr(Stateless, "__call__", leaving)
+    patch.setattr(Functional, "__call__", leaving)
 
 
 DEAD = Case(("then", ("relu",), ("relu",)), optimizer="adam", fakes=1, reals=1, warm=1)

@@ -23,6 +23,7 @@ from tests.games import (
     normalised_discriminator,
     tanh_discriminator,
 )
+from tests.players import with_options
 from tests.settings import DEVICE, randn
 
 TOLERANCE = 1e-6
@@ -542,7 +543,7 @@ def test_stop_gradient_is_a_loop_that_detaches(average: bool, resample: bool) ->
     assert_same((ours[0],), (value,))
     assert (ours[1] - gradient).norm() > 0.1 * gradient.norm()
 
-    loss.stop_gradient = False
+    loss = with_options(loss, stop_gradient=False)
     again = value_and_gradient(loss(fake, real, minibatches=pairs if resample else None), theta)
     assert_same(again, (value, gradient))
 
@@ -561,8 +562,8 @@ def test_the_two_terms_sum_to_the_whole(steps: int, average: bool, resample: boo
     first, second = unroll.gradient_terms(loss, fake, real, parameters, **arguments)
     whole = torch.autograd.grad(loss(fake, real, **arguments), parameters, retain_graph=True)
     assert_same(tuple(a + b for a, b in zip(first, second, strict=True)), whole)
-    loss.stop_gradient = True
-    stopped = torch.autograd.grad(loss(fake, real, **arguments), parameters)
+    first_term = with_options(loss, stop_gradient=True)
+    stopped = torch.autograd.grad(first_term(fake, real, **arguments), parameters)
     assert_same(first, stopped)
     for term, p in zip(second, parameters, strict=True):
         assert term.shape == p.shape

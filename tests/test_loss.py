@@ -1,6 +1,5 @@
 """How the loss and what ``unroll`` returns behave, from the outside."""
 
-import contextlib
 import copy
 import pickle
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ import torch
 import torchopt
 from torch import Tensor, nn
 
-from tests.players import batches, called, deep, small, train
+from tests.players import batches, called, deep, small, train, with_options
 from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
 from tests.zoo import Conditional, Projection
@@ -130,7 +129,7 @@ def test_k_is_a_plain_attribute() -> None:
 @pytest.mark.plain
 @pytest.mark.parametrize("k", [0, 1, 4])
 @pytest.mark.parametrize("method", ["forward", "unroll"])
-def test_minibatches_are_drawn_lazily_and_exactly_k(k: int, method: str) -> None:
+def test_exactly_k_minibatches_are_drawn_before_the_first_step(k: int, method: str) -> None:
     d, ((fake, real),) = deep(layers=4), batches(1)
     calls: list[str] = []
 
@@ -150,8 +149,10 @@ def test_minibatches_are_drawn_lazily_and_exactly_k(k: int, method: str) -> None
 
     source = endless()
     loss = UnrolledGeneratorLoss(d, adam(d), Watching(), unroll_steps=k)
+    loss(leaf(fake), real, minibatches=source)  # the first call looks at a step and at f
+    calls.clear()
     getattr(loss, method)(leaf(fake), real, minibatches=source)
-    assert calls == ["draw", "step"] * k + ["f"] * (method == "forward")
+    assert calls == ["draw"] * k + ["step"] * k + ["f"] * (method == "forward")
     next(source)  # it is still open: nobody closed or exhausted it
 
 
@@ -218,8 +219,7 @@ def test_stop_gradient_is_the_first_term() -> None:
     d, ((fake, real),) = deep(layers=4), batches(1)
     loss = UnrolledGeneratorLoss(d, adam(d), unroll_steps=3, stop_gradient=True)
     got = gradient(loss, fake, real)
-    loss.stop_gradient = False
-    full = gradient(loss, fake, real)
+    full = gradient(with_options(loss, stop_gradient=False), fake, real)
     train(d, adam(d), [(fake, real)] * 3)
     x = leaf(fake)
     (wanted,) = torch.autograd.grad(Minimax().generator_loss(d, x, real), x)
@@ -383,13 +383,38 @@ def test_a_model_that_holds_the_loss_does_not_hold_d() -> None:
     assert len(list(model.parameters())) == len(list(model.d.parameters()))
 
 
-def test_replacing_d_later_does_not_register_it() -> None:
-    d, other = small(), small()
-    loss = UnrolledGeneratorLoss(d, adam(d), unroll_steps=1)
-    with contextlib.suppress(AttributeError, TypeError):  # it may be refused
-        loss.discriminator = other
-    assert list(loss.parameters()) == []
-    assert len(loss.state_dict()) == 0
+@pytest.mark.parametrize(
+    "name",
+    ["discriminator", "optimizer", "objective", "project", "average", "unrol_steps", "compile"],
+)
+def test_nothing_but_k_is_assigned(name: str) -> None:
+    d = small()
+    loss: Any = UnrolledGeneratorLoss(d, adam(d), unroll_steps=1)
+    before = dict(vars(loss))
+    with pytest.raises(
+        AttributeError, match=rf"^{name}: cannot be assigned, .*only unroll_steps.*got 3"
+    ):
+        setattr(loss, name, 3)
+    assert vars(loss) == before
+    loss.unroll_steps = 4
+    assert loss.unroll_steps == 4
+    with pytest.raises(ValueError, match=r"unroll_steps: must be at least 0; got -1"):
+        loss.unroll_steps = -1
+    assert loss.unroll_steps == 4
+
+
+def test_what_a_module_does_to_its_children_is_allowed() -> None:
+    d, ((fake, real),) = small(), batches(1)
+    model = nn.ModuleDict({"loss": UnrolledGeneratorLoss(d, adam(d), unroll_steps=2)})
+    wanted = model["loss"](leaf(fake), real)
+    model.train(False).eval().to(torch.float64).requires_grad_(False).zero_grad()
+    model["loss"].compile(backend="eager")
+    for loss in (
+        model["loss"],
+        copy.deepcopy(model["loss"]),
+        pickle.loads(pickle.dumps(model["loss"])),
+    ):
+        assert torch.equal(loss(leaf(fake), real), wanted)
 
 
 def test_repr_says_what_it_does() -> None:

@@ -15,7 +15,7 @@ from tests import oracles
 from tests.games import Game
 from tests.players import LR, TORCH, batches, deep, train
 from tests.test_live import TOLERANCE, assert_close, looked_ahead, pair_of
-from unroll.optimizers.rules import RULES
+from unroll._optimizers.rules import RULES
 
 Settings = dict[str, Any]
 

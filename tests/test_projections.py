@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.players import batches, train
+from tests.players import batches, train, with_options
 from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
 from unroll import (
@@ -228,8 +228,7 @@ def test_stop_gradient_projects_too() -> None:
     full, _, _ = played("WGAN", "Adam", unroll_steps=3)
     ((fake, real),) = batches(1, seed=2)
     wanted = full.unroll(fake, real).parameters
-    full.stop_gradient = True
-    got = full.unroll(fake.requires_grad_(), real).parameters
+    got = with_options(full, stop_gradient=True).unroll(fake.requires_grad_(), real).parameters
     assert not any(p.requires_grad for p in got.values())
     for name, parameter in wanted.items():
         torch.testing.assert_close(got[name], parameter, rtol=1e-13, atol=1e-15)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import unroll
-from tests.players import batches
+from tests.players import batches, with_options
 from tests.settings import DEVICE
 from tests.snapshot import changes, snapshot
 from tests.test_errors import ROWS, Rounding, Row, forward, game, linear, projecting, sgd
 from unroll import R1, R2, Minimax
-from unroll.inspection import DETACHED_FAKES
+from unroll._inspection import DETACHED_FAKES
 
 SOURCES = Path(unroll.__file__).parent
 # Refusals that need several processes or layers of their own: words, and the file that has both.
@@ -67,13 +67,13 @@ class Checkpointing(Doubled):
 def _closed_over(loss: unroll.UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> object:
     """Call with an objective that decays the weights of D itself, not of the D it is given."""
     d = loss.discriminator
-    loss.objective = game(
+    objective = game(
         lambda given, fake, real: (
             Minimax().discriminator_loss(given, fake, real)
             + d.get_parameter("weight").square().sum()
         )
     )()["objective"]
-    return loss(fake, real)
+    return unroll.UnrolledGeneratorLoss(d, loss.optimizer, objective, unroll_steps=2)(fake, real)
 
 
 def _twice(loss: unroll.UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> object:
@@ -89,8 +89,11 @@ def _counting() -> Callable[..., Tensor]:
 
 def _foreign(loss: unroll.UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> object:
     scale = torch.ones(1, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    loss.project = lambda theta: {n: p * scale for n, p in theta.items()}
-    return loss(fake, real)
+
+    def scaled(theta: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {n: p * scale for n, p in theta.items()}
+
+    return with_options(loss, project=scaled)(fake, real)
 
 
 def _terms(loss: unroll.UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> object:
@@ -176,7 +179,7 @@ MORE: dict[str, Row] = {
     ),
     "gradient_terms of a first term": Row(
         ValueError,
-        r"loss: must have stop_gradient=False.*Set loss\.stop_gradient = False",
+        r"loss: must have stop_gradient=False.*Make the loss with stop_gradient=False",
         options=lambda: {"stop_gradient": True},
         call=_terms,
     ),

@@ -14,7 +14,7 @@ import torch
 import torchopt
 from torch import Tensor, nn
 
-from tests.players import LR, OPTIMIZERS, batches, small, train
+from tests.players import LR, OPTIMIZERS, batches, small, train, with_options
 from tests.settings import DEVICE
 from tests.snapshot import bits, changes, snapshot
 from unroll import Minimax, UnrolledGeneratorLoss
@@ -88,15 +88,11 @@ def _resampled(loss: UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> None:
 
 
 def _average(loss: UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> None:
-    loss.average = True
-    loss(fake, real).backward()
-    loss.average = False
+    with_options(loss, average=True)(fake, real).backward()
 
 
 def _stop_gradient(loss: UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> None:
-    loss.stop_gradient = True
-    loss(fake, real).backward()
-    loss.stop_gradient = False
+    with_options(loss, stop_gradient=True)(fake, real).backward()
 
 
 CALLS: dict[str, Call] = {
@@ -470,8 +466,7 @@ def test_the_value_is_the_same_without_a_graph(kind: str, k: int) -> None:
         without = loss(fake, real)
     assert not without.requires_grad
     torch.testing.assert_close(without, value.detach(), rtol=1e-14, atol=0)
-    loss.stop_gradient = True
-    first_term = loss(graph_leaf(fake), real)
+    first_term = with_options(loss, stop_gradient=True)(graph_leaf(fake), real)
     assert first_term.requires_grad
     torch.testing.assert_close(first_term.detach(), value.detach(), rtol=1e-14, atol=0)
 

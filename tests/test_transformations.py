@@ -42,15 +42,13 @@ def clip(largest: float) -> GradientTransformation:
 
 
 def counting() -> GradientTransformation:
-    """Return a user's own transformation, which counts its steps in a closure."""
-    steps = 0
+    """Return a user's own transformation, which counts its steps in its state."""
 
     def update(updates: Any, state: Any, **_: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        return tree_map(lambda g: -g / steps, updates), state
+        (steps,) = state
+        return tree_map(lambda g: -g / (steps + 1), updates), (steps + 1,)
 
-    return GradientTransformation(lambda _: (), update)
+    return GradientTransformation(lambda _: (torch.zeros(()),), update)
 
 
 S = LR  # a step size at which the deep D of the parity tests is well conditioned
@@ -199,7 +197,7 @@ KINDS: dict[str, Callable[[nn.Module, GradientTransformation], Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", EXACT)
 def test_k_steps_are_real_steps(name: str, kind: str) -> None:
-    """Its state is live, in the state's tree or in a closure, and is left as it was."""
+    """Its state is live, ``first_call`` in its closure included, and is left as it was."""
     (pair,) = batches(1)
     torch.manual_seed(0)
     d = deep()

@@ -1,19 +1,39 @@
-"""Unrolled generative adversarial networks as a drop-in generator loss."""
+"""The surrogate loss of unrolled GANs (Metz et al., ICLR 2017), with the right gradient."""
 
-from unroll.checks import GradientReport as GradientReport
-from unroll.checks import check_gradients as check_gradients
-from unroll.checks import gradient_terms as gradient_terms
-from unroll.game.objectives import Criterion as Criterion
-from unroll.game.objectives import Hinge as Hinge
-from unroll.game.objectives import LeastSquares as LeastSquares
-from unroll.game.objectives import Minimax as Minimax
-from unroll.game.objectives import NonSaturating as NonSaturating
-from unroll.game.objectives import Objective as Objective
-from unroll.game.objectives import RelativisticAverage as RelativisticAverage
-from unroll.game.objectives import RelativisticPairing as RelativisticPairing
-from unroll.game.objectives import Wasserstein as Wasserstein
-from unroll.game.penalties import R1 as R1
-from unroll.game.penalties import R2 as R2
-from unroll.game.penalties import GradientPenalty as GradientPenalty
-from unroll.loss import UnrolledGeneratorLoss as UnrolledGeneratorLoss
-from unroll.steps.discriminator import UnrolledDiscriminator as UnrolledDiscriminator
+from unroll._diagnostics.check_gradients import GradientReport, check_gradients
+from unroll._diagnostics.gradient_terms import gradient_terms
+from unroll._loss import UnrolledGeneratorLoss
+from unroll._objectives import (
+    Criterion,
+    Hinge,
+    LeastSquares,
+    Minimax,
+    NonSaturating,
+    Objective,
+    RelativisticAverage,
+    RelativisticPairing,
+    Wasserstein,
+)
+from unroll._penalties import R1, R2, GradientPenalty
+from unroll._unrolled_discriminator import UnrolledDiscriminator
+
+__version__ = "0.1.0"
+__all__ = [
+    "R1",
+    "R2",
+    "Criterion",
+    "GradientPenalty",
+    "GradientReport",
+    "Hinge",
+    "LeastSquares",
+    "Minimax",
+    "NonSaturating",
+    "Objective",
+    "RelativisticAverage",
+    "RelativisticPairing",
+    "UnrolledDiscriminator",
+    "UnrolledGeneratorLoss",
+    "Wasserstein",
+    "check_gradients",
+    "gradient_terms",
+]

@@ -165,8 +165,10 @@ def both(
     for name, package in packages.items():
         path = folder / f"{name}-{abs(hash(discriminator))}.pt"
         subprocess.run(
-            [sys.executable, "-m", __spec__.name, name, "--worker", discriminator, str(path)]
-            + ["--modes", *modes],
+            [
+                *(sys.executable, "-m", __spec__.name, name),
+                *("--worker", discriminator, str(path), "--modes", *modes),
+            ],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [package, ROOT]))},
             cwd=folder,
             check=True,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 from torch.nn.functional import softplus as _softplus
 
-from unroll.stateless import Batch
+from unroll._functional import Batch
 
 Discriminator = Callable[[Batch], Any]
 

@@ -8,20 +8,15 @@ derivatives of every order.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from types import FrameType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-
-from unroll.stateless import Stateless
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -134,35 +129,42 @@ class _Replacing(TorchFunctionMode):
         return self.table.get(func, func)(*args, **(kwargs or {}))
 
 
-class _InDiscriminator(_Replacing):
-    """Activation checkpointing recomputes D with its real parameters: it is refused."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code is not Stateless.__call__.__code__:
-            if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
-                raise RuntimeError(
-                    "discriminator: activation checkpointing inside D recomputes with D's real "
-                    "parameters, which gives a wrong gradient through the look-ahead. Switch "
-                    "torch.utils.checkpoint off in D while the generator's loss is computed."
-                )
-            frame = frame.f_back
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def discriminator_forward(*, twice: bool, watched: bool) -> AbstractContextManager[object]:
-    """Return the context of D's forward pass.
-
-    ``twice`` gives it right higher derivatives; ``watched`` refuses recomputation inside D.
-    """
-    table = _TWICE if twice else {}
-    if torch.compiler.is_compiling():
-        return _Replacing(table)
-    return _InDiscriminator(table) if twice or watched else nullcontext()
+def right_derivatives() -> TorchFunctionMode:
+    """Return the context of a forward pass of D that will be differentiated twice or more."""
+    return _Replacing(_TWICE)
 
 
 def differentiable_roots(*, adagrad: bool) -> TorchFunctionMode:
     """Return a context in which an optimizer has its right slope at a zero second moment."""
     return _Replacing(_ROOT | {torch.where: _adagrad_where} if adagrad else _ROOT)
+
+
+RECOMPUTATION = (
+    "discriminator: activation checkpointing inside D (and what else hooks saved tensors there, "
+    "such as save_on_cpu) recomputes with D's real parameters, which gives a wrong gradient "
+    "through the look-ahead. Switch torch.utils.checkpoint off in D while the generator's loss is "
+    "computed; checkpoint=True of the loss saves the same memory."
+)
+
+
+@contextmanager
+def recomputation_refused() -> Iterator[None]:
+    """Refuse activation checkpointing: its second run would not find theta_D^k in D."""
+    with ExitStack() as stack:
+        # Torch refuses to switch hooks off within those of the user, around the call: these are
+        # right, and what D does under them is not seen.
+        with suppress(RuntimeError):
+            stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(RECOMPUTATION))
+        yield
+
+
+def inner_gradients(
+    loss: Tensor, parameters: Sequence[Tensor], *, create_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of D's loss, None where it does not depend on a parameter."""
+    try:
+        return torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):  # the form of checkpointing that hooks no tensors
+            raise RuntimeError(RECOMPUTATION) from error
+        raise

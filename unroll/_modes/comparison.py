@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from unroll.stateless import Batch, map_tensors, tensors
-from unroll.steps.discriminator import Point
-from unroll.steps.randomness import RandomState, random_state, replayed
-from unroll.steps.recompute import Step, filled, leaves
+from unroll._functional import Pair, map_tensors, tensors
+from unroll._look_ahead import Point, Step
+from unroll._modes.checkpointed import filled, leaves
+from unroll._random import RandomState, random_state, replayed
 
-Given = tuple[Point, Batch, Batch]
+Given = tuple[Point, Pair, Any]  # point, pair and settings
 
 
 def compare(
-    compiled: Step[Point, Point],
-    step: Step[Point, Point],
-    given: Given,
-    state: RandomState,
-    device: torch.device,
-    *,
-    graph: bool,
+    compiled: Step, step: Step, given: Given, state: RandomState, device: torch.device
 ) -> None:
     """Raise RuntimeError if compiled code differs from a step by more than round-off does.
 
@@ -28,14 +24,14 @@ def compare(
     last place. ``state`` is that of the random generators before both.
     """
     found = []
-    runs: tuple[tuple[Step[Point, Point], Given], ...] = (
+    runs: tuple[tuple[Step, Given], ...] = (
         (compiled, given),
         (step, given),
         (step, map_tensors(_nudged, given)),
     )
     for function, inputs in runs:
         with replayed(state, device):
-            values = _values_and_derivatives(function, inputs, graph=graph)
+            values = _values_and_derivatives(function, inputs)
             found.append((values, tensors(random_state(device))))
     (ours, drawn), (eager, drawn_eagerly), (nudged, _) = found
     for a, b, c in zip(ours, eager, nudged, strict=True):
@@ -46,16 +42,16 @@ def compare(
         raise RuntimeError("it draws other random numbers")
 
 
-def _values_and_derivatives(step: Step[Point, Point], given: Given, *, graph: bool) -> list[Tensor]:
+def _values_and_derivatives(step: Step, given: Given) -> list[Tensor]:
     """Return what a step leads to, and the derivatives of two functions of it in all inputs."""
     inputs = leaves(tensors(given), [t.requires_grad for t in tensors(given)])
-    point, fake, real = filled(given, inputs)
-    following = step(point, fake, real, graph=graph)
+    point, pair, settings = filled(given, inputs)
+    following = step(point, pair, settings)
     moved = [p - point.parameters[name] for name, p in following.parameters.items()]
     state = tensors(following.optimizer_state)
     values = [*moved, *following.buffers.values(), *state]
     wanted = [t for t in inputs if t.requires_grad]
-    for outputs in ([*following.parameters.values()], state) if graph else ():
+    for outputs in ([*following.parameters.values()], state):
         # Of theta_D^{k+1} alone, round-off may be all there is (Adam's first step): so twice.
         seeded = [t for t in outputs if t.grad_fn is not None]
         if seeded:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unroll.derivatives import safe_sqrt
+from unroll._autograd_fixes import safe_sqrt
 
 State = dict[str, Any]
 Hyper = Mapping[str, Any]

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unroll.inspection import innermost, probe_layers
-from unroll.loss import UnrolledGeneratorLoss
-from unroll.optimizers import inner_optimizer
-from unroll.stateless import Batch, Stateless, hooked, tensors
-from unroll.steps.discriminator import At, Point
-from unroll.steps.randomness import random_state, set_random_state
+from unroll._functional import FunctionalDiscriminator, Pair, tensors
+from unroll._inspection import innermost, probe_layers
+from unroll._look_ahead import Point, Value, after_hooks, surrogate
+from unroll._loss import UnrolledGeneratorLoss
+from unroll._random import random_state, set_random_state
 
 TOLERANCE = 1e-5  # of check_gradients; a lost second derivative is seldom below 1e-4
 DIRECTIONS = 3  # for each tensor of fakes
@@ -29,34 +28,33 @@ class DifferenceCheck:
     def __init__(
         self,
         loss: UnrolledGeneratorLoss,
-        batch: tuple[Batch, Batch],
-        minibatches: Sequence[tuple[Batch, Batch]] | None,
+        batch: Pair,
+        minibatches: Sequence[Pair] | None,
     ) -> None:
         self.loss, self.batch, self.minibatches = loss, batch, minibatches
         self.device = next(loss.discriminator.parameters()).device
         self.random_state = random_state(self.device)
-        self.held: tuple[list[Point], Any] | None = None  # theta_D^1..K under stop_gradient
+        self.constants: tuple[Sequence[Point], Value, Any] | None = None  # under stop_gradient
 
     def f(self) -> Tensor:
         """Return f_K."""
-        fake, real = self.batch
         set_random_state(self.random_state, self.device)
-        with self.loss._held():
-            points, after = self.held or self.points()
+        with self.loss._preserved():
+            points, value, after = self.constants or self.points()
             set_random_state(after, self.device)
-            return self.loss._surrogate(points, fake, real)
+            return surrogate(value, points, self.batch)
 
-    def points(self) -> tuple[list[Point], Any]:
-        """Return theta_D^0..K, and the random state after the look-ahead."""
-        pairs = self.loss._pairs(*self.batch, self.minibatches, needs_graph=False)
-        points, _ = self.loss._look_ahead(pairs)
-        return points, random_state(self.device)
+    def points(self) -> tuple[Sequence[Point], Value, Any]:
+        """Return where f is evaluated, f, and the random state after the look-ahead."""
+        pairs = self.loss._pairs(*self.batch, self.minibatches, differentiable=False)
+        points, value = self.loss._look_ahead(self.batch, pairs)
+        return points, value, random_state(self.device)
 
     def run(self, fakes: Sequence[Tensor]) -> tuple[float, list[str]]:
         """Return the relative error and what explains it."""
         if self.loss.stop_gradient:
-            with self.loss._held():
-                self.held = self.points()
+            with self.loss._preserved():
+                self.constants = self.points()
         value = self.f()
         if value.dtype != torch.float64:
             return float("inf"), [
@@ -94,10 +92,10 @@ class DifferenceCheck:
     def explanations(self) -> list[str]:
         """Differentiate the parts of one look-ahead step on their own."""
         loss, (fake, real) = self.loss, (self.minibatches or [self.batch])[0]
-        with loss._held():
-            module = Stateless(loss.discriminator)
-            theta = {name: p.detach().requires_grad_() for name, p in module.parameters.items()}
-            d = At(module, theta, module.buffers, twice=True)
+        with loss._preserved():
+            game, point = loss._start(None)
+            theta = {name: p.requires_grad_() for name, p in point.parameters.items()}
+            d = FunctionalDiscriminator(game.discriminator, theta, point.buffers)
             layers = probe_layers(
                 loss.discriminator,
                 lambda: loss.objective.discriminator_loss(d, fake, real),
@@ -107,11 +105,12 @@ class DifferenceCheck:
         found = torch.autograd.grad(value, list(theta.values()), allow_unused=True)
         pairs = zip(theta, found, strict=True)
         gradients = {name: g.requires_grad_() for name, g in pairs if g is not None}
-        optimizer = inner_optimizer(loss.optimizer, module.parameters)
+        own, optimizer = game.discriminator.parameters, game.optimizer
 
         def moved(project: bool) -> Callable[[], Tensor]:
             def norm() -> Tensor:
-                new, _ = optimizer.step(theta, gradients, optimizer.initial_state())
+                state = optimizer.initial_state()
+                new, _ = optimizer.step(theta, gradients, state, optimizer.settings)
                 new = dict(loss.project(new)) if project and loss.project is not None else new
                 return torch.cat([p.flatten() for p in new.values()]).square().sum()
 
@@ -124,8 +123,8 @@ class DifferenceCheck:
         ]
         for name, gradient in gradients.items():
 
-            def norm(parameter: Tensor = module.parameters[name], g: Tensor = gradient) -> Tensor:
-                return hooked(parameter, g).square().sum()
+            def norm(name: str = name, g: Tensor = gradient) -> Tensor:
+                return after_hooks(own[name], g, name).square().sum()
 
             if _scalar_error(norm, [gradient]) > TOLERANCE:
                 suspicions.append(

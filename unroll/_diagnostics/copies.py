@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torchopt.base import GradientTransformation
 from torchopt.pytree import tree_leaves, tree_map
 
-from unroll.loss import UnrolledGeneratorLoss
-from unroll.optimizers import unwrap_optimizer
-from unroll.stateless import tensors
+from unroll._functional import tensors
+from unroll._loss import UnrolledGeneratorLoss
+from unroll._optimizers import unwrap_optimizer
 
 
 def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
@@ -58,11 +58,8 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
         project=project,
         sync=False,  # the copies are this rank's alone
     )
+    copied._still = loss._still
     originals = dict(loss.discriminator.named_parameters())
-    frozen = {id(p) for p in loss._frozen}
-    copied._frozen = tuple(
-        p for n, p in copied.discriminator.named_parameters() if id(originals[n]) in frozen
-    )
     for name, parameter in copied.discriminator.named_parameters():  # what deepcopy leaves out
         parameter._backward_hooks = originals[name]._backward_hooks
         vars(parameter).update({k: double(v) for k, v in vars(originals[name]).items()})

@@ -1,50 +1,50 @@
-"""A look-ahead step that keeps its inputs only and runs again in the backward pass."""
+"""A function that keeps its inputs only and runs again in the backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from unroll.inspection import graph
-from unroll.stateless import Batch, held, map_tensors, tensors
-from unroll.steps.randomness import random_state, replayed
+from unroll._functional import map_tensors, preserved, tensors
+from unroll._inspection import graph
+from unroll._look_ahead import Point
+from unroll._random import random_state, replayed
 
 _PLACEHOLDER = torch.empty(0)
-P = TypeVar("P", contravariant=True)
-R = TypeVar("R", covariant=True)
+R = TypeVar("R")
 
 
-class Step(Protocol[P, R]):
-    """What leads from a point of the look-ahead to the next, or to f; ``graph`` keeps its graph."""
+def checkpointed(
+    function: Callable[..., R], module: nn.Module, also: Sequence[object]
+) -> Callable[..., R]:
+    """Return a function with the same results and gradients, in the memory of its inputs.
 
-    def __call__(self, point: P, fake: Batch, real: Batch, *, graph: bool) -> R:
-        """Return the result; without a graph, it requires gradients where it would have one."""
-        ...
-
-
-def recomputed(
-    step: Step[Any, R], module: nn.Module, also: Sequence[object], given: tuple[Any, Batch, Batch]
-) -> R:
-    """Return ``step(*given)`` with the same gradient, in the memory of its inputs.
-
-    ``also`` is what is held with ``module`` in the second run.
+    Args:
+        function: A step, or f as a function of a point: of nested values with tensors.
+        module: D, which is preserved while the function runs again.
+        also: What is preserved with it, the summands of the objective.
     """
-    run = _Run(step, module, also, given)
-    outputs = _Recompute.apply(run, *tensors(given))
-    result: R = filled(run.result, outputs)
-    return result
+
+    def again(*given: Any) -> R:
+        if not torch.is_grad_enabled():
+            return function(*given)
+        run = _Run(function, module, also, given)
+        outputs = _Checkpoint.apply(run, *tensors(given))
+        result: R = filled(run.result, outputs)
+        return result
+
+    return again
 
 
 def refuse_unrepeatable(
-    step: Step[Any, Any], module: nn.Module, also: Sequence[object], given: tuple[Any, Batch, Batch]
+    function: Callable[..., Any], module: nn.Module, also: Sequence[object], given: tuple[Any, ...]
 ) -> None:
-    """Refuse a step whose second run would differ, or lose the gradient of a tensor.
+    """Refuse a function whose second run would differ, or lose the gradient of a tensor.
 
-    A tensor from elsewhere stands in the graphs of two runs; what a step makes for itself stands in
-    one.
+    A leaf in both graphs existed before the runs; one in a single graph was made by its run.
     """
     device = next(module.parameters()).device
     state = random_state(device)
@@ -52,8 +52,8 @@ def refuse_unrepeatable(
     results: list[list[Tensor]] = []
     ends: list[dict[int, Tensor]] = []
     for _ in range(2):
-        with replayed(state, device), held(module, also):
-            results.append(tensors(step(*filled(given, inputs), graph=True)))
+        with replayed(state, device), preserved(module, also), torch.enable_grad():
+            results.append(tensors(function(*filled(given, inputs))))
         variables = [getattr(node, "variable", None) for node in graph(results[-1])]
         ends.append({id(v): v for v in variables if v is not None})
     _check_repeated(results[0], results[1])
@@ -85,12 +85,12 @@ class _Run:
 
     def __init__(
         self,
-        step: Step[Any, Any],
+        function: Callable[..., Any],
         module: nn.Module,
         also: Sequence[object],
-        given: tuple[Any, Batch, Batch],
+        given: tuple[Any, ...],
     ) -> None:
-        self.step, self.module, self.also = step, module, also
+        self.function, self.module, self.also = function, module, also
         self.given = _emptied(given)
         self.result: Any = None
         self.found: list[Tensor | None] = []  # of the first run, what the second is compared with
@@ -105,38 +105,43 @@ class _Run:
             torch.is_autocast_cache_enabled(),
         )
 
-    def first(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        result = self.step(*filled(self.given, inputs), graph=False)
+    def first(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
+        """Return the results without a graph, and which of them have one in the second run."""
+        result = self.function(*filled(self.given, inputs))
         self.result = _emptied(result)
-        return tensors(result)
+        constants = {id(t) for t in inputs if not t.requires_grad}  # a frozen parameter, say
+        if isinstance(result, Point):
+            constants.add(id(result.loss))
+            constants |= {id(b) for b in result.buffers.values() if not b.requires_grad}
+        found = tensors(result)
+        return found, [t.is_floating_point() and id(t) not in constants for t in found]
 
     def again(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the results with their graph."""
         with (
+            torch.enable_grad(),
             replayed(self.random_state, self.device),
-            held(self.module, self.also),
+            preserved(self.module, self.also),
             torch.autocast(*self.autocast),
         ):
             for submodule, training in zip(self.module.modules(), self.training, strict=True):
                 submodule.training = training
-            return tensors(self.step(*filled(self.given, inputs), graph=True))
+            return tensors(self.function(*filled(self.given, inputs)))
 
 
-class _Recompute(torch.autograd.Function):
+class _Checkpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.run = run
         ctx.set_materialize_grads(False)  # a zero into an infinite slope would be NaN
         ctx.save_for_backward(*inputs)
-        found = run.first(leaves(inputs, ctx.needs_input_grad[1:]))
+        found, differentiable = run.first(leaves(inputs, ctx.needs_input_grad[1:]))
         outputs = tuple(t.detach() for t in found)
-        constants = [o for o, t in zip(outputs, found, strict=True) if not t.requires_grad]
+        pairs = list(zip(outputs, differentiable, strict=True))
         # Elsewhere than on a CPU, sums may come in another order, which Adam's first steps amplify.
         exact = run.device.type == "cpu"
-        run.found = [
-            o.detach() if exact or not t.requires_grad else None
-            for o, t in zip(outputs, found, strict=True)
-        ]
-        ctx.mark_non_differentiable(*constants)
+        run.found = [o.detach() if exact or not moves else None for o, moves in pairs]
+        ctx.mark_non_differentiable(*[o for o, moves in pairs if not moves])
         return outputs
 
     @staticmethod
@@ -148,8 +153,7 @@ class _Recompute(torch.autograd.Function):
             )
         needed = ctx.needs_input_grad[1:]
         inputs = leaves(ctx.saved_tensors, needed)
-        with torch.enable_grad():
-            outputs = ctx.run.again(inputs)
+        outputs = ctx.run.again(inputs)
         _check_repeated(ctx.run.found, outputs)
         pairs = zip(outputs, grads, strict=True)
         seeded = [(o, g) for o, g in pairs if o.requires_grad and g is not None]

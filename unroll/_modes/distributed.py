@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from unroll.stateless import unwrap_once
+from unroll._functional import Pair, tensors, unwrap_once
 
 
 def resolved_sync(discriminator: nn.Module, sync: object) -> tuple[bool, Any]:
@@ -50,10 +50,7 @@ class _MeanOverRanks(torch.autograd.Function):
 
 
 def averaged(
-    gradients: Mapping[str, Tensor],
-    moving: Mapping[str, Tensor],
-    group: Any,
-    reached: Sequence[Tensor],
+    gradients: Mapping[str, Tensor], moving: Mapping[str, Tensor], pair: Pair, *, group: Any
 ) -> dict[str, Tensor]:
     """Return the gradients of all ranks, averaged, in one collective.
 
@@ -63,6 +60,8 @@ def averaged(
     parts = [gradients.get(name, torch.zeros_like(p)).reshape(-1) for name, p in moving.items()]
     present = torch.tensor([float(name in gradients) for name in moving], device=parts[0].device)
     flat = torch.cat([part.to(dtype) for part in [*parts, present]])
+    # All ranks run the same backward pass, those whose gradients are constant too.
+    reached = [t for t in (*tensors(pair), *moving.values()) if t.requires_grad]
     *means, counts = torch.split(
         _MeanOverRanks.apply(flat, group, *reached), [p.numel() for p in [*parts, present]]
     )

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unroll.derivatives import safe_sqrt
-from unroll.game.objectives import Discriminator, Objective, one_tensor, paired
-from unroll.stateless import Batch, map_tensors, tensors
+from unroll._autograd_fixes import safe_sqrt
+from unroll._functional import Batch, map_tensors, tensors
+from unroll._objectives import Discriminator, Objective, one_tensor, paired
 
 
 def _add(self: Objective, other: Objective) -> Sum:
@@ -39,6 +39,13 @@ class Sum:
 
     __add__ = _add
     __radd__ = _radd
+
+
+def summands(objective: Objective) -> list[Objective]:
+    """Return the summands of an objective."""
+    if isinstance(objective, Sum):
+        return [*summands(objective.first), *summands(objective.second)]
+    return [objective]
 
 
 def _first_floating(batch: Batch, what: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The search of D, of the objective and of a step's graph for what would go wrong."""
+"""The search of the first call: one step of D with its graph, looked through for what goes wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from unroll.stateless import map_tensors, tensors
+from unroll._autograd_fixes import RECOMPUTATION, recomputation_refused
+from unroll._functional import (
+    FunctionalDiscriminator,
+    Pair,
+    map_tensors,
+    mutation_message,
+    tensors,
+    views,
+)
+from unroll._look_ahead import (
+    Game,
+    Gradients,
+    Point,
+    Value,
+    differentiate,
+    leaves,
+    update,
+)
+from unroll._validation import outside_autograd, same
 
 T = TypeVar("T")
 
@@ -23,7 +41,71 @@ DETACHED_FAKES = (
 )
 
 
-def refuse_own_parameters(module: nn.Module, loss: Tensor, until: Iterable[Tensor]) -> None:
+def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
+    """Take one step at theta_D^0 with a graph and refuse what would go wrong; return theta_D^1."""
+    discriminator, pair = game.discriminator, views(pair)
+    module = discriminator.module
+    _refuse_layers(module)
+    theta = leaves(point.parameters, game.moving)
+    d = FunctionalDiscriminator(discriminator, theta, point.buffers)
+    loss, gradients = differentiate(game, d, pair, create_graph=True)
+    if not gradients:  # the step itself refuses this; with `sync`, other ranks may have some
+        return point
+    settings = game.optimizer.settings
+    moved, state = update(game, theta, gradients, point.optimizer_state, settings)
+    for name, own in discriminator.parameters.items():  # .data leaves no other trace
+        if not same(theta[name], own):
+            raise RuntimeError(mutation_message(name))
+    batch = tensors(pair)
+    _refuse_own_parameters(module, loss, batch)
+    updated = _own_parameter(module, [*moved.values(), *tensors(state)], [loss, *batch])
+    if updated is not None:
+        raise RuntimeError(
+            f"project, optimizer: the update uses D's parameter {updated!r} itself (from a closure of "
+            "project=, of a transformation or of a gradient hook), which would get a gradient. Use "
+            "what they are given, theta_D^k; where theta_D^0 is meant, parameter.detach()."
+        )
+    if game.project is not None:
+        _refuse_projection_outside_autograd(game, theta, gradients, point.optimizer_state)
+    _inspect_derivatives(module, theta, gradients, tensors(pair[0]), lambda: d(pair[1]))
+    return Point(moved, d.buffers, state, loss.detach())
+
+
+def inspect_value(module: nn.Module, value: Value, point: Point, pair: Pair) -> Tensor:
+    """Return f at a point, after a search for D's real parameters in its graph."""
+    f = value(point, pair)
+    reached = [*tensors(pair), *point.parameters.values(), *point.buffers.values()]
+    _refuse_own_parameters(module, f, reached)
+    return f
+
+
+def recomputes(module: nn.Module, value: Value, point: Point, pair: Pair) -> bool:
+    """Return whether D, as f_0 runs it, checkpoints activations; refuse as :func:`inspect_value`."""
+    try:
+        with recomputation_refused():
+            nodes = graph([inspect_value(module, value, point, pair)])
+    except RuntimeError as error:
+        if str(error).startswith(RECOMPUTATION):
+            return True
+        raise
+    return any(node.name().startswith("CheckpointFunction") for node in nodes)
+
+
+def _refuse_projection_outside_autograd(
+    game: Game, theta: Mapping[str, Tensor], gradients: Gradients, state: Any
+) -> None:
+    """Refuse a projection that changes values without a trace in the graph, as ``.data`` does."""
+    assert game.project is not None
+    moved, _ = game.optimizer.step(theta, gradients, state, game.optimizer.settings)
+    given = {name: value.clone() for name, value in moved.items()}
+    histories = {name: value.grad_fn for name, value in given.items()}
+    for name, value in game.project(dict(given)).items():
+        untouched = value.grad_fn is histories[name]
+        if moved[name].requires_grad and untouched and not same(value, moved[name]):
+            raise ValueError(outside_autograd(name))
+
+
+def _refuse_own_parameters(module: nn.Module, loss: Tensor, until: Iterable[Tensor]) -> None:
     """Refuse a loss that D's real parameters reach; ``until`` are the tensors it may depend on."""
     if (name := _own_parameter(module, [loss], until)) is not None:
         raise RuntimeError(
@@ -31,18 +113,6 @@ def refuse_own_parameters(module: nn.Module, loss: Tensor, until: Iterable[Tenso
             "through the discriminator it is given (from a closure, or D keeps it in a plain "
             "list), so the look-ahead cannot put theta_D^k in its place. Call the "
             "`discriminator` argument; in D, read parameters as attributes."
-        )
-
-
-def refuse_update_by_own_parameters(
-    module: nn.Module, updated: Iterable[Tensor], until: Iterable[Tensor]
-) -> None:
-    """Refuse an update that D's real parameters reach; ``until`` is what it may depend on."""
-    if (name := _own_parameter(module, updated, until)) is not None:
-        raise RuntimeError(
-            f"project, optimizer: the update uses D's parameter {name!r} itself (from a closure of "
-            "project=, of a transformation or of a gradient hook), which would get a gradient. Use "
-            "what they are given, theta_D^k; where theta_D^0 is meant, parameter.detach()."
         )
 
 
@@ -56,7 +126,7 @@ def _own_parameter(
 
 
 def warn_of_gradient_hooks(module: nn.Module) -> None:
-    """Warn of hooks on accumulated gradients, which a look-ahead has not."""
+    """Warn of post-accumulate-grad hooks: they never fire in the look-ahead."""
     for name, parameter in module.named_parameters():
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             warnings.warn(
@@ -67,11 +137,10 @@ def warn_of_gradient_hooks(module: nn.Module) -> None:
             return
 
 
-def refuse_layers(module: nn.Module) -> None:
+def _refuse_layers(module: nn.Module) -> None:
     """Refuse layers whose second derivative is wrong in a way that no graph shows."""
     for name, layer in module.named_modules():
-        synchronised = isinstance(layer, nn.SyncBatchNorm) and layer.training and _many_ranks(layer)
-        if synchronised:
+        if isinstance(layer, nn.SyncBatchNorm) and layer.training and _many_ranks(layer):
             raise RuntimeError(
                 f"discriminator: {name or 'itself'} (SyncBatchNorm) has no right second derivative "
                 "in training mode. Use BatchNorm, whose statistics are those of each rank, or "
@@ -84,20 +153,17 @@ def _many_ranks(layer: nn.SyncBatchNorm) -> bool:
     return initialised and dist.get_world_size(layer.process_group) > 1
 
 
-def inspect_step(
+def _inspect_derivatives(
     module: nn.Module,
-    theta: Iterable[Tensor],
-    gradients: Mapping[str, Tensor],
+    theta: Mapping[str, Tensor],
+    gradients: Gradients,
     fakes: Sequence[Tensor],
     forward: Callable[[], object],
 ) -> None:
-    """Refuse layers without the derivatives that Eq. 12 needs; warn of detached fakes.
-
-    ``gradients`` are D's at ``theta``, theta_D^0, in the graph of ``fakes``.
-    """
+    """Refuse layers without the derivatives that Eq. 12 needs; warn of detached fakes."""
     fakes = [fake for fake in fakes if fake.requires_grad]
     outputs = [g for g in gradients.values() if g.requires_grad]
-    points = [*fakes, *(p for p in theta if p.requires_grad)]
+    points = [*fakes, *(p for p in theta.values() if p.requires_grad)]
     found: Sequence[Tensor | None] = [None] * len(points)
     if outputs:
         try:

@@ -5,13 +5,13 @@ Parameters that take the same step are one flat vector, on which a rule (:mod:`r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from unroll.optimizers.rules import BRANCHING, RULES, Rule
+from unroll._optimizers.rules import BRANCHING, RULES, Rule
 
 Tensors = Mapping[str, Tensor]
 SCALARS = ("step", "mu_product", "eta", "mu")  # of the state: one number for all elements
@@ -35,14 +35,15 @@ def _own_step(cls: type[torch.optim.Optimizer]) -> Any:
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
-class _Bucket(NamedTuple):
+class Bucket(NamedTuple):
     """Parameters that take the same step, as one flat vector: a few large operations are fast."""
 
     names: tuple[str, ...]
-    hyper: Mapping[str, Any]
-    state: Mapping[str, Any]  # flat tensors, and plain numbers that they share
+    group: int  # number of the param group whose settings they have
+    scalar_dtype: torch.dtype  # in which torch keeps NAdam's product of momenta and ASGD's rates
+    entries: Mapping[str, Any]  # of the state: flat vectors, and numbers that all elements share
 
-    def split(self, keep: Mapping[str, Any], like: Tensors) -> Iterator[_Bucket]:
+    def split(self, keep: Mapping[str, Any], like: Tensors) -> Iterator[Bucket]:
         """Yield the part whose names are in ``keep``, and the rest, if there are both."""
         parts = [tuple(n for n in self.names if (n in keep) is kept) for kept in (False, True)]
         if not all(parts):
@@ -50,19 +51,14 @@ class _Bucket(NamedTuple):
             return
         per_name = self.per_name(like)
         for names in parts:
-            yield _Bucket(names, self.hyper, _join([per_name[name] for name in names]))
-
-    def numbers(self, form: Callable[[Any], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return state and hyper-parameters, those that change over training in another form."""
-        state = {k: form(v) if k in SCALARS else v for k, v in self.state.items()}
-        return state, {**self.hyper, "lr": form(self.hyper["lr"])}
+            yield self._replace(names=names, entries=_join([per_name[name] for name in names]))
 
     def per_name(self, like: Tensors) -> dict[str, dict[str, Any]]:
         """Return the state of each parameter, in its shape."""
         shaped = [like[name] for name in self.names]
         columns = {
             key: [float(value)] * len(shaped) if key in SCALARS else _unflatten(value, shaped)
-            for key, value in self.state.items()
+            for key, value in self.entries.items()
         }
         return {
             name: {key: column[i] for key, column in columns.items()}
@@ -87,44 +83,44 @@ def _join(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class TorchOptim:
-    """A ``torch.optim`` optimizer: its rule, its live param groups and its live state."""
+    """A ``torch.optim`` optimizer: its rule, its live settings and its live state.
+
+    Its state is a list of buckets; its settings are the hyper-parameters of each param group.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Tensors) -> None:
         names = {id(p): name for name, p in parameters.items()}
         self._rule, self._parameters = _rule(optimizer), parameters
-        self._buckets: list[_Bucket] = []
-        for group in optimizer.param_groups:
-            hyper = {
-                key: _setting(value)
-                for key, value in (group | _from_defaults(optimizer)).items()
-                if key != "params"
-            }
+        self._buckets: list[Bucket] = []
+        self.settings: list[dict[str, Any]] = []
+        for number, group in enumerate(optimizer.param_groups):
+            given = group | _from_defaults(optimizer)
+            self.settings.append({k: _setting(v) for k, v in given.items() if k != "params"})
             alike: dict[Any, list[tuple[str, dict[str, Any]]]] = {}
             for p in group["params"]:
                 if id(p) in names:
-                    given = optimizer.state.get(p, {})
+                    live = optimizer.state.get(p, {})
                     # Old versions of torch kept None; what else is no tensor, no rule knows.
-                    kept = {k: v for k, v in given.items() if k in SCALARS or torch.is_tensor(v)}
+                    kept = {k: v for k, v in live.items() if k in SCALARS or torch.is_tensor(v)}
                     state = {k: _live(k, v) for k, v in kept.items()}
                     numbers = tuple((k, v) for k, v in state.items() if not isinstance(v, Tensor))
-                    key = (p.dtype, p.device, _scalar_dtype(given), tuple(state), numbers)
+                    key = (_scalar_dtype(live), p.dtype, p.device, tuple(state), numbers)
                     alike.setdefault(key, []).append((names[id(p)], state))
-            for (_, _, scalar_dtype, *_), members in alike.items():
+            for (scalar_dtype, *_), members in alike.items():
                 bucket_names, states = zip(*members, strict=True)
-                bucket_hyper = hyper | {"scalar_dtype": scalar_dtype}
-                self._buckets.append(_Bucket(bucket_names, bucket_hyper, _join(states)))
+                self._buckets.append(Bucket(bucket_names, number, scalar_dtype, _join(states)))
         self.names = frozenset(name for bucket in self._buckets for name in bucket.names)
         # A learning rate that is a tensor rounds as torch's own step does it, in eager code only.
-        rounds = any(isinstance(bucket.hyper["lr"], Tensor) for bucket in self._buckets)
+        rounds = any(isinstance(setting["lr"], Tensor) for setting in self.settings)
         self.traceable = not rounds and self._rule not in BRANCHING
 
-    def initial_state(self) -> list[_Bucket]:
-        """Return the live state, apart from what the user holds."""
+    def initial_state(self) -> list[Bucket]:
+        """Return a copy of the live state."""
         return self._buckets
 
     def step(
-        self, parameters: Tensors, gradients: Tensors, state: list[_Bucket]
-    ) -> tuple[dict[str, Tensor], list[_Bucket]]:
+        self, parameters: Tensors, gradients: Tensors, state: list[Bucket], settings: Any
+    ) -> tuple[dict[str, Tensor], list[Bucket]]:
         """Return theta_D^{k+1} and the next state."""
         moved, new_state = dict(parameters), []
         buckets = [part for bucket in state for part in bucket.split(gradients, parameters)]
@@ -132,23 +128,26 @@ class TorchOptim:
             if bucket.names[0] in gradients:
                 theta = [parameters[name] for name in bucket.names]
                 gradient = _flatten([gradients[name] for name in bucket.names])
-                flat, s = self._rule(_flatten(theta), gradient, *bucket.numbers(_scalar))
+                entries = {k: _scalar(v) if k in SCALARS else v for k, v in bucket.entries.items()}
+                h = {**settings[bucket.group], "scalar_dtype": bucket.scalar_dtype}
+                h["lr"] = _scalar(h["lr"])
+                flat, entries = self._rule(_flatten(theta), gradient, entries, h)
                 moved |= zip(bucket.names, _unflatten(flat, theta), strict=True)
-                bucket = _Bucket(bucket.names, bucket.hyper, s)
+                bucket = bucket._replace(entries=entries)
             new_state.append(bucket)
         return moved, new_state
 
-    def as_inputs(self, state: list[_Bucket]) -> list[_Bucket]:
-        """Return the state, what changes from step to step as tensors: inputs of compiled code."""
+    def as_inputs(self, state: list[Bucket], settings: Any) -> tuple[list[Bucket], Any]:
+        """Return state and settings, what changes from step to step or call to call as tensors."""
         if not self.traceable:
-            return state
-        found = []
-        for bucket in state:
-            s, h = bucket.numbers(_matrix)
-            found.append(_Bucket(bucket.names, h, s))
-        return found
+            return state, settings
+        buckets = [
+            b._replace(entries={k: _matrix(v) if k in SCALARS else v for k, v in b.entries.items()})
+            for b in state
+        ]
+        return buckets, [{**h, "lr": _matrix(h["lr"])} for h in settings]
 
-    def export(self, state: list[_Bucket]) -> dict[str, dict[str, Any]]:
+    def export(self, state: list[Bucket]) -> dict[str, dict[str, Any]]:
         """Return the state as the user's optimizer keeps it."""
         return {k: v for bucket in state for k, v in bucket.per_name(self._parameters).items()}
 

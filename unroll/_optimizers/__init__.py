@@ -12,8 +12,8 @@ from torch import Tensor
 from torchopt.base import GradientTransformation, UninitializedState
 from torchopt.pytree import tree_leaves
 
-from unroll.optimizers.torch_optim import TorchOptim
-from unroll.optimizers.transformations import Transformation
+from unroll._optimizers.torch_optim import TorchOptim
+from unroll._optimizers.torchopt_transformation import Transformation
 
 Tensors = Mapping[str, Tensor]
 
@@ -22,20 +22,21 @@ class InnerOptimizer(Protocol):
     """The optimizer of D as it stands at one call."""
 
     names: frozenset[str]  # of D's parameters that it trains
+    settings: Any  # hyper-parameters as they stand, an input of its step
     traceable: bool  # whether torch.compile can trace its step
 
     def initial_state(self) -> Any:
-        """Return the state to start from, apart from everything that the user holds."""
+        """Return a copy of the live state, to start from."""
         ...
 
     def step(
-        self, parameters: Tensors, gradients: Tensors, state: Any
+        self, parameters: Tensors, gradients: Tensors, state: Any, settings: Any
     ) -> tuple[dict[str, Tensor], Any]:
         """Return theta_D^{k+1} and the next state; parameters without a gradient are skipped."""
         ...
 
-    def as_inputs(self, state: Any) -> Any:
-        """Return the state, what changes from step to step as tensors: inputs of compiled code."""
+    def as_inputs(self, state: Any, settings: Any) -> tuple[Any, Any]:
+        """Return state and settings with their numbers as tensors: inputs of compiled code."""
         ...
 
     def export(self, state: Any) -> Any:
@@ -76,7 +77,7 @@ def inner_optimizer(
         state = UninitializedState() if optimizer_state is None else optimizer_state
         inner = Transformation(optimizer, parameters, [everything], [state], single=True)
         if optimizer_state is None:
-            inner.forget()
+            inner.start_afresh()
     elif isinstance(optimizer, torchopt.FuncOptimizer):
         inner = Transformation(
             optimizer.impl, parameters, [everything], [optimizer.optim_state], single=True

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from types import CellType, FunctionType, MethodType
-from typing import Any, NamedTuple
+from dis import get_instructions
+from functools import cache, partial
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any
 
 import torchopt
 from torch import Tensor
 from torchopt.base import GradientTransformation, UninitializedState
 from torchopt.pytree import tree_flatten, tree_map, tree_unflatten
 
-from unroll.derivatives import differentiable_roots
-from unroll.stateless import map_tensors
+from unroll._autograd_fixes import differentiable_roots
 
 Tensors = Mapping[str, Tensor]
+FIRST_CALL = "first_call"  # the one variable of a closure in which torchopt itself keeps state
 
 
 class Transformation:
-    """A torchopt transformation: its own ``init`` and ``update``, never in place."""
+    """A torchopt transformation over D's named parameters.
+
+    Its state is ``(trees, first_calls)``: the state of each param group, flattened, and whether
+    each of its momenta has yet to be called, which torchopt keeps in a closure.
+    """
 
     traceable = False  # trees of tensors that torch.compile does not know
+    settings = ()  # they are in the transformation's closures
 
     def __init__(
         self,
@@ -36,13 +42,15 @@ class Transformation:
         self.names = frozenset(names[id(p)] for group in groups for p in group if id(p) in names)
         self._impl, self._single = impl, single
         self._groups = [[(names.get(id(p)), p.detach()) for p in group] for group in groups]
-        functions = [part for part in _parts(impl.update) if isinstance(part, FunctionType)]
+        functions = list(_functions(impl.update))
         _refuse_inexact(functions)
+        _refuse_stateful(functions)
         self._states = [self._started(g, s) for g, s in zip(self._groups, states, strict=True)]
         self._adagrad = any(f.__module__ == "torchopt.transform.scale_by_rss" for f in functions)
         self._masked = any(f.__qualname__.startswith("_masked.") for f in functions)
-        self._slots = _python_state(impl.update)
-        self._slot_values = [_copied(slot.read()) for slot in self._slots]
+        cells = [cell for f in functions for name, cell in _cells(f) if name == FIRST_CALL]
+        self._cells = list({id(cell): cell for cell in cells}.values())
+        self._first_calls = [cell.cell_contents for cell in self._cells]
 
     def _started(self, group: list[tuple[str | None, Tensor]], state: Any) -> Any:
         fresh = self._impl.init(tuple(p for _, p in group))
@@ -60,30 +68,30 @@ class Transformation:
                 "step the FuncOptimizer with tuple(D.parameters())."
             )
         # torchopt's momentum drops the trace of a parameter that got no gradient.
-        kept = [e if g is None else _apart(g) for g, e in zip(given, expected, strict=True)]
+        kept = [e if g is None else _cloned(g) for g, e in zip(given, expected, strict=True)]
         return tree_unflatten(structure, kept)
 
-    def forget(self) -> None:
-        """Start torchopt's momentum afresh: it keeps its first call in a closure, not its state."""
-        for i, slot in enumerate(self._slots):
-            if slot.name == "first_call":
-                self._slot_values[i] = True
+    def start_afresh(self) -> None:
+        """Take the first call of every momentum for one that is to come."""
+        self._first_calls = [True] * len(self._cells)
 
     def initial_state(self) -> Any:
-        """Return the live state, apart from what the user holds."""
-        return [tree_flatten(s, none_is_leaf=True) for s in self._states], self._slot_values
+        """Return a copy of the live state."""
+        return [tree_flatten(s, none_is_leaf=True) for s in self._states], self._first_calls
 
     def step(
-        self, parameters: Tensors, gradients: Tensors, state: Any
+        self,
+        parameters: Tensors,
+        gradients: Tensors,
+        state: Any,
+        settings: Any,
     ) -> tuple[dict[str, Tensor], Any]:
         """Return theta_D^{k+1} and the next state."""
-        states, values = state
-        moved, new_states = dict(parameters), []
-        live = [slot.read() for slot in self._slots]
+        trees, first_calls = state
+        moved, new_trees = dict(parameters), []
+        live = self._swap(first_calls)
         try:
-            for slot, value in zip(self._slots, values, strict=True):
-                slot.write(_copied(value))
-            for group, (leaves, structure) in zip(self._groups, states, strict=True):
+            for group, (leaves, structure) in zip(self._groups, trees, strict=True):
                 old = tree_unflatten(structure, leaves)
                 theta = tuple(p if name is None else parameters[name] for name, p in group)
                 grads = tuple(None if name is None else gradients.get(name) for name, _ in group)
@@ -100,16 +108,21 @@ class Transformation:
                     new = tree_map(lambda n, o: o if n is None else n, new, old, none_is_leaf=True)
                 theta = torchopt.apply_updates(theta, updates, inplace=False)
                 moved |= {name: p for (name, _), p in zip(group, theta, strict=True) if name}
-                new_states.append(tree_flatten(new, none_is_leaf=True))
-            new_values = [slot.read() for slot in self._slots]
+                new_trees.append(tree_flatten(new, none_is_leaf=True))
         finally:
-            for slot, value in zip(self._slots, live, strict=True):
-                slot.write(value)
-        return moved, (new_states, new_values)
+            first_calls = self._swap(live)
+        return moved, (new_trees, first_calls)
 
-    def as_inputs(self, state: Any) -> Any:
-        """Return the state: it consists of tensors."""
-        return state
+    def _swap(self, first_calls: Sequence[bool]) -> list[bool]:
+        """Put other values into the closures of momenta, and return those that were there."""
+        before = [cell.cell_contents for cell in self._cells]
+        for cell, value in zip(self._cells, first_calls, strict=True):
+            cell.cell_contents = value
+        return before
+
+    def as_inputs(self, state: Any, settings: Any) -> tuple[Any, Any]:
+        """Return both as they are: they consist of tensors."""
+        return state, settings
 
     def export(self, state: Any) -> Any:
         """Return the state as the user's optimizer keeps it."""
@@ -117,7 +130,7 @@ class Transformation:
         return states[0] if self._single else tuple(states)
 
 
-def _apart(leaf: Any) -> Any:
+def _cloned(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
@@ -125,29 +138,8 @@ def _shape(leaf: Any) -> Any:
     return leaf.shape if isinstance(leaf, Tensor) else type(leaf)
 
 
-class _Slot(NamedTuple):
-    """Where a transformation may keep state: a variable of a closure, an attribute of an object."""
-
-    name: str
-    place: CellType | dict[str, Any]
-
-    def read(self) -> Any:
-        return self.place[self.name] if isinstance(self.place, dict) else self.place.cell_contents
-
-    def write(self, value: Any) -> None:
-        if isinstance(self.place, dict):
-            self.place[self.name] = value
-        else:
-            self.place.cell_contents = value
-
-
-def _copied(value: Any) -> Any:
-    """Return state apart from where it is kept; tensors keep their history."""
-    return map_tensors(Tensor.clone, value)
-
-
-def _parts(update: Any) -> Iterator[Any]:
-    """Yield the functions and bound methods that a transformation consists of."""
+def _functions(update: Any) -> Iterator[FunctionType]:
+    """Yield the functions that a transformation consists of, methods' included."""
     stack, seen = [update], set[int]()
     while stack:
         item = stack.pop()
@@ -161,7 +153,6 @@ def _parts(update: Any) -> Iterator[Any]:
         elif isinstance(item, partial):
             stack.extend((item.func, item.args, item.keywords))
         elif isinstance(item, MethodType):
-            yield item
             stack.extend((item.__func__, getattr(item.__self__, "__dict__", {})))
         elif isinstance(item, FunctionType):
             yield item
@@ -174,24 +165,27 @@ def _cells(function: FunctionType) -> list[tuple[str, CellType]]:
     return [(name, cell) for name, cell in cells if cell != CellType()]
 
 
-def _python_state(update: Any) -> list[_Slot]:
-    """Return where a transformation may keep flags, counters and tensors besides its state."""
-    slots = []
-    for part in _parts(update):
-        if isinstance(part, FunctionType):
-            slots += [_Slot(name, cell) for name, cell in _cells(part)]
-        else:
-            attributes = getattr(part.__self__, "__dict__", {})
-            slots += [_Slot(name, attributes) for name in attributes]
-    once = {(id(slot.place), slot.name): slot for slot in slots}
-    return [slot for slot in once.values() if _is_state(slot.read())]
+def _refuse_stateful(functions: Iterable[FunctionType]) -> None:
+    for function in functions:
+        if (variable := _hidden_state(function.__code__)) is not None:
+            raise ValueError(
+                f"optimizer: {function.__qualname__} keeps state in {variable!r}, outside the "
+                "state that its init returns, so a look-ahead would advance the real one. Put it "
+                "into the transformation's state, as a tensor."
+            )
 
 
-def _is_state(value: Any) -> bool:
-    """Return whether a value consists of numbers and tensors alone, or is not there yet."""
-    if isinstance(value, (dict, list, tuple)):
-        return all(map(_is_state, value.values() if isinstance(value, dict) else value))
-    return value is None or isinstance(value, (bool, int, float, Tensor))
+@cache
+def _hidden_state(code: CodeType) -> str | None:
+    """Return a variable of a closure or an attribute that a function assigns, if there is one."""
+    closures = set(code.co_freevars) - {FIRST_CALL}
+    for instruction in get_instructions(code):
+        name = str(instruction.argval)
+        if instruction.opname == "STORE_ATTR" or (
+            instruction.opname == "STORE_DEREF" and name in closures
+        ):
+            return name
+    return None
 
 
 def _refuse_inexact(functions: Iterable[FunctionType]) -> None:

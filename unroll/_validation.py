@@ -1,17 +1,33 @@
-"""What the look-ahead accepts: discriminators, K, minibatches, losses, projections."""
+"""What the look-ahead accepts: discriminators, objectives, K, minibatches, losses, projections."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import combinations
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from itertools import combinations, islice
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from unroll.stateless import Batch, tensors, unwrap_once
+from unroll._functional import Batch, Pair, tensors, unwrap_once
+from unroll._objectives import (
+    Hinge,
+    LeastSquares,
+    Minimax,
+    NonSaturating,
+    Objective,
+    RelativisticAverage,
+    RelativisticPairing,
+    Wasserstein,
+)
+from unroll._penalties import summands
 
 Project = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+ON_LOGITS = (
+    *(Minimax, NonSaturating, LeastSquares, Hinge, Wasserstein),
+    *(RelativisticPairing, RelativisticAverage),
+)
 
 
 def checked_discriminator(discriminator: object) -> nn.Module:
@@ -74,11 +90,15 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
         ends.append(starts[-1] + 1 + sum((size - 1) * stride for size, stride in steps))
     if max(starts) >= min(ends):  # neighbours, as the weights of a flattened LSTM are
         return False
-    places = torch.arange(max(ends))
-    own, others = (
-        places.as_strided(t.shape, t.stride(), t.storage_offset()).reshape(-1) for t in (one, other)
-    )
-    return bool(torch.isin(own, others).any())
+    return bool(torch.isin(_places(one), _places(other)).any())
+
+
+def _places(t: Tensor) -> Tensor:
+    """Return where the elements of a tensor are in its storage."""
+    places = torch.tensor(t.storage_offset())
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        places = places[..., None] + stride * torch.arange(size)
+    return places.flatten()
 
 
 def _refuse_shared_memory(module: nn.Module) -> None:
@@ -96,6 +116,37 @@ def _refuse_shared_memory(module: nn.Module) -> None:
                     "of one moves the other, which a look-ahead step does not. Make them one "
                     "nn.Parameter, transposed where it is used, or use parametrizations."
                 )
+
+
+def check_objective(objective: object) -> None:
+    """Refuse what is not an objective."""
+    for method in ("discriminator_loss", "generator_loss"):
+        if isinstance(objective, type) or not callable(getattr(objective, method, None)):
+            raise TypeError(
+                "objective: must be an object with the methods discriminator_loss and "
+                f"generator_loss; got {objective!r}. Pass for instance unroll.Minimax(), or wrap "
+                "a torch loss in unroll.Criterion(...)."
+            )
+
+
+def check_project(project: object) -> None:
+    """Refuse a projection that is no function."""
+    if project is not None and not callable(project):
+        raise TypeError(
+            "project: must be a function from a mapping of parameters to one; got "
+            f"{type(project).__name__}. Pass for instance a function that clamps each of them."
+        )
+
+
+def warn_of_sigmoid(module: nn.Module, objective: Objective) -> None:
+    """Warn of a discriminator that returns probabilities to an objective that takes logits."""
+    on_logits = any(isinstance(part, ON_LOGITS) for part in summands(objective))
+    if on_logits and isinstance(list(module.modules())[-1], nn.Sigmoid):
+        warnings.warn(
+            "discriminator: ends in nn.Sigmoid, but the objective takes logits and would apply a "
+            "second one. Remove the Sigmoid, or use unroll.Criterion(nn.BCELoss()).",
+            stacklevel=3,
+        )
 
 
 def checked_steps(unroll_steps: object) -> int:
@@ -126,37 +177,27 @@ def check_scalar(loss: Tensor, method: str) -> None:
         )
 
 
-def minibatches_checked(
-    minibatches: Iterable[tuple[Batch, Batch]], steps: int, *, needs_graph: bool
-) -> Iterator[tuple[Batch, Batch]]:
-    """Return an iterator over exactly ``steps`` (fake_k, real_k) pairs, which draws no more."""
+def drawn_minibatches(minibatches: Iterable[Pair], steps: int) -> list[Pair]:
+    """Return exactly ``steps`` (fake_k, real_k) pairs, and draw no more."""
     if not isinstance(minibatches, Iterable):
         raise TypeError(
             "minibatches: must be an iterable of (fake, real) pairs; got "
             f"{type(minibatches).__name__}. Pass for instance a list of {steps} pairs."
         )
-    return _exactly(iter(minibatches), steps, needs_graph=needs_graph)
-
-
-def _exactly(
-    iterator: Iterator[tuple[Batch, Batch]], steps: int, *, needs_graph: bool
-) -> Iterator[tuple[Batch, Batch]]:
-    for k in range(steps):
-        try:
-            pair = next(iterator)
-        except StopIteration:
-            raise ValueError(
-                f"minibatches: must hold one (fake, real) pair for each of the {steps} look-ahead "
-                f"steps; only {k} came. Pass {steps} pairs or set unroll_steps={k}."
-            ) from None
+    pairs: list[Pair] = []
+    for k, pair in enumerate(islice(minibatches, steps)):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(
                 "minibatches: must yield (fake, real) pairs; item "
                 f"{k} is a {type(pair).__name__}. Yield (generator(z), real)."
             )
-        if needs_graph:
-            check_differentiable(pair[0], f"minibatches, fake {k}")
-        yield pair[0], pair[1]
+        pairs.append((pair[0], pair[1]))
+    if len(pairs) < steps:
+        raise ValueError(
+            f"minibatches: must hold one (fake, real) pair for each of the {steps} look-ahead "
+            f"steps; only {len(pairs)} came. Pass {steps} pairs or set unroll_steps={len(pairs)}."
+        )
+    return pairs
 
 
 def check_differentiable(fake: Batch, what: str) -> None:
@@ -170,12 +211,20 @@ def check_differentiable(fake: Batch, what: str) -> None:
         )
 
 
-def projected(project: Project, theta: dict[str, Tensor], *, inspect: bool) -> dict[str, Tensor]:
+def check_gradients_found(gradients: Mapping[str, Tensor]) -> None:
+    """Refuse a loss of D that depends on none of the parameters that move."""
+    if not gradients:
+        raise ValueError(
+            "objective: discriminator_loss must depend on the parameters of the discriminator "
+            "it is given; its loss depends on none that the optimizer trains. Call the "
+            "`discriminator` argument, not the module itself, and do not detach its output."
+        )
+
+
+def projected(project: Project, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what ``project`` makes of theta, or refuse what cannot be differentiated."""
     # Clones, so that a projection may write in place, as one of real parameters does.
-    given = {name: value.clone() for name, value in theta.items()}
-    histories = {name: value.grad_fn for name, value in given.items()}
-    found = project(dict(given))
+    found = project({name: value.clone() for name, value in theta.items()})
     if not isinstance(found, Mapping) or found.keys() != theta.keys():
         got = list(found) if isinstance(found, Mapping) else type(found).__name__
         raise ValueError(
@@ -193,15 +242,17 @@ def projected(project: Project, theta: dict[str, Tensor], *, inspect: bool) -> d
                 f"project: must keep the shapes of the parameters; {name!r} came with "
                 f"{tuple(theta[name].shape)} and left with {tuple(value.shape)}."
             )
-        if not torch.is_grad_enabled() or not theta[name].requires_grad:
-            continue
-        untracked = inspect and value.grad_fn is histories[name]
-        if not value.requires_grad or (untracked and not same(value, theta[name])):
-            raise ValueError(
-                f"project: must be differentiable; it changed {name!r} outside autograd (under "
-                "torch.no_grad(), through .data, or detached). Use p.clamp(...) and the like."
-            )
+        if torch.is_grad_enabled() and theta[name].requires_grad and not value.requires_grad:
+            raise ValueError(outside_autograd(name))
     return dict(found)
+
+
+def outside_autograd(name: str) -> str:
+    """Return the text of the refusal of a projection that leaves no trace in the graph."""
+    return (
+        f"project: must be differentiable; it changed {name!r} outside autograd (under "
+        "torch.no_grad(), through .data, or detached). Use p.clamp(...) and the like."
+    )
 
 
 def same(a: Tensor, b: Tensor) -> bool:

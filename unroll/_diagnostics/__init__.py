@@ -1,0 +1,1 @@
+"""What says whether a gradient is right: its two terms, and central differences."""

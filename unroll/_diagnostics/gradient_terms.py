@@ -1,0 +1,118 @@
+"""The two terms of Eq. 12."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unroll._functional import Batch, Pair
+from unroll._look_ahead import surrogate
+from unroll._loss import UnrolledGeneratorLoss
+
+
+def gradient_terms(
+    loss: UnrolledGeneratorLoss,
+    fake: Batch,
+    real: Batch,
+    generator_parameters: Iterable[Tensor],
+    *,
+    minibatches: Iterable[Pair] | None = None,
+    optimizer_state: Any = None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return the two terms of df_K/dtheta_G (Eq. 12), which sum to the full gradient.
+
+    ::
+
+        df_K/dtheta_G = df/dtheta_G + df/dtheta_D^K * dtheta_D^K/dtheta_G
+
+    Args:
+        loss: The unrolled loss, with ``stop_gradient=False``.
+        fake: Generated samples, in the graph of ``generator_parameters``, as for ``loss``.
+        real: Real samples, as for ``loss``.
+        generator_parameters: Tensors to differentiate in, such as ``generator.parameters()``.
+        minibatches: As for ``loss``. Default: none.
+        optimizer_state: As for ``loss``. Default: none.
+
+    Returns:
+        Two tuples of tensors with the shapes of ``generator_parameters``: the first term, how f
+        changes with the fakes at a fixed theta_D^K, and the second, how D reacts to a change of G.
+        Zeros, never None; the second is zero at K = 0.
+
+    Raises:
+        ValueError: ``loss.stop_gradient`` is set, or ``fake`` carries no graph.
+        RuntimeError: Gradients are switched off.
+
+    Example:
+        >>> import torch, unroll
+        >>> g, d = torch.nn.Linear(8, 2), torch.nn.Linear(2, 1)
+        >>> loss = unroll.UnrolledGeneratorLoss(
+        ...     d, torch.optim.SGD(d.parameters(), lr=0.1), unroll_steps=3
+        ... )
+        >>> fake, real = g(torch.randn(16, 8)), torch.randn(16, 2)
+        >>> first, second = unroll.gradient_terms(loss, fake, real, g.parameters())
+        >>> [t.shape for t in second]
+        [torch.Size([2, 8]), torch.Size([2])]
+    """
+    if loss.stop_gradient:
+        raise ValueError(
+            "loss: must have stop_gradient=False; with stop_gradient=True Eq. 12 has its first "
+            "term only. Make the loss with stop_gradient=False for this call."
+        )
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "gradient_terms: must run with gradients on; it was called under torch.no_grad()."
+        )
+    everything = list(generator_parameters)
+    theta_g = [p for p in everything if p.requires_grad]
+    pairs = loss._pairs(fake, real, minibatches, differentiable=True)
+    with loss._preserved():
+        points, value = loss._look_ahead((fake, real), pairs, optimizer_state)
+        # Cut the graph at theta_D^1..K (and at buffers that carry one): leaves on the near side.
+        far: list[Tensor] = []
+        near: list[Tensor] = []
+
+        def cut(tensor: Tensor) -> Tensor:
+            if tensor.grad_fn is None:
+                return tensor
+            far.append(tensor)
+            near.append(tensor.detach().requires_grad_())
+            return near[-1]
+
+        ends = [
+            point._replace(
+                parameters={name: cut(p) for name, p in point.parameters.items()},
+                buffers={name: cut(b) for name, b in point.buffers.items()},
+            )
+            for point in points
+        ]
+        f_k = surrogate(value, ends, (fake, real))
+    gradients = _gradients([f_k], [*theta_g, *near])
+    first, reactions = gradients[: len(theta_g)], gradients[len(theta_g) :]
+    second = tuple(map(torch.zeros_like, first))
+    if far:
+        second = _gradients(far, theta_g, reactions)
+
+    def in_place(found: Iterable[Tensor]) -> tuple[Tensor, ...]:
+        terms = iter(found)
+        return tuple(next(terms) if p.requires_grad else torch.zeros_like(p) for p in everything)
+
+    return in_place(first), in_place(second)
+
+
+def _gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor] | None = None
+) -> tuple[Tensor, ...]:
+    try:
+        return torch.autograd.grad(
+            outputs, inputs, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+    except RuntimeError as error:
+        if "donated buffers" not in str(error):
+            raise
+        raise RuntimeError(
+            "fake: comes from a compiled generator, which can be differentiated once, and the two "
+            "terms need it twice. Make it by the module inside, generator._orig_mod."
+        ) from error

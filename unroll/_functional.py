@@ -1,0 +1,272 @@
+"""A discriminator as a pure function of its parameters and buffers, and what is preserved.
+
+A batch is a tensor ``(N, ...)`` for ``D(x)``, a tuple for ``D(*x)`` or a mapping for ``D(**x)``.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import is_
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from unroll._autograd_fixes import right_derivatives
+
+Batch = Any
+Pair = tuple[Batch, Batch]  # (fake, real)
+LARGE = 1000  # entries: a forward pass fills small containers, a vocabulary would take long to copy
+_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, set, deque))  # none refuses changes
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Return the tensors of a nested value, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for item in value.values() for t in tensors(item)]
+    if isinstance(value, (tuple, list)):
+        return [t for item in value for t in tensors(item)]
+    return []
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return a nested value with ``function`` applied to each of its tensors."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        mapped: Any = {key: map_tensors(function, item) for key, item in value.items()}
+        if type(value) is dict or not isinstance(value, MutableMapping):
+            return mapped
+        same_type = copy.copy(value)
+        same_type.update(mapped)
+        return same_type
+    if isinstance(value, (tuple, list)):
+        mapped = [map_tensors(function, item) for item in value]
+        return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)
+    return value
+
+
+def views(batch: Batch) -> Batch:
+    """Return views: theta_D^k depends on the originals only, so a gradient in a view is partial.
+
+    An objective or a D that differentiates in its input gets the gradient at a fixed theta_D^k.
+    """
+    return map_tensors(lambda t: t.view_as(t) if t.requires_grad else t.detach(), batch)
+
+
+def unwrap_once(module: nn.Module) -> nn.Module | None:
+    """Return what ``torch.compile``'s or a data-parallel wrapper holds, None for other modules."""
+    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled before it is imported
+    if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+        inner: nn.Module = module._orig_mod
+    elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = module.module
+    else:
+        return None
+    return inner
+
+
+class PureModule(Protocol):
+    """An ``nn.Module`` as a function of its parameters and buffers."""
+
+    def __call__(
+        self,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Return ``module(*args, **kwargs)`` and the buffers that it leaves behind."""
+        ...
+
+
+class Functional:
+    """``module`` as a pure function of parameters and buffers.
+
+    The tensors are written into the module's own containers for the length of a call, which costs
+    a tenth of what ``torch.func.functional_call`` does, and hooks and attributes keep working.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.parameters: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
+        self.layers: list[tuple[type[nn.Module], bool]] = []  # and whether each is training
+        self._empty: dict[str, None] = {}  # buffers that are None, until D is run perhaps
+        self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        names: dict[int, str] = {}
+        for prefix, submodule in module.named_modules():
+            self.layers.append((type(submodule), submodule.training))
+            for found, container in (
+                (self.parameters, submodule._parameters),
+                (self.buffers, submodule._buffers),
+            ):
+                for key, tensor in container.items():
+                    own = f"{prefix}.{key}" if prefix else key
+                    if tensor is not None:  # a tied tensor has several places and one name
+                        own = names.setdefault(id(tensor), own)
+                        found.setdefault(own, tensor)
+                    elif container is submodule._buffers:
+                        self._empty[own] = None
+                    else:
+                        continue
+                    self._places.setdefault(own, []).append((container, key))
+        # Attributes that the user has put on a parameter, for D to read.
+        self._attributes = {n: vars(p) for n, p in self.parameters.items() if vars(p)}
+
+    def __call__(
+        self,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Return ``module(*args, **kwargs)`` and the buffers that it leaves behind."""
+        versions = {name: tensor._version for name, tensor in parameters.items()}
+        # Fresh buffers at every call: one that is changed in place may be saved for backward.
+        with self.installed(parameters, {name: b.clone() for name, b in buffers.items()}):
+            output = self.module(*args, **kwargs)
+            slots = {name: self._places[name][0] for name in (*self.buffers, *self._empty)}
+            left = {name: container[key] for name, (container, key) in slots.items()}
+        for name, tensor in parameters.items():
+            if tensor._version != versions[name]:
+                raise RuntimeError(mutation_message(name))
+        return output, {name: buffer for name, buffer in left.items() if buffer is not None}
+
+    @contextmanager
+    def installed(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> Iterator[None]:
+        """Let the module have these parameters and buffers for its own."""
+        for name, attributes in self._attributes.items():
+            vars(parameters[name]).update(attributes)
+        try:
+            self._write({**parameters, **dict.fromkeys(self.buffers), **self._empty, **buffers})
+            yield
+        finally:
+            self._write({**self.parameters, **self.buffers, **self._empty})
+
+    def _write(self, values: Mapping[str, Tensor | None]) -> None:
+        for name, value in values.items():
+            for container, key in self._places[name]:
+                container[key] = value
+
+
+def mutation_message(name: str) -> str:
+    """Return the text of the refusal of a D that writes into its own parameters."""
+    return (
+        f"discriminator: its forward pass must not change its parameters in place; it changed "
+        f"{name!r}, which would make every look-ahead step differ from a training step. Move the "
+        "change after optimizer.step() in your loop and give it to the look-ahead as project=."
+    )
+
+
+class FunctionalDiscriminator:
+    """D at some theta_D^k: the pure callable that objectives get. Its buffers evolve."""
+
+    def __init__(
+        self, module: PureModule, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> None:
+        self.module, self.parameters, self.buffers = module, parameters, buffers
+        # Where theta_D^k is a constant, D's own kernels are right; f_0 is the user's, bit for bit.
+        differentiated = any(p.requires_grad for p in parameters.values())
+        self._context = right_derivatives if differentiated else nullcontext
+
+    def __call__(self, batch: Batch) -> Any:
+        """Return D(x) for a tensor, D(*x) for a tuple, D(**x) for a mapping."""
+        if isinstance(batch, Mapping):
+            return self.forward(**batch)
+        return self.forward(*batch) if isinstance(batch, tuple) else self.forward(batch)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return ``D(*args, **kwargs)``."""
+        with self._context():
+            output, self.buffers = self.module(self.parameters, self.buffers, args, kwargs)
+        return output
+
+
+@contextmanager
+def preserved(module: nn.Module, also: Iterable[object] = ()) -> Iterator[None]:
+    """Let ``module`` be used for a look-ahead and give it back exactly as it was.
+
+    Attributes that a forward pass or a hook sets, and containers of up to ``LARGE`` entries that it
+    fills, are restored; tensors among them are clones meanwhile, which D may change in place. So
+    are those of the objects in ``also``, an objective's. Spectral norm's power iteration stands
+    still, and compiled parts run uncompiled: they cannot be differentiated twice.
+    """
+    submodules = list(module.modules())
+    nested = [part.modules() if isinstance(part, nn.Module) else [part] for part in also]
+    others = [part for found in nested for part in found if hasattr(part, "__dict__")]
+    holders = [part for part in (*submodules, *others) if not isinstance(part, ModuleType)]
+    saved: dict[int, tuple[Any, Any]] = {}
+    for holder in holders:
+        attributes = vars(holder)
+        saved[id(attributes)] = (attributes, attributes.copy())
+        _save(attributes.values(), saved)
+    hooks = (hook for submodule in submodules for hook in submodule._forward_pre_hooks.values())
+    spectral_hooks = [(h, h.n_power_iterations) for h in hooks if isinstance(h, SpectralNorm)]
+    cache = parametrize._cache_enabled, parametrize._cache
+    try:
+        parametrize._cache_enabled, parametrize._cache = 0, {}  # it would hold theta_D^0's weights
+        registered = [d for m in submodules for d in (m._parameters, m._buffers)]
+        registered += [part._parameters for part in others if isinstance(part, nn.Module)]
+        own = {id(tensor) for d in registered for tensor in d.values()}
+        for container, content in saved.values():
+            if isinstance(content, (dict, list, deque)):
+                items = content.items() if isinstance(content, dict) else enumerate(content)
+                for key, value in items:
+                    if isinstance(value, Tensor) and id(value) not in own:
+                        container[key] = value.clone()
+        for hook, _ in spectral_hooks:
+            hook.n_power_iterations = 0
+        for submodule in submodules:
+            if isinstance(submodule, _SpectralNorm):
+                submodule.training = False
+        with _uncompiled():
+            yield
+    finally:
+        for hook, iterations in spectral_hooks:
+            hook.n_power_iterations = iterations
+        for container, content in saved.values():
+            if not _unchanged(container, content):
+                container.clear()
+                (container.update if isinstance(content, (dict, set)) else container.extend)(
+                    content
+                )
+        parametrize._cache_enabled, parametrize._cache = cache
+
+
+def _save(values: Iterable[Any], saved: dict[int, tuple[Any, Any]]) -> None:
+    """Collect the containers among values, however deep, each with a copy of what it holds."""
+    for value in values:
+        if type(value) in _CONTAINERS and id(value) not in saved and len(value) <= LARGE:
+            saved[id(value)] = (value, value.copy() if value else type(value)())
+            if value:
+                _save(value.values() if isinstance(value, dict) else value, saved)
+
+
+def _unchanged(container: Any, content: Any) -> bool:
+    """Return whether a container holds the same objects as a copy of it."""
+    if isinstance(container, set):
+        return bool(container == content)
+    if len(container) != len(content) or not all(map(is_, container, content)):
+        return False
+    return not isinstance(container, dict) or all(map(is_, container.values(), content.values()))
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """Return a context in which what ``torch.compile`` has made runs as it was written."""
+    if "torch._dynamo" not in sys.modules:  # importing it takes seconds, and nothing is compiled
+        return nullcontext()
+    context: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return context

@@ -1,0 +1,180 @@
+"""The heart: one look-ahead step of the discriminator, K of them, and f at their end.
+
+A step is a pure function from a point to the next, and everything else is a function around it
+(:mod:`unroll._modes`). Whether a step is differentiable is ``torch.is_grad_enabled()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unroll._autograd_fixes import inner_gradients
+from unroll._functional import Functional, FunctionalDiscriminator, Pair, map_tensors, views
+from unroll._objectives import Objective
+from unroll._optimizers import InnerOptimizer
+from unroll._validation import Project, check_gradients_found, check_scalar, projected
+
+
+class Point(NamedTuple):
+    """Where the look-ahead stands after k steps."""
+
+    parameters: Mapping[str, Tensor]  # theta_D^k
+    buffers: Mapping[str, Tensor]
+    optimizer_state: Any
+    loss: Tensor  # D's at theta_D^{k-1}, detached; NaN at theta_D^0
+
+
+Gradients = dict[str, Tensor]
+Step = Callable[[Point, Pair, Any], Point]  # given a point, (fake, real) and optimizer settings
+Value = Callable[[Point, Pair], Tensor]  # f at a point, on (fake, real)
+Transform = Callable[[Gradients, Mapping[str, Tensor], Pair], Gradients]
+
+
+@dataclass(frozen=True)
+class Game:
+    """What a step consists of besides tensors."""
+
+    discriminator: Functional
+    optimizer: InnerOptimizer
+    objective: Objective
+    moving: frozenset[str]  # names of the parameters that take steps
+    transforms: tuple[Transform, ...]  # of their gradients, before the optimizer sees them
+    project: Project | None
+
+
+def start(discriminator: Functional, optimizer_state: Any = None) -> Point:
+    """Return theta_D^0 = theta_D (Eq. 6), in copies."""
+    parameters = {name: p.detach().clone() for name, p in discriminator.parameters.items()}
+    buffers = {name: b.detach().clone() for name, b in discriminator.buffers.items()}
+    return Point(parameters, buffers, optimizer_state, torch.full((), torch.nan))
+
+
+def look_ahead(step: Step, point: Point, pairs: Iterable[Pair], settings: Any) -> Iterator[Point]:
+    """Yield theta_D^1, ..., theta_D^K (Eq. 8), one for each (fake, real)."""
+    for pair in pairs:
+        point = step(point, pair, settings)
+        yield point
+
+
+def inner_step(game: Game) -> Step:
+    """Return the step theta_D^{k+1} = theta_D^k + eta df/dtheta_D^k (Eq. 7)."""
+
+    def step(point: Point, pair: Pair, settings: Any) -> Point:
+        theta = leaves(point.parameters, game.moving)
+        d = FunctionalDiscriminator(game.discriminator, theta, point.buffers)
+        loss, gradients = differentiate(game, d, views(pair), create_graph=torch.is_grad_enabled())
+        with torch.enable_grad():
+            for transform in game.transforms:
+                gradients = transform(gradients, {n: theta[n] for n in game.moving}, pair)
+        check_gradients_found(gradients)
+        parameters, state = update(game, theta, gradients, point.optimizer_state, settings)
+        return Point(parameters, d.buffers, state, loss.detach())
+
+    return step
+
+
+def surrogate(value: Value, points: Sequence[Point], pair: Pair) -> Tensor:
+    """Return f_K (Eq. 9), the value at theta_D^K; given several points, the mean (App. B.2)."""
+    values = [value(point, pair) for point in points]
+    return values[0] if len(values) == 1 else torch.stack(values).mean()
+
+
+def generator_value(discriminator: Functional, objective: Objective) -> Value:
+    """Return f as a function of a point: what G minimises there."""
+
+    def value(point: Point, pair: Pair) -> Tensor:
+        d = FunctionalDiscriminator(discriminator, point.parameters, point.buffers)
+        f = objective.generator_loss(d, *views(pair))
+        check_scalar(f, "generator_loss")
+        return f
+
+    return value
+
+
+def without_graph(step: Step) -> Step:
+    """Return the step with theta_D^{k+1} as a constant: no second term in Eq. 12."""
+
+    def constant(point: Point, pair: Pair, settings: Any) -> Point:
+        with torch.no_grad():
+            following = step(point, map_tensors(Tensor.detach, pair), settings)
+            detached: Point = map_tensors(Tensor.detach, following)
+            return detached
+
+    return constant
+
+
+def leaves(parameters: Mapping[str, Tensor], moving: frozenset[str]) -> dict[str, Tensor]:
+    """Return theta_D^k with a gradient in those that move; theta_D^0 and constants have none."""
+    return {
+        name: p.detach().requires_grad_() if name in moving and not p.requires_grad else p
+        for name, p in parameters.items()
+    }
+
+
+def differentiate(
+    game: Game, d: FunctionalDiscriminator, pair: Pair, *, create_graph: bool
+) -> tuple[Tensor, Gradients]:
+    """Return D's loss and its gradients in the moving parameters on which it depends."""
+    moving = {name: p for name, p in d.parameters.items() if name in game.moving}
+    with torch.enable_grad(), _without_autocast_cache():
+        loss = game.objective.discriminator_loss(d, *pair)
+        check_scalar(loss, "discriminator_loss")
+        if not loss.requires_grad:
+            return loss, {}
+        found = inner_gradients(loss, list(moving.values()), create_graph=create_graph)
+        own = game.discriminator.parameters
+        return loss, {
+            name: after_hooks(own[name], gradient, name)
+            for name, gradient in zip(moving, found, strict=True)
+            if gradient is not None
+        }
+
+
+def update(
+    game: Game, theta: Mapping[str, Tensor], gradients: Gradients, state: Any, settings: Any
+) -> tuple[Mapping[str, Tensor], Any]:
+    """Return theta_D^{k+1} and the optimizer's next state."""
+    device = next(iter(theta.values())).device
+    with torch.autocast(device.type, enabled=False):  # optimizers keep full precision
+        parameters, state = game.optimizer.step(theta, gradients, state, settings)
+        if game.project is not None:
+            parameters = projected(game.project, parameters)
+    return parameters, state
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Disable autocast's weight cache: it ignores non-leaves and accumulates in half precision."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def after_hooks(parameter: Tensor, gradient: Tensor, name: str) -> Tensor:
+    """Return a gradient after the hooks of the real parameter, which backward() would run."""
+    if gradient.layout != torch.strided:
+        raise TypeError(
+            f"discriminator: the gradient of {name!r} is sparse, which the look-ahead cannot "
+            "differentiate. Build the layer with sparse=False."
+        )
+    for hook in (parameter._backward_hooks or {}).values():
+        try:
+            replaced = hook(gradient)
+        except AssertionError as error:
+            if "inside a backward call" not in str(error):
+                raise
+            raise TypeError(
+                "discriminator: its parameters have a hook of register_multi_grad_hook, which runs "
+                "in backward() alone. Use parameter.register_hook, or remove it for G's step."
+            ) from error
+        gradient = gradient if replaced is None else replaced
+    return gradient

@@ -1,0 +1,1 @@
+"""Modes: functions from a step to a step with the same results."""

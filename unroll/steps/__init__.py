@@ -1,1 +1,0 @@
-"""The K look-ahead steps of the discriminator (Eq. 6 to 8)."""
