@@ -9,10 +9,11 @@ import copy
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from operator import is_
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from unroll._autograd_fixes import right_derivatives
 
+F = TypeVar("F", bound=Callable[..., Any])
 Batch = Any
 Pair = tuple[Batch, Batch]  # (fake, real)
 LARGE = 1000  # entries: a forward pass fills small containers, a vocabulary would take long to copy
@@ -64,6 +66,19 @@ def views(batch: Batch) -> Batch:
     return map_tensors(lambda t: t.view_as(t) if t.requires_grad else t.detach(), batch)
 
 
+def outside_compiled_code(method: F) -> F:
+    """Let a method run as Python inside what ``torch.compile`` traces, its own steps included."""
+
+    @wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the decorator itself imports the compiler: seconds
+            disable: Any = torch.compiler.disable
+            return disable(method)(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return cast(F, run)
+
+
 def unwrap_once(module: nn.Module) -> nn.Module | None:
     """Return what ``torch.compile``'s or a data-parallel wrapper holds, None for other modules."""
     dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled before it is imported
@@ -76,18 +91,11 @@ def unwrap_once(module: nn.Module) -> nn.Module | None:
     return inner
 
 
-class PureModule(Protocol):
-    """An ``nn.Module`` as a function of its parameters and buffers."""
-
-    def __call__(
-        self,
-        parameters: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """Return ``module(*args, **kwargs)`` and the buffers that it leaves behind."""
-        ...
+# An nn.Module as a function: (parameters, buffers, args, kwargs) -> (output, buffers left behind).
+PureModule = Callable[
+    [Mapping[str, Tensor], Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]],
+    tuple[Any, dict[str, Tensor]],
+]
 
 
 class Functional:
@@ -101,12 +109,12 @@ class Functional:
         self.module = module
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
-        self.layers: list[tuple[type[nn.Module], bool]] = []  # and whether each is training
+        layers: list[tuple[type[nn.Module], bool]] = []
         self._empty: dict[str, None] = {}  # buffers that are None, until D is run perhaps
         self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
         names: dict[int, str] = {}
         for prefix, submodule in module.named_modules():
-            self.layers.append((type(submodule), submodule.training))
+            layers.append((type(submodule), submodule.training))
             for found, container in (
                 (self.parameters, submodule._parameters),
                 (self.buffers, submodule._buffers),
@@ -121,6 +129,7 @@ class Functional:
                     else:
                         continue
                     self._places.setdefault(own, []).append((container, key))
+        self.layers = tuple(layers)  # their types, and which are in training mode
         # Attributes that the user has put on a parameter, for D to read.
         self._attributes = {n: vars(p) for n, p in self.parameters.items() if vars(p)}
 
@@ -232,7 +241,8 @@ def preserved(module: nn.Module, also: Iterable[object] = ()) -> Iterator[None]:
         for submodule in submodules:
             if isinstance(submodule, _SpectralNorm):
                 submodule.training = False
-        with _uncompiled():
+        compiled = "torch._dynamo" in sys.modules  # importing it takes seconds
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
         for hook, iterations in spectral_hooks:
@@ -262,11 +272,3 @@ def _unchanged(container: Any, content: Any) -> bool:
     if len(container) != len(content) or not all(map(is_, container, content)):
         return False
     return not isinstance(container, dict) or all(map(is_, container.values(), content.values()))
-
-
-def _uncompiled() -> AbstractContextManager[None]:
-    """Return a context in which what ``torch.compile`` has made runs as it was written."""
-    if "torch._dynamo" not in sys.modules:  # importing it takes seconds, and nothing is compiled
-        return nullcontext()
-    context: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return context

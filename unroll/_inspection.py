@@ -1,38 +1,41 @@
-"""The search of the first call: one step of D with its graph, looked through for what goes wrong."""
+"""The search of the first call: a step of D whose graph is looked through for what goes wrong."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from unroll._autograd_fixes import RECOMPUTATION, recomputation_refused
 from unroll._functional import (
+    Functional,
     FunctionalDiscriminator,
     Pair,
-    map_tensors,
     mutation_message,
+    preserved,
     tensors,
-    views,
 )
 from unroll._look_ahead import (
     Game,
     Gradients,
     Point,
+    Step,
     Value,
     differentiate,
+    generator_value,
     leaves,
     update,
 )
+from unroll._modes.checkpointed import refuse_unrepeatable
+from unroll._probes import graph, has_dead_ends, without_derivative
+from unroll._random import random_state, replayed
 from unroll._validation import outside_autograd, same
-
-T = TypeVar("T")
 
 DETACHED_FAKES = (
     "objective: discriminator_loss does not depend on the fakes (are they detached?), so the "
@@ -41,14 +44,67 @@ DETACHED_FAKES = (
 )
 
 
+@dataclass
+class Inspection:
+    """The search of a loss: once for every form of D, its layers, modes and what is frozen."""
+
+    parts: tuple[nn.Module, Sequence[object]]  # what is preserved: D, summands of the objective
+    stop_gradient: bool
+    checkpoint: bool
+    average: bool
+    searched: dict[Any, bool] = field(default_factory=dict)  # whether D checkpoints activations
+
+    def inspect_steps(self, game: Game, step: Step, point: Point, batch: Pair, pair: Pair) -> None:
+        """Search a step on ``pair`` and f on ``batch``, where a gradient will be asked for."""
+        if not any(t.requires_grad for t in tensors((batch, pair))):
+            return
+        module, value = self.parts[0], generator_value(game.discriminator, game.objective)
+        with self._leaving_nothing_behind():
+            if self.stop_gradient:
+                inspect_value(module, value, point, batch)
+            else:
+                following = inspect_step(game, point, pair)
+                inspect_value(module, value, following, batch)
+                if self.checkpoint:
+                    refuse_unrepeatable(step, *self.parts, (point, pair, game.optimizer.settings))
+                if self.checkpoint and self.average:
+                    refuse_unrepeatable(value, *self.parts, (following, batch))
+        self.searched[game.discriminator.layers, game.moving] = False
+
+    def recomputes(self, d: Functional, value: Value, point: Point, batch: Pair) -> bool:
+        """Return whether D checkpoints activations in f_0, after a search of that."""
+        if d.layers not in self.searched:
+            with self._leaving_nothing_behind():
+                self.searched[d.layers] = self._recomputes(value, point, batch)
+        return self.searched[d.layers]
+
+    def _recomputes(self, value: Value, point: Point, batch: Pair) -> bool:
+        try:
+            with recomputation_refused():
+                inspect_value(self.parts[0], value, point, batch)
+        except RuntimeError as error:
+            if str(error).startswith(RECOMPUTATION):
+                return True
+            raise
+        return False
+
+    @contextmanager
+    def _leaving_nothing_behind(self) -> Iterator[None]:
+        """Let D be run: random numbers are drawn again afterwards, and D is preserved."""
+        device = next(self.parts[0].parameters()).device
+        with replayed(random_state(device), device), preserved(*self.parts):
+            yield
+
+
 def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
     """Take one step at theta_D^0 with a graph and refuse what would go wrong; return theta_D^1."""
-    discriminator, pair = game.discriminator, views(pair)
+    discriminator = game.discriminator
     module = discriminator.module
     _refuse_layers(module)
     theta = leaves(point.parameters, game.moving)
     d = FunctionalDiscriminator(discriminator, theta, point.buffers)
     loss, gradients = differentiate(game, d, pair, create_graph=True)
+    _refuse_reentrant_checkpoints(loss)
     if not gradients:  # the step itself refuses this; with `sync`, other ranks may have some
         return point
     settings = game.optimizer.settings
@@ -61,9 +117,9 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
     updated = _own_parameter(module, [*moved.values(), *tensors(state)], [loss, *batch])
     if updated is not None:
         raise RuntimeError(
-            f"project, optimizer: the update uses D's parameter {updated!r} itself (from a closure of "
-            "project=, of a transformation or of a gradient hook), which would get a gradient. Use "
-            "what they are given, theta_D^k; where theta_D^0 is meant, parameter.detach()."
+            f"project, optimizer: the update uses D's parameter {updated!r} itself (from a closure "
+            "of project=, of a transformation or of a gradient hook), which would get a gradient. "
+            "Use what they are given, theta_D^k; where theta_D^0 is meant, parameter.detach()."
         )
     if game.project is not None:
         _refuse_projection_outside_autograd(game, theta, gradients, point.optimizer_state)
@@ -71,24 +127,12 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
     return Point(moved, d.buffers, state, loss.detach())
 
 
-def inspect_value(module: nn.Module, value: Value, point: Point, pair: Pair) -> Tensor:
-    """Return f at a point, after a search for D's real parameters in its graph."""
+def inspect_value(module: nn.Module, value: Value, point: Point, pair: Pair) -> None:
+    """Refuse an f that D's real parameters reach, now or in backward."""
     f = value(point, pair)
+    _refuse_reentrant_checkpoints(f)
     reached = [*tensors(pair), *point.parameters.values(), *point.buffers.values()]
     _refuse_own_parameters(module, f, reached)
-    return f
-
-
-def recomputes(module: nn.Module, value: Value, point: Point, pair: Pair) -> bool:
-    """Return whether D, as f_0 runs it, checkpoints activations; refuse as :func:`inspect_value`."""
-    try:
-        with recomputation_refused():
-            nodes = graph([inspect_value(module, value, point, pair)])
-    except RuntimeError as error:
-        if str(error).startswith(RECOMPUTATION):
-            return True
-        raise
-    return any(node.name().startswith("CheckpointFunction") for node in nodes)
 
 
 def _refuse_projection_outside_autograd(
@@ -96,13 +140,23 @@ def _refuse_projection_outside_autograd(
 ) -> None:
     """Refuse a projection that changes values without a trace in the graph, as ``.data`` does."""
     assert game.project is not None
-    moved, _ = game.optimizer.step(theta, gradients, state, game.optimizer.settings)
+    unprojected = replace(game, project=None)
+    moved, _ = update(unprojected, theta, gradients, state, game.optimizer.settings)
     given = {name: value.clone() for name, value in moved.items()}
     histories = {name: value.grad_fn for name, value in given.items()}
-    for name, value in game.project(dict(given)).items():
+    device = next(iter(given.values())).device
+    with torch.autocast(device.type, enabled=False):
+        found = game.project(dict(given))
+    for name, value in found.items():
         untouched = value.grad_fn is histories[name]
         if moved[name].requires_grad and untouched and not same(value, moved[name]):
             raise ValueError(outside_autograd(name))
+
+
+def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
+    """Refuse the form of activation checkpointing that hooks no tensors."""
+    if any(node.name().startswith("CheckpointFunction") for node in graph([loss])):
+        raise RuntimeError(RECOMPUTATION)
 
 
 def _refuse_own_parameters(module: nn.Module, loss: Tensor, until: Iterable[Tensor]) -> None:
@@ -167,13 +221,13 @@ def _inspect_derivatives(
     found: Sequence[Tensor | None] = [None] * len(points)
     if outputs:
         try:
-            if _has_dead_ends(graph(outputs, [t.grad_fn for t in fakes if t.grad_fn is not None])):
+            if has_dead_ends(graph(outputs, [t.grad_fn for t in fakes if t.grad_fn is not None])):
                 raise RuntimeError("a derivative is not implemented")
             found = torch.autograd.grad(
                 outputs, points, [g.detach() for g in outputs], retain_graph=True, allow_unused=True
             )
         except RuntimeError as error:
-            named = _without_derivative(module, forward)
+            named = without_derivative(module, forward)
             if not named:
                 raise
             raise RuntimeError(
@@ -184,116 +238,6 @@ def _inspect_derivatives(
             ) from error
     if fakes and all(g is None for g in found[: len(fakes)]):
         warnings.warn(DETACHED_FAKES, stacklevel=2)
-
-
-def _without_derivative(module: nn.Module, forward: Callable[[], object]) -> list[str]:
-    """Return the layers that lack a derivative of the lowest order that any of them lacks."""
-    orders = {name: n for name, n in probe_layers(module, forward, _missing_order).items() if n}
-    lowest = min(orders.values(), default=0)
-    return innermost([name for name, order in orders.items() if order == lowest])
-
-
-def innermost(names: Sequence[str]) -> list[str]:
-    """Return the probed layers of which no part is named too."""
-    paths = [name.split(" ")[0] for name in names]
-    return [
-        name
-        for name, path in zip(names, paths, strict=True)
-        if not any(p.startswith(f"{path}.") or (path == "itself" != p) for p in paths)
-    ]
-
-
-def probe_layers(
-    module: nn.Module,
-    forward: Callable[[], object],
-    probe: Callable[[Callable[..., Any], list[Tensor], list[Tensor]], T],
-) -> dict[str, T]:
-    """Call ``probe`` on every layer that ``forward`` runs, with what it runs on.
-
-    ``probe`` gets the layer, its floating-point inputs (detached, requiring gradients) and its
-    parameters; results come by the layer's name and type.
-    """
-    results: dict[str, T] = {}
-    busy = False
-
-    def hook_of(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-            nonlocal busy
-            if busy or name in results:
-                return
-            busy = True
-            try:
-                with torch.enable_grad():
-                    fresh, named = map_tensors(_leaf, (args, kwargs))
-                    inputs = [t for t in tensors((fresh, named)) if t.requires_grad]
-                    parameters: list[Tensor] = [p for p in layer.parameters() if p.requires_grad]
-
-                    def run() -> Any:  # on copies, which a layer may change in place
-                        copies, named_copies = map_tensors(Tensor.clone, (fresh, named))
-                        return layer(*copies, **named_copies)
-
-                    results[name] = probe(run, inputs, parameters)
-            finally:
-                busy = False
-
-        return hook
-
-    handles = [
-        layer.register_forward_hook(
-            hook_of(f"{name or 'itself'} ({type(layer).__name__})"), with_kwargs=True
-        )
-        for name, layer in module.named_modules()
-        if "parametrizations" not in name.split(".")
-    ]
-    try:
-        forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return results
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
-
-
-def _missing_order(layer: Callable[[], Any], inputs: list[Tensor], parameters: list[Tensor]) -> int:
-    """Return 2 or 3 where a layer lacks that derivative, 0 where it has both."""
-    points = inputs + parameters
-    values = [t for t in tensors(layer()) if t.requires_grad]
-    for order in (1, 2, 3):
-        if not values:
-            break
-        loss = torch.stack([t.square().sum() for t in values]).sum()
-        try:
-            found = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
-        except RuntimeError:
-            return order
-        values = [g for g in found if g is not None and g.requires_grad]
-        if order < 3 and _has_dead_ends(graph(values)):
-            return order + 1
-    return 0
-
-
-def graph(outputs: Iterable[Tensor], until: Iterable[Node] = ()) -> set[Node]:
-    """Return the autograd nodes behind the outputs, up to and with those of ``until``."""
-    last = set(until)
-    stack = [output.grad_fn for output in outputs]
-    nodes: set[Node] = set()
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            if node in last:
-                continue
-            stack.extend(following for following, _ in node.next_functions)
-    return nodes
-
-
-def _has_dead_ends(nodes: set[Node]) -> bool:
-    """Return whether there are missing derivatives, which ``autograd.grad`` may pass by."""
-    missing = {"torch::autograd::NotImplemented", "torch::autograd::Error"}
-    return any(node.name() in missing for node in nodes)
 
 
 @contextmanager

@@ -55,11 +55,17 @@ def start(discriminator: Functional, optimizer_state: Any = None) -> Point:
     return Point(parameters, buffers, optimizer_state, torch.full((), torch.nan))
 
 
-def look_ahead(step: Step, point: Point, pairs: Iterable[Pair], settings: Any) -> Iterator[Point]:
-    """Yield theta_D^1, ..., theta_D^K (Eq. 8), one for each (fake, real)."""
+def look_ahead(
+    step: Step, point: Point, pairs: Iterable[Pair], settings: Any, *, every: bool = False
+) -> tuple[list[Point], list[Tensor]]:
+    """Return theta_D^K (Eq. 8), or ``every`` one of theta_D^1..K, and D's loss before each step."""
+    points: list[Point] = []
+    losses: list[Tensor] = []
     for pair in pairs:
         point = step(point, pair, settings)
-        yield point
+        points = [*points, point] if every else [point]
+        losses.append(point.loss)
+    return points or [point], losses
 
 
 def inner_step(game: Game) -> Step:
@@ -68,10 +74,11 @@ def inner_step(game: Game) -> Step:
     def step(point: Point, pair: Pair, settings: Any) -> Point:
         theta = leaves(point.parameters, game.moving)
         d = FunctionalDiscriminator(game.discriminator, theta, point.buffers)
-        loss, gradients = differentiate(game, d, views(pair), create_graph=torch.is_grad_enabled())
+        loss, gradients = differentiate(game, d, pair, create_graph=torch.is_grad_enabled())
         with torch.enable_grad():
             for transform in game.transforms:
-                gradients = transform(gradients, {n: theta[n] for n in game.moving}, pair)
+                moving = {n: p for n, p in theta.items() if n in game.moving}
+                gradients = transform(gradients, moving, pair)
         check_gradients_found(gradients)
         parameters, state = update(game, theta, gradients, point.optimizer_state, settings)
         return Point(parameters, d.buffers, state, loss.detach())
@@ -123,7 +130,7 @@ def differentiate(
     """Return D's loss and its gradients in the moving parameters on which it depends."""
     moving = {name: p for name, p in d.parameters.items() if name in game.moving}
     with torch.enable_grad(), _without_autocast_cache():
-        loss = game.objective.discriminator_loss(d, *pair)
+        loss = game.objective.discriminator_loss(d, *views(pair))
         check_scalar(loss, "discriminator_loss")
         if not loss.requires_grad:
             return loss, {}

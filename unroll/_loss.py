@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial, wraps
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchopt.pytree import tree_map
 
 from unroll._autograd_fixes import recomputation_refused
-from unroll._functional import Batch, Functional, Pair, preserved, tensors
-from unroll._inspection import inspect_step, inspect_value, recomputes, warn_of_gradient_hooks
+from unroll._functional import (
+    Batch,
+    Functional,
+    Pair,
+    outside_compiled_code,
+    preserved,
+    tensors,
+)
+from unroll._inspection import Inspection, warn_of_gradient_hooks
 from unroll._look_ahead import (
     Game,
     Point,
-    Step,
     Value,
     generator_value,
     inner_step,
@@ -27,40 +30,24 @@ from unroll._look_ahead import (
     surrogate,
     without_graph,
 )
-from unroll._modes.checkpointed import checkpointed, refuse_unrepeatable
+from unroll._modes.checkpointed import checkpointed
 from unroll._modes.compiled import Code
 from unroll._modes.distributed import agreed, averaged, resolved_sync
 from unroll._modes.evaluated import evaluated
 from unroll._objectives import Minimax, Objective
 from unroll._optimizers import inner_optimizer, warn_of_step_hooks
 from unroll._penalties import summands
-from unroll._random import random_state, replayed
-from unroll._unrolled_discriminator import UnrolledDiscriminator
+from unroll._unrolled_discriminator import UnrolledDiscriminator, unrolled
 from unroll._validation import (
     Project,
-    check_differentiable,
+    check_assignable,
     check_objective,
     check_project,
     checked_discriminator,
     checked_steps,
-    drawn_minibatches,
+    drawn,
     warn_of_sigmoid,
 )
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _outside_compiled_code(method: F) -> F:
-    """Let a method run as Python inside what ``torch.compile`` traces, its own steps included."""
-
-    @wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # importing the decorator's module takes seconds
-            disable: Any = torch.compiler.disable
-            return disable(method)(*args, **kwargs)
-        return method(*args, **kwargs)
-
-    return cast(F, run)
 
 
 class UnrolledGeneratorLoss(nn.Module):
@@ -149,6 +136,7 @@ class UnrolledGeneratorLoss(nn.Module):
         warn_of_step_hooks(optimizer)
         warn_of_gradient_hooks(module)
         held = inner_optimizer(optimizer, dict(module.named_parameters())).names
+        parts = module, summands(objective)
         averages, group = resolved_sync(discriminator, sync)
         # Not as attributes of an nn.Module: D would become a submodule of its loss.
         vars(self).update(
@@ -163,8 +151,8 @@ class UnrolledGeneratorLoss(nn.Module):
             sync=averages,
             _group=group,
             _code=Code() if compile else None,
-            _parts=(module, summands(objective)),
-            _recomputes={},
+            _parts=parts,
+            _inspection=Inspection(parts, stop_gradient, checkpoint, average),
             _still=frozenset(),
         )
         self._moving(dict(module.named_parameters()), held)
@@ -181,21 +169,15 @@ class UnrolledGeneratorLoss(nn.Module):
     _group: Any
     _code: Code | None
     _parts: tuple[nn.Module, list[Objective]]  # what is preserved: D, summands of the objective
-    _recomputes: dict[Any, bool]  # whether D checkpoints activations; by its form, once inspected
+    _inspection: Inspection
     _still: frozenset[str]  # names of D's parameters that the optimizer holds and that are frozen
 
     def __setattr__(self, name: str, value: object) -> None:
         """Assign K, or what ``nn.Module`` and its tools keep on a module; refuse the rest."""
-        if name == "unroll_steps":
-            value = checked_steps(value)
-        elif not (name.startswith("_") or name == "training"):
-            raise AttributeError(
-                f"{name}: cannot be assigned, of a loss only unroll_steps can; got {value!r}. Make "
-                "a new UnrolledGeneratorLoss, which costs nothing, or check the spelling."
-            )
+        check_assignable(name, value)
         object.__setattr__(self, name, value)
 
-    @_outside_compiled_code
+    @outside_compiled_code
     def forward(
         self,
         fake: Batch,
@@ -225,13 +207,13 @@ class UnrolledGeneratorLoss(nn.Module):
             RuntimeError: Called in inference mode, D changes its parameters in place, a layer has
                 no second derivative, or with ``sync`` the ranks disagree on K.
         """
-        differentiable = torch.is_grad_enabled() and not self.stop_gradient
-        pairs = self._pairs(fake, real, minibatches, differentiable=differentiable)
-        with self._preserved():
-            points, value = self._look_ahead((fake, real), pairs, optimizer_state)
-            return surrogate(value, points, (fake, real))
+        batch = fake, real
+        pairs = self._pairs(batch, minibatches, differentiable=not self._constant)
+        with preserved(*self._parts):
+            points, value = self._points(batch, pairs, optimizer_state)
+            return surrogate(value, points, batch)
 
-    @_outside_compiled_code
+    @outside_compiled_code
     def unroll(
         self,
         fake: Batch,
@@ -257,35 +239,27 @@ class UnrolledGeneratorLoss(nn.Module):
             ValueError: As :meth:`forward`, except for detached fakes.
             RuntimeError: As :meth:`forward`.
         """
-        pairs = self._pairs(fake, real, minibatches, differentiable=False)
-        with self._preserved():
+        batch = fake, real
+        pairs = self._pairs(batch, minibatches, differentiable=False)
+        with preserved(*self._parts):
             game, point = self._start(optimizer_state)
-            losses = []
-            for point in self._steps(game, point, (fake, real), pairs):
-                losses.append(point.loss)
+            (point, *_), losses = self._steps(game, point, batch, pairs)
         in_graph = any(t.requires_grad for t in tensors(pairs)) and not self._constant
-        keep = _unchanged if in_graph else _detached
-        nothing = next(iter(point.parameters.values())).new_empty(0)
-        return UnrolledDiscriminator(
-            parameters={name: keep(p) for name, p in point.parameters.items()},
-            buffers={name: b.detach().clone() for name, b in point.buffers.items()},
-            optimizer_state=tree_map(keep, game.optimizer.export(point.optimizer_state)),
-            losses=torch.stack(losses) if losses else nothing,
-            _module=self.discriminator,
-        )
+        state = game.optimizer.export(point.optimizer_state)
+        return unrolled(self.discriminator, point, state, losses, in_graph=in_graph)
 
-    def _look_ahead(
+    def _points(
         self, batch: Pair, pairs: Sequence[Pair], optimizer_state: Any = None
     ) -> tuple[Sequence[Point], Value]:
         """Return theta_D^K, or theta_D^1..K with ``average``, and f; D must be preserved."""
-        if not pairs and optimizer_state is None:  # f_0 needs no optimizer
+        if not pairs and optimizer_state is None:
             return self._no_step(batch)
         game, point = self._start(optimizer_state)
-        ahead = self._steps(game, point, batch, pairs)
-        points = deque(ahead, maxlen=None if self.average else 1) or [point]
+        points, _ = self._steps(game, point, batch, pairs, every=self.average)
         value = generator_value(game.discriminator, self.objective)
         if self.average and self.checkpoint:
-            value = checkpointed(value, *self._parts)
+            # An objective may differentiate in its inputs, also where no graph is kept.
+            value = checkpointed(torch.enable_grad()(value), *self._parts)
         return points, value
 
     def _start(self, optimizer_state: Any) -> tuple[Game, Point]:
@@ -295,72 +269,32 @@ class UnrolledGeneratorLoss(nn.Module):
         moving = self._moving(d.parameters, optimizer.names)
         transforms = (partial(averaged, group=self._group),) if self.sync else ()
         game = Game(d, optimizer, self.objective, moving, transforms, self.project)
-        return game, start(d, optimizer.initial_state())
+        return game, start(d, optimizer.initial_state)
 
     def _steps(
-        self, game: Game, point: Point, batch: Pair, pairs: Sequence[Pair]
-    ) -> Iterator[Point]:
-        """Yield theta_D^1..K, by a step in the modes that are set."""
+        self, game: Game, point: Point, batch: Pair, pairs: Sequence[Pair], *, every: bool = False
+    ) -> tuple[list[Point], list[Tensor]]:
+        """Return what :func:`look_ahead` does, by a step in the modes that are set."""
         step = inner_step(game)
-        self._inspect_once(game, step, point, batch, pairs)
-        if self._code is not None:
-            step = self._code.step(step, game)
+        faster = step if self._code is None else self._code.step(step, game)
         if self._constant:
-            step = without_graph(step)
-        elif self.checkpoint:
-            step = checkpointed(step, *self._parts)
+            mode = without_graph(faster)
+        else:
+            mode = checkpointed(faster, *self._parts) if self.checkpoint else faster
         with recomputation_refused():
-            yield from look_ahead(step, point, pairs, game.optimizer.settings)
+            form = game.discriminator.layers, game.moving
+            if pairs and torch.is_grad_enabled() and form not in self._inspection.searched:
+                self._inspection.inspect_steps(game, step, point, batch, pairs[0])
+            return look_ahead(mode, point, pairs, game.optimizer.settings, every=every)
 
     def _no_step(self, batch: Pair) -> tuple[Sequence[Point], Value]:
-        """Return theta_D^0 and f: the ordinary generator loss."""
+        """Return theta_D^0 and f, the ordinary generator loss, which needs no optimizer."""
         d = Functional(self.discriminator)
         point, value = start(d), generator_value(d, self.objective)
         if not torch.is_grad_enabled():
             return [point], value
-        form = tuple(d.layers)
-        if form not in self._recomputes:
-            with self._leaving_nothing_behind():
-                self._recomputes[form] = recomputes(self.discriminator, value, point, batch)
-        return [point], evaluated(d, self.objective) if self._recomputes[form] else value
-
-    def _inspect_once(
-        self, game: Game, step: Step, point: Point, batch: Pair, pairs: Sequence[Pair]
-    ) -> None:
-        """Look for what would go wrong, once for every form that D takes: layers, modes, freezing.
-
-        It costs a step, and as many as three with ``checkpoint``.
-        """
-        form = (tuple(game.discriminator.layers), game.moving, self._constant)
-        differentiable = any(t.requires_grad for t in tensors((batch, pairs[:1])))
-        if not (torch.is_grad_enabled() and differentiable and pairs) or form in self._recomputes:
-            return
-        value = generator_value(game.discriminator, self.objective)
-        with self._leaving_nothing_behind():
-            given = (point, pairs[0], game.optimizer.settings)
-            if not self._constant:
-                with recomputation_refused():
-                    point = inspect_step(game, point, pairs[0])
-                if self.checkpoint:
-                    refuse_unrepeatable(step, *self._parts, given)
-            inspect_value(self.discriminator, value, point, batch)
-            if self.checkpoint and self.average and not self._constant:
-                refuse_unrepeatable(value, *self._parts, (point, batch))
-        self._recomputes[form] = False
-
-    @contextmanager
-    def _leaving_nothing_behind(self) -> Iterator[None]:
-        device = next(self.discriminator.parameters()).device
-        with replayed(random_state(device), device), self._preserved():
-            yield
-
-    def _preserved(self) -> AbstractContextManager[None]:
-        return preserved(*self._parts)
-
-    @property
-    def _constant(self) -> bool:
-        """Whether theta_D^1..K are constants: no second term in Eq. 12."""
-        return self.stop_gradient or not torch.is_grad_enabled()
+        recomputes = self._inspection.recomputes(d, value, point, batch)
+        return [point], evaluated(d, self.objective) if recomputes else value
 
     def _moving(self, parameters: Mapping[str, Tensor], held: Iterable[str]) -> frozenset[str]:
         """Return the names of the parameters that take steps: held by the optimizer, not frozen.
@@ -370,34 +304,24 @@ class UnrolledGeneratorLoss(nn.Module):
         held = [name for name in held if parameters[name].is_floating_point()]
         still = frozenset(name for name in held if not parameters[name].requires_grad)
         if len(still) < len(held):
-            self._still = still
+            vars(self)["_still"] = still
         return frozenset(held) - self._still
 
     def _pairs(
-        self, fake: Batch, real: Batch, minibatches: Iterable[Pair] | None, *, differentiable: bool
+        self, batch: Pair, minibatches: Iterable[Pair] | None, *, differentiable: bool
     ) -> list[Pair]:
-        """Return what the K steps see, all of it, before the first; refuse detached fakes."""
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "UnrolledGeneratorLoss: the look-ahead differentiates and so cannot run in "
-                "torch.inference_mode(). Use torch.no_grad() for a value without a graph."
-            )
-
-        def drawn() -> list[Pair]:
-            if differentiable:
-                check_differentiable(fake, "fake")
-            if minibatches is None:
-                return [(fake, real)] * self.unroll_steps
-            pairs = drawn_minibatches(minibatches, self.unroll_steps)
-            for k, (fake_k, _) in enumerate(pairs) if differentiable else ():
-                check_differentiable(fake_k, f"minibatches, fake {k}")
-            return pairs
-
+        """Return what the K steps see, all of it, before the first."""
+        draw = partial(drawn, batch, minibatches, self.unroll_steps, differentiable=differentiable)
         if not self.sync:
-            return drawn()
+            return draw()
         settings = {"a graph is needed": not self._constant, "checkpoint": self.checkpoint}
         device = next(self.discriminator.parameters()).device
-        return agreed(drawn, settings, device, self._group)
+        return agreed(draw, settings, device, self._group)
+
+    @property
+    def _constant(self) -> bool:
+        """Whether theta_D^1..K are constants: no second term in Eq. 12."""
+        return self.stop_gradient or not torch.is_grad_enabled()
 
     def extra_repr(self) -> str:
         """Return the settings, for ``print``."""
@@ -407,11 +331,3 @@ class UnrolledGeneratorLoss(nn.Module):
             f"stop_gradient={self.stop_gradient}, average={self.average}, "
             f"checkpoint={self.checkpoint}, compile={self._code is not None}, sync={self.sync}"
         )
-
-
-def _unchanged(tensor: Any) -> Any:
-    return tensor
-
-
-def _detached(tensor: Any) -> Any:
-    return tensor.detach() if isinstance(tensor, Tensor) else tensor

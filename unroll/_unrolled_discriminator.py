@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torchopt.pytree import tree_map
 
 from unroll._autograd_fixes import recomputation_refused
 from unroll._functional import Functional, FunctionalDiscriminator, preserved
+from unroll._look_ahead import Point
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,3 +52,21 @@ class UnrolledDiscriminator:
             f"{len(self.parameters)} parameters, {len(self.losses)} steps ahead, "
             f"losses=[{losses}])"
         )
+
+
+def unrolled(
+    module: nn.Module, point: Point, state: Any, losses: Sequence[Tensor], *, in_graph: bool
+) -> UnrolledDiscriminator:
+    """Return D at a point; of constants, unless it is in the graph of the fakes."""
+
+    def keep(value: Any) -> Any:
+        return value if in_graph or not isinstance(value, Tensor) else value.detach()
+
+    nothing = next(iter(point.parameters.values())).new_empty(0)
+    return UnrolledDiscriminator(
+        parameters={name: keep(p) for name, p in point.parameters.items()},
+        buffers={name: b.detach().clone() for name, b in point.buffers.items()},
+        optimizer_state=tree_map(keep, state),
+        losses=torch.stack([*losses]) if losses else nothing,
+        _module=module,
+    )

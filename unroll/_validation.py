@@ -177,6 +177,36 @@ def check_scalar(loss: Tensor, method: str) -> None:
         )
 
 
+def drawn(
+    batch: Pair, minibatches: Iterable[Pair] | None, steps: int, *, differentiable: bool
+) -> list[Pair]:
+    """Return what each step sees; refuse fakes without a path to G where ``differentiable``."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "UnrolledGeneratorLoss: the look-ahead differentiates and so cannot run in "
+            "torch.inference_mode(). Use torch.no_grad() for a value without a graph."
+        )
+    if differentiable:
+        check_differentiable(batch[0], "fake")
+    if minibatches is None:
+        return [batch] * steps
+    pairs = drawn_minibatches(minibatches, steps)
+    for k, (fake, _) in enumerate(pairs) if differentiable else ():
+        check_differentiable(fake, f"minibatches, fake {k}")
+    return pairs
+
+
+def check_assignable(name: str, value: object) -> None:
+    """Refuse what may not be assigned to a loss: all but K and what tools keep on a module."""
+    if name == "unroll_steps":
+        checked_steps(value)
+    elif not (name.startswith("_") or name == "training"):
+        raise AttributeError(
+            f"{name}: cannot be assigned, of a loss only unroll_steps can; got {value!r}. Make a "
+            "new UnrolledGeneratorLoss, which costs nothing, or check the spelling."
+        )
+
+
 def drawn_minibatches(minibatches: Iterable[Pair], steps: int) -> list[Pair]:
     """Return exactly ``steps`` (fake_k, real_k) pairs, and draw no more."""
     if not isinstance(minibatches, Iterable):

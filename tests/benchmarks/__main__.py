@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=float, default=600.0, help="seconds for three steps of a peer on their own"
     )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1; not JAX's")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--jax", type=Path, default=cache, help="JAX's environment; made if absent")
     parser.add_argument("--record", action="store_true", help="write docs/results/benchmarks.csv")
@@ -73,6 +74,7 @@ def main() -> None:
         budget=options.budget or (5.0 if options.quick else 60.0),
         limit=options.limit,
         jax=environment(options.jax) if JAX in peers else None,
+        device=options.device,
         in_turns=not options.memory,
     )
     record = Record(RECORD if options.record else None)

@@ -34,23 +34,28 @@ def kib(path: str, name: str) -> int:
     return int(line.split()[1])
 
 
-def first_step(peer: str, network: str, k: int, jax: Path | None) -> tuple[Any, tuple[Tensor, ...]]:
+def first_step(
+    peer: str, network: str, k: int, jax: Path | None, device: str = "cpu"
+) -> tuple[Any, tuple[Tensor, ...]]:
     """Return what a first step costs, and the gradient."""
-    played = game(NETWORKS[network])
+    played = game(NETWORKS[network], device)
+    on_gpu = torch.device(device).type == "cuda"
     if peer == JAX:
         assert jax is not None
         with Worker(jax, played, k) as worker:
             gradient = worker.gradient()
-            first = worker.seconds
-            worker.step()
-            found = {"first": first, "second": worker.seconds - first, "peak_kib": worker.peak_kib}
-            return found | worker.versions, gradient
+            found = {"second": worker.seconds, "peak_kib": worker.peak_kib}
+            return found | worker.found, gradient
     step = build(peer, played, k)
     times = [time.perf_counter()]
     for _ in range(3):
         gradient = step()
+        if on_gpu:
+            torch.cuda.synchronize()
         times.append(time.perf_counter())
     peak = kib("/proc/self/status", "VmHWM")  # getrusage's would be the parent's, if larger
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated() // 1024
     # A compiled step is compiled at its second use, which is in the second call where K = 1.
     steady = times[3] - times[2]
     found = {"first": times[2] - times[0] - steady, "second": steady, "peak_kib": peak}
@@ -107,10 +112,10 @@ def summary(times: Times) -> dict[str, dict[str, float | str | None]]:
 
 
 def timed(
-    seconds: Mapping[str, float], network: str, k: int, budget: float, jax: Path | None
+    seconds: Mapping[str, float], network: str, k: int, budget: float, jax: Path | None, device: str
 ) -> Times:
     """Time the peers that ``seconds`` names."""
-    played = game(NETWORKS[network])
+    played = game(NETWORKS[network], device)
     with ExitStack() as stack:
         timers = {}
         for peer in seconds:
@@ -134,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("unroll_steps", type=int)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--jax", type=Path)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--first", metavar="PEER")
     parser.add_argument("--gradient", type=Path, help="where --first leaves its gradient")
     parser.add_argument("--timed", type=json.loads, metavar="JSON", help="peers and their seconds")
@@ -147,10 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     network, k, jax = options.network, options.unroll_steps, options.jax
     if options.first:
-        found, gradient = first_step(options.first, network, k, jax)
-        torch.save([t.detach() for t in gradient], options.gradient)
+        found, gradient = first_step(options.first, network, k, jax, options.device)
+        torch.save([t.detach().cpu() for t in gradient], options.gradient)
     else:
-        found = summary(timed(options.timed, network, k, options.budget, jax))
+        found = summary(timed(options.timed, network, k, options.budget, jax, options.device))
     print(json.dumps(found), flush=True)
 
 

@@ -10,7 +10,7 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -72,14 +72,14 @@ class Worker:
         )
         self.seconds = 0.0  # that it has worked; the clock of its Timer
         self.peak_kib = 0
-        self.versions: dict[str, str] = self._answer()
+        self.found: dict[str, Any] = self._answer()  # versions, its fastest form, its first call
 
-    def _answer(self) -> dict[str, str]:
+    def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"JAX: {(Path(self._folder.name) / 'errors').read_text()}")
-        answer: dict[str, str] = json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
     def step(self, order: str = "step") -> None:

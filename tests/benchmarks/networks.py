@@ -136,8 +136,8 @@ class Game:
     moments: tuple[list[Tensor], list[Tensor]]  # of D's Adam, after STEPS steps
 
 
-def game(networks: Networks) -> Game:
-    """Return the same game at every call."""
+def game(networks: Networks, device: str = "cpu") -> Game:
+    """Return the same game at every call, on any device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         g, d = (
@@ -154,4 +154,6 @@ def game(networks: Networks) -> Game:
         [torch.stack(gradients).mean(0) for gradients in zip(*seen, strict=True)],
         [torch.stack(gradients).square().mean(0) for gradients in zip(*seen, strict=True)],
     )
-    return Game(networks, g, d, *batches[0], moments)
+    first, second = ([t.to(device) for t in moment] for moment in moments)
+    z, real = (t.to(device) for t in batches[0])
+    return Game(networks, g.to(device), d.to(device), z, real, (first, second))

@@ -16,7 +16,18 @@ COLUMNS = (
     *("median_ms", "low_ms", "high_ms", "rounds"),
     *("vs_plain", "best_torch_peer", "vs_best_torch_peer", "vs_jax"),
     *("peak_mib", "first_ms", "gradient_error"),
-    *("threads", "load_average", "torch", "torchopt", "higher", "jax", "optax", "revision"),
+    *(
+        "device",
+        "threads",
+        "load_average",
+        "torch",
+        "torchopt",
+        "higher",
+        "jax",
+        "optax",
+        "jax_form",
+        "revision",
+    ),
 )
 Row = dict[str, str]
 
@@ -51,7 +62,7 @@ class Record:
         self.path, self.rows = path, list[Row]()
         if path is not None and path.exists():
             with path.open(newline="") as file:
-                self.rows = list(csv.DictReader(file))
+                self.rows = [dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(file)]
 
     def _of(self, cell: Cell) -> list[Row]:
         key = (cell.network, str(cell.unroll_steps), cell.allocator)

@@ -46,6 +46,7 @@ class Bench:
     budget: float  # seconds of timing a cell
     limit: float  # seconds that three steps of a peer may take
     jax: Path | None
+    device: str = "cpu"
     in_turns: bool = True  # else a time is that of one step, of the peer on its own
     failed: dict[tuple[str, str, str], tuple[int, str]] = field(default_factory=dict)
 
@@ -74,6 +75,7 @@ class Bench:
             "unroll_steps": cell.unroll_steps,
             "batch_size": NETWORKS[cell.network].batch_size,
             "allocator": cell.allocator,
+            "device": self.device,
             "threads": self.threads,
             "load_average": load,
             "torch": torch.__version__,
@@ -81,6 +83,7 @@ class Bench:
             "higher": installed("higher"),
             "jax": jax.get("jax", ""),
             "optax": jax.get("optax", ""),
+            "jax_form": jax.get("form", ""),
             "revision": revision(),
         }
         rows = []
@@ -118,6 +121,7 @@ class Bench:
     ) -> Any:
         command = [sys.executable, "-m", "tests.benchmarks.cell", cell.network]
         command += [str(cell.unroll_steps), "--threads", str(self.threads), *arguments]
+        command += ["--device", self.device]
         command += ["--jax", str(self.jax)] if self.jax else []
         threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         environment = {

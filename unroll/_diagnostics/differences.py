@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unroll._functional import FunctionalDiscriminator, Pair, tensors
-from unroll._inspection import innermost, probe_layers
+from unroll._functional import FunctionalDiscriminator, Pair, preserved, tensors
 from unroll._look_ahead import Point, Value, after_hooks, surrogate
 from unroll._loss import UnrolledGeneratorLoss
+from unroll._probes import innermost, probe_layers
 from unroll._random import random_state, set_random_state
 
 TOLERANCE = 1e-5  # of check_gradients; a lost second derivative is seldom below 1e-4
@@ -39,21 +39,21 @@ class DifferenceCheck:
     def f(self) -> Tensor:
         """Return f_K."""
         set_random_state(self.random_state, self.device)
-        with self.loss._preserved():
+        with preserved(*self.loss._parts):
             points, value, after = self.constants or self.points()
             set_random_state(after, self.device)
             return surrogate(value, points, self.batch)
 
     def points(self) -> tuple[Sequence[Point], Value, Any]:
         """Return where f is evaluated, f, and the random state after the look-ahead."""
-        pairs = self.loss._pairs(*self.batch, self.minibatches, differentiable=False)
-        points, value = self.loss._look_ahead(self.batch, pairs)
+        pairs = self.loss._pairs(self.batch, self.minibatches, differentiable=False)
+        points, value = self.loss._points(self.batch, pairs)
         return points, value, random_state(self.device)
 
     def run(self, fakes: Sequence[Tensor]) -> tuple[float, list[str]]:
         """Return the relative error and what explains it."""
         if self.loss.stop_gradient:
-            with self.loss._preserved():
+            with preserved(*self.loss._parts):
                 self.constants = self.points()
         value = self.f()
         if value.dtype != torch.float64:
@@ -92,7 +92,7 @@ class DifferenceCheck:
     def explanations(self) -> list[str]:
         """Differentiate the parts of one look-ahead step on their own."""
         loss, (fake, real) = self.loss, (self.minibatches or [self.batch])[0]
-        with loss._preserved():
+        with preserved(*loss._parts):
             game, point = loss._start(None)
             theta = {name: p.requires_grad_() for name, p in point.parameters.items()}
             d = FunctionalDiscriminator(game.discriminator, theta, point.buffers)
@@ -109,7 +109,7 @@ class DifferenceCheck:
 
         def moved(project: bool) -> Callable[[], Tensor]:
             def norm() -> Tensor:
-                state = optimizer.initial_state()
+                state = optimizer.initial_state
                 new, _ = optimizer.step(theta, gradients, state, optimizer.settings)
                 new = dict(loss.project(new)) if project and loss.project is not None else new
                 return torch.cat([p.flatten() for p in new.values()]).square().sum()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unroll._functional import Batch, Pair
+from unroll._functional import Batch, Pair, preserved
 from unroll._look_ahead import surrogate
 from unroll._loss import UnrolledGeneratorLoss
 
@@ -67,9 +67,10 @@ def gradient_terms(
         )
     everything = list(generator_parameters)
     theta_g = [p for p in everything if p.requires_grad]
-    pairs = loss._pairs(fake, real, minibatches, differentiable=True)
-    with loss._preserved():
-        points, value = loss._look_ahead((fake, real), pairs, optimizer_state)
+    batch = fake, real
+    pairs = loss._pairs(batch, minibatches, differentiable=True)
+    with preserved(*loss._parts):
+        points, value = loss._points(batch, pairs, optimizer_state)
         # Cut the graph at theta_D^1..K (and at buffers that carry one): leaves on the near side.
         far: list[Tensor] = []
         near: list[Tensor] = []
@@ -88,7 +89,7 @@ def gradient_terms(
             )
             for point in points
         ]
-        f_k = surrogate(value, ends, (fake, real))
+        f_k = surrogate(value, ends, batch)
     gradients = _gradients([f_k], [*theta_g, *near])
     first, reactions = gradients[: len(theta_g)], gradients[len(theta_g) :]
     second = tuple(map(torch.zeros_like, first))

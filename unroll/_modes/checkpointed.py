@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from unroll._functional import map_tensors, preserved, tensors
-from unroll._inspection import graph
 from unroll._look_ahead import Point
+from unroll._probes import graph
 from unroll._random import random_state, replayed
 
 _PLACEHOLDER = torch.empty(0)

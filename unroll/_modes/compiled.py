@@ -114,17 +114,29 @@ class Code:
 
     def step(self, step: Step, game: Game) -> Step:
         """Return the step as compiled code; itself, after one warning, where that fails."""
+        if game.transforms:
+            self._give_up("its gradients are averaged over ranks (sync)")
+        if any(p._backward_hooks for p in game.discriminator.parameters.values()):
+            self._give_up("a parameter of D has gradient hooks")
+        if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+            self._give_up("there are hooks of all modules")
+
+        form = game.discriminator.layers, game.moving
 
         def compiled(point: Point, pair: Pair, settings: Any) -> Point:
-            reached = self._reached_parameters(game, point, pair)
-            if self._given_up:
+            state, settings = game.optimizer.as_inputs(point.optimizer_state, settings)
+            point = point._replace(optimizer_state=state)
+            first = form not in self._reached
+            if first:
+                self._reached[form] = self._prepare(game, point, pair)
+            # A fresh optimizer's first step has another structure, not worth compiling.
+            if first or self._given_up:
                 return step(point, pair, settings)
-            state, settings_as_inputs = game.optimizer.as_inputs(point.optimizer_state, settings)
-            given: Given = (point._replace(optimizer_state=state), pair, settings_as_inputs)
+            given: Given = (point, pair, settings)
             given = _alike(game, given)
             device = next(iter(point.parameters.values())).device
             before = random_state(device)
-            run = partial(self._run, game, reached)
+            run = partial(self._run, game, self._reached[form])
             try:
                 with _quiet():
                     following = run(*given)
@@ -171,25 +183,16 @@ class Code:
                 moved = projected(game.project, moved)
         return Point(moved, buffers, state, loss)
 
-    def _reached_parameters(self, game: Game, point: Point, pair: Pair) -> tuple[str, ...]:
-        """Return the parameters that D's loss depends on, and give up where code cannot serve."""
-        if game.transforms:
-            self._give_up("its gradients are averaged over ranks (sync)")
-        if any(p._backward_hooks for p in game.discriminator.parameters.values()):
-            self._give_up("a parameter of D has gradient hooks")
-        if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
-            self._give_up("there are hooks of all modules")
-        form = (tuple(game.discriminator.layers), game.moving)
-        if form not in self._reached and not self._given_up:
-            device = next(iter(point.parameters.values())).device
-            with replayed(random_state(device), device):
-                theta = leaves(point.parameters, game.moving)
-                d = FunctionalDiscriminator(game.discriminator, theta, point.buffers)
-                _, gradients = differentiate(game, d, pair, create_graph=False)
-            self._reached[form] = tuple(gradients)
-            if d.buffers.keys() != point.buffers.keys():
-                self._give_up("D makes or drops a buffer as it runs")
-        return self._reached.get(form, ())
+    def _prepare(self, game: Game, point: Point, pair: Pair) -> tuple[str, ...]:
+        """Return the parameters that D's loss depends on; give up where code cannot serve."""
+        device = next(iter(point.parameters.values())).device
+        with replayed(random_state(device), device):
+            theta = leaves(point.parameters, game.moving)
+            d = FunctionalDiscriminator(game.discriminator, theta, point.buffers)
+            _, gradients = differentiate(game, d, pair, create_graph=False)
+        if d.buffers.keys() != point.buffers.keys():
+            self._give_up("D makes or drops a buffer as it runs")
+        return tuple(gradients)
 
     def _give_up(self, reason: str) -> None:
         """Stay eager from now on, and say why, once."""

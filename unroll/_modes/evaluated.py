@@ -51,7 +51,7 @@ class _Evaluated(torch.autograd.Function):
         batch = map_tensors(lambda _: next(iterator), pair)
 
         def itself(
-            parameters: Mapping[str, Tensor],
+            _: Mapping[str, Tensor],
             buffers: Mapping[str, Tensor],
             args: tuple[Any, ...],
             kwargs: Mapping[str, Any],

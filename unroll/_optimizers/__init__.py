@@ -25,8 +25,9 @@ class InnerOptimizer(Protocol):
     settings: Any  # hyper-parameters as they stand, an input of its step
     traceable: bool  # whether torch.compile can trace its step
 
+    @property
     def initial_state(self) -> Any:
-        """Return a copy of the live state, to start from."""
+        """A copy of the live state, to start from."""
         ...
 
     def step(

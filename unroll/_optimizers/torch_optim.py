@@ -17,15 +17,15 @@ Tensors = Mapping[str, Tensor]
 SCALARS = ("step", "mu_product", "eta", "mu")  # of the state: one number for all elements
 
 
-def _rule(optimizer: torch.optim.Optimizer) -> Rule:
-    """Return the update equation of an optimizer, or refuse it by name."""
-    for base in type(optimizer).__mro__:
-        if base in RULES and _own_step(type(optimizer)) is _own_step(base):
+def _inherited_rule(kind: type[torch.optim.Optimizer]) -> Rule:
+    """Return the update equation of a subclass that keeps its step, or refuse it by name."""
+    for base in kind.__mro__:
+        if base in RULES and _own_step(kind) is _own_step(base):
             return RULES[base]
     known = ", ".join(f"torch.optim.{cls.__name__}" for cls in RULES)
     raise TypeError(
-        f"optimizer: no differentiable form of {type(optimizer).__module__}."
-        f"{type(optimizer).__name__} is known. Use one of {known}, or a torchopt transformation."
+        f"optimizer: no differentiable form of {kind.__module__}."
+        f"{kind.__name__} is known. Use one of {known}, or a torchopt transformation."
     )
 
 
@@ -90,11 +90,14 @@ class TorchOptim:
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Tensors) -> None:
         names = {id(p): name for name, p in parameters.items()}
-        self._rule, self._parameters = _rule(optimizer), parameters
-        self._buckets: list[Bucket] = []
+        kind = type(optimizer)
+        self._rule, self._parameters = RULES.get(kind) or _inherited_rule(kind), parameters
+        self.initial_state: list[Bucket] = []
         self.settings: list[dict[str, Any]] = []
         for number, group in enumerate(optimizer.param_groups):
-            given = group | _from_defaults(optimizer)
+            # Adagrad reads this one from its defaults, whatever a param group says.
+            own = optimizer.defaults.keys() & {"initial_accumulator_value"}
+            given = group | {key: optimizer.defaults[key] for key in own}
             self.settings.append({k: _setting(v) for k, v in given.items() if k != "params"})
             alike: dict[Any, list[tuple[str, dict[str, Any]]]] = {}
             for p in group["params"]:
@@ -108,15 +111,11 @@ class TorchOptim:
                     alike.setdefault(key, []).append((names[id(p)], state))
             for (scalar_dtype, *_), members in alike.items():
                 bucket_names, states = zip(*members, strict=True)
-                self._buckets.append(Bucket(bucket_names, number, scalar_dtype, _join(states)))
-        self.names = frozenset(name for bucket in self._buckets for name in bucket.names)
+                self.initial_state.append(Bucket(bucket_names, number, scalar_dtype, _join(states)))
+        self.names = frozenset(name for bucket in self.initial_state for name in bucket.names)
         # A learning rate that is a tensor rounds as torch's own step does it, in eager code only.
         rounds = any(isinstance(setting["lr"], Tensor) for setting in self.settings)
         self.traceable = not rounds and self._rule not in BRANCHING
-
-    def initial_state(self) -> list[Bucket]:
-        """Return a copy of the live state."""
-        return self._buckets
 
     def step(
         self, parameters: Tensors, gradients: Tensors, state: list[Bucket], settings: Any
@@ -187,9 +186,3 @@ def _scalar_dtype(state: Mapping[str, Any]) -> torch.dtype:
             dtype: torch.dtype = state[key].dtype
             return dtype
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-
-
-def _from_defaults(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return what Adagrad reads from its defaults, whatever a param group says."""
-    keys = optimizer.defaults.keys() & {"initial_accumulator_value"}
-    return {key: optimizer.defaults[key] for key in keys}

@@ -75,6 +75,7 @@ class Transformation:
         """Take the first call of every momentum for one that is to come."""
         self._first_calls = [True] * len(self._cells)
 
+    @property
     def initial_state(self) -> Any:
         """Return a copy of the live state."""
         return [tree_flatten(s, none_is_leaf=True) for s in self._states], self._first_calls

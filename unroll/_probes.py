@@ -1,0 +1,124 @@
+"""What tells which layer of D lacks a derivative, or has a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from unroll._functional import map_tensors, tensors
+
+T = TypeVar("T")
+
+
+def without_derivative(module: nn.Module, forward: Callable[[], object]) -> list[str]:
+    """Return the layers that lack a derivative of the lowest order that any of them lacks."""
+    orders = {name: n for name, n in probe_layers(module, forward, _missing_order).items() if n}
+    lowest = min(orders.values(), default=0)
+    return innermost([name for name, order in orders.items() if order == lowest])
+
+
+def innermost(names: Sequence[str]) -> list[str]:
+    """Return the probed layers of which no part is named too."""
+    paths = [name.split(" ")[0] for name in names]
+    return [
+        name
+        for name, path in zip(names, paths, strict=True)
+        if not any(p.startswith(f"{path}.") or (path == "itself" != p) for p in paths)
+    ]
+
+
+def probe_layers(
+    module: nn.Module,
+    forward: Callable[[], object],
+    probe: Callable[[Callable[..., Any], list[Tensor], list[Tensor]], T],
+) -> dict[str, T]:
+    """Call ``probe`` on every layer that ``forward`` runs, with what it runs on.
+
+    ``probe`` gets the layer, its floating-point inputs (detached, requiring gradients) and its
+    parameters; results come by the layer's name and type.
+    """
+    results: dict[str, T] = {}
+    busy = False
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+            nonlocal busy
+            if busy or name in results:
+                return
+            busy = True
+            try:
+                with torch.enable_grad():
+                    fresh, named = map_tensors(_leaf, (args, kwargs))
+                    inputs = [t for t in tensors((fresh, named)) if t.requires_grad]
+                    parameters: list[Tensor] = [p for p in layer.parameters() if p.requires_grad]
+
+                    def run() -> Any:  # on copies, which a layer may change in place
+                        copies, named_copies = map_tensors(Tensor.clone, (fresh, named))
+                        return layer(*copies, **named_copies)
+
+                    results[name] = probe(run, inputs, parameters)
+            finally:
+                busy = False
+
+        return hook
+
+    handles = [
+        layer.register_forward_hook(
+            hook_of(f"{name or 'itself'} ({type(layer).__name__})"), with_kwargs=True
+        )
+        for name, layer in module.named_modules()
+        if "parametrizations" not in name.split(".")
+    ]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return results
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
+
+
+def _missing_order(layer: Callable[[], Any], inputs: list[Tensor], parameters: list[Tensor]) -> int:
+    """Return 2 or 3 where a layer lacks that derivative, 0 where it has both."""
+    points = inputs + parameters
+    values = [t for t in tensors(layer()) if t.requires_grad]
+    for order in (1, 2, 3):
+        if not values:
+            break
+        loss = torch.stack([t.square().sum() for t in values]).sum()
+        try:
+            found = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
+        except RuntimeError:
+            return order
+        values = [g for g in found if g is not None and g.requires_grad]
+        if order < 3 and has_dead_ends(graph(values)):
+            return order + 1
+    return 0
+
+
+def graph(outputs: Iterable[Tensor], until: Iterable[Node] = ()) -> set[Node]:
+    """Return the autograd nodes behind the outputs, up to and with those of ``until``."""
+    last = set(until)
+    stack = [output.grad_fn for output in outputs]
+    nodes: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            if node in last:
+                continue
+            stack.extend(following for following, _ in node.next_functions)
+    return nodes
+
+
+def has_dead_ends(nodes: set[Node]) -> bool:
+    """Return whether there are missing derivatives, which ``autograd.grad`` may pass by."""
+    missing = {"torch::autograd::NotImplemented", "torch::autograd::Error"}
+    return any(node.name() in missing for node in nodes)
