@@ -33,6 +33,7 @@ from unroll._look_ahead import (
     update,
 )
 from unroll._modes.checkpointed import refuse_unrepeatable
+from unroll._optimizers import unwrap_optimizer
 from unroll._probes import graph, has_dead_ends, without_derivative
 from unroll._random import random_state, replayed
 from unroll._validation import outside_autograd, same
@@ -179,8 +180,16 @@ def _own_parameter(
     return next((name for name in found if name is not None), None)
 
 
-def warn_of_gradient_hooks(module: nn.Module) -> None:
-    """Warn of post-accumulate-grad hooks: they never fire in the look-ahead."""
+def warn_of_hooks(module: nn.Module, optimizer: object) -> None:
+    """Warn of hooks that never fire in the look-ahead: of steps, of accumulated gradients."""
+    optimizer = unwrap_optimizer(optimizer)
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    if any(getattr(optimizer, name, None) for name in hooks):
+        warnings.warn(
+            "optimizer: has step hooks, which do not run in the look-ahead. If one changes "
+            "gradients or parameters, do that in project= or in a torchopt transformation.",
+            stacklevel=3,
+        )
     for name, parameter in module.named_parameters():
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             warnings.warn(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,15 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from unroll._autograd_fixes import recomputation_refused
-from unroll._functional import (
-    Batch,
-    Functional,
-    Pair,
-    outside_compiled_code,
-    preserved,
-    tensors,
-)
-from unroll._inspection import Inspection, warn_of_gradient_hooks
+from unroll._functional import Batch, Functional, Pair, outside_compiled_code, preserved, tensors
+from unroll._inspection import Inspection, warn_of_hooks
 from unroll._look_ahead import (
     Game,
     Point,
@@ -35,18 +28,15 @@ from unroll._modes.compiled import Code
 from unroll._modes.distributed import agreed, averaged, resolved_sync
 from unroll._modes.evaluated import evaluated
 from unroll._objectives import Minimax, Objective
-from unroll._optimizers import inner_optimizer, warn_of_step_hooks
+from unroll._optimizers import Moving, inner_optimizer
 from unroll._penalties import summands
 from unroll._unrolled_discriminator import UnrolledDiscriminator, unrolled
 from unroll._validation import (
     Project,
     check_assignable,
-    check_objective,
-    check_project,
-    checked_discriminator,
+    checked_arguments,
     checked_steps,
     drawn,
-    warn_of_sigmoid,
 )
 
 
@@ -65,8 +55,7 @@ class UnrolledGeneratorLoss(nn.Module):
     the caller holds changes: D, its buffers and gradients, the optimizer and its state.
 
     Time grows linearly with K, and memory too: by the activations of a step of D, or with
-    ``checkpoint`` by D's parameters and optimizer state. The wrapper owns no parameters, buffers or
-    submodules.
+    ``checkpoint`` by D's parameters and optimizer state. The loss has no parameters of its own.
 
     Args:
         discriminator: Any ``nn.Module``. It may be wrapped by ``torch.compile``.
@@ -87,9 +76,8 @@ class UnrolledGeneratorLoss(nn.Module):
             and the objective must be the same in both runs, or an error says so. Default False.
         compile: Run the steps as code that ``torch.compile`` makes of one step and its adjoint, for
             all K alike; f_K is then differentiable once. Faster for small D's; the first call takes
-            10 to 60 s. New code is compared with the eager step, derivatives included, before
-            its first use. D, objectives and optimizers that torch.compile cannot follow run as
-            without it, after a warning that says why. Default False.
+            10 to 60 s. New code is compared with the eager step before its first use. What
+            torch.compile cannot follow runs eagerly, after a warning that says why. Default False.
         project: Called after every look-ahead step with a mapping from parameter names to tensors;
             returns the mapping with the projected ones (WGAN's clipping, a weight normalisation).
             It is differentiated through. Default: none.
@@ -101,9 +89,8 @@ class UnrolledGeneratorLoss(nn.Module):
     Raises:
         TypeError: The optimizer, the discriminator, ``unroll_steps`` or ``sync`` is of an
             unsupported type.
-        ValueError: ``unroll_steps`` is negative, D has no parameters or uninitialised ones, the
-            optimizer holds none of them or cannot be differentiated, or ``sync`` is True without a
-            process group.
+        ValueError: ``unroll_steps`` is negative, the optimizer holds no parameter of D or cannot be
+            differentiated, or ``sync`` is True without a process group.
 
     Example:
         >>> import torch, unroll
@@ -129,14 +116,9 @@ class UnrolledGeneratorLoss(nn.Module):
         sync: bool | None = None,
     ) -> None:
         super().__init__()
-        module = checked_discriminator(discriminator)
-        check_objective(objective)
-        check_project(project)
-        warn_of_sigmoid(module, objective)
-        warn_of_step_hooks(optimizer)
-        warn_of_gradient_hooks(module)
-        held = inner_optimizer(optimizer, dict(module.named_parameters())).names
-        parts = module, summands(objective)
+        module = checked_arguments(discriminator, objective, project)
+        warn_of_hooks(module, optimizer)
+        parameters, parts = dict(module.named_parameters()), (module, summands(objective))
         averages, group = resolved_sync(discriminator, sync)
         # Not as attributes of an nn.Module: D would become a submodule of its loss.
         vars(self).update(
@@ -153,9 +135,9 @@ class UnrolledGeneratorLoss(nn.Module):
             _code=Code() if compile else None,
             _parts=parts,
             _inspection=Inspection(parts, stop_gradient, checkpoint, average),
-            _still=frozenset(),
+            _moving=Moving(),
         )
-        self._moving(dict(module.named_parameters()), held)
+        self._moving.among(parameters, inner_optimizer(optimizer, parameters).names)
 
     discriminator: nn.Module
     optimizer: Any
@@ -170,7 +152,7 @@ class UnrolledGeneratorLoss(nn.Module):
     _code: Code | None
     _parts: tuple[nn.Module, list[Objective]]  # what is preserved: D, summands of the objective
     _inspection: Inspection
-    _still: frozenset[str]  # names of D's parameters that the optimizer holds and that are frozen
+    _moving: Moving
 
     def __setattr__(self, name: str, value: object) -> None:
         """Assign K, or what ``nn.Module`` and its tools keep on a module; refuse the rest."""
@@ -245,8 +227,7 @@ class UnrolledGeneratorLoss(nn.Module):
             game, point = self._start(optimizer_state)
             (point, *_), losses = self._steps(game, point, batch, pairs)
         in_graph = any(t.requires_grad for t in tensors(pairs)) and not self._constant
-        state = game.optimizer.export(point.optimizer_state)
-        return unrolled(self.discriminator, point, state, losses, in_graph=in_graph)
+        return unrolled(game, point, losses, in_graph=in_graph)
 
     def _points(
         self, batch: Pair, pairs: Sequence[Pair], optimizer_state: Any = None
@@ -266,7 +247,7 @@ class UnrolledGeneratorLoss(nn.Module):
         """Return the game as it stands, and theta_D^0."""
         d = Functional(self.discriminator)
         optimizer = inner_optimizer(self.optimizer, d.parameters, optimizer_state)
-        moving = self._moving(d.parameters, optimizer.names)
+        moving = self._moving.among(d.parameters, optimizer.names)
         transforms = (partial(averaged, group=self._group),) if self.sync else ()
         game = Game(d, optimizer, self.objective, moving, transforms, self.project)
         return game, start(d, optimizer.initial_state)
@@ -276,11 +257,11 @@ class UnrolledGeneratorLoss(nn.Module):
     ) -> tuple[list[Point], list[Tensor]]:
         """Return what :func:`look_ahead` does, by a step in the modes that are set."""
         step = inner_step(game)
-        faster = step if self._code is None else self._code.step(step, game)
+        mode = step if self._code is None else self._code.step(step, game)
         if self._constant:
-            mode = without_graph(faster)
-        else:
-            mode = checkpointed(faster, *self._parts) if self.checkpoint else faster
+            mode = without_graph(mode)
+        elif self.checkpoint:
+            mode = checkpointed(mode, *self._parts)
         with recomputation_refused():
             form = game.discriminator.layers, game.moving
             if pairs and torch.is_grad_enabled() and form not in self._inspection.searched:
@@ -291,21 +272,9 @@ class UnrolledGeneratorLoss(nn.Module):
         """Return theta_D^0 and f, the ordinary generator loss, which needs no optimizer."""
         d = Functional(self.discriminator)
         point, value = start(d), generator_value(d, self.objective)
-        if not torch.is_grad_enabled():
-            return [point], value
-        recomputes = self._inspection.recomputes(d, value, point, batch)
-        return [point], evaluated(d, self.objective) if recomputes else value
-
-    def _moving(self, parameters: Mapping[str, Tensor], held: Iterable[str]) -> frozenset[str]:
-        """Return the names of the parameters that take steps: held by the optimizer, not frozen.
-
-        A loop may freeze all of D for its G step: then those move that did before.
-        """
-        held = [name for name in held if parameters[name].is_floating_point()]
-        still = frozenset(name for name in held if not parameters[name].requires_grad)
-        if len(still) < len(held):
-            vars(self)["_still"] = still
-        return frozenset(held) - self._still
+        if torch.is_grad_enabled() and self._inspection.recomputes(d, value, point, batch):
+            value = evaluated(d, self.objective)
+        return [point], value
 
     def _pairs(
         self, batch: Pair, minibatches: Iterable[Pair] | None, *, differentiable: bool
@@ -325,9 +294,7 @@ class UnrolledGeneratorLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings, for ``print``."""
-        return (
-            f"{type(self.discriminator).__name__}, {type(self.optimizer).__name__}, "
-            f"{self.objective}, unroll_steps={self.unroll_steps}, "
-            f"stop_gradient={self.stop_gradient}, average={self.average}, "
-            f"checkpoint={self.checkpoint}, compile={self._code is not None}, sync={self.sync}"
-        )
+        kinds = f"{type(self.discriminator).__name__}, {type(self.optimizer).__name__}"
+        names = ("unroll_steps", "stop_gradient", "average", "checkpoint", "sync")
+        options = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return f"{kinds}, {self.objective}, {options}, compile={self._code is not None}"

@@ -12,7 +12,7 @@ from torchopt.pytree import tree_map
 
 from unroll._autograd_fixes import recomputation_refused
 from unroll._functional import Functional, FunctionalDiscriminator, preserved
-from unroll._look_ahead import Point
+from unroll._look_ahead import Game, Point
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,7 +55,7 @@ class UnrolledDiscriminator:
 
 
 def unrolled(
-    module: nn.Module, point: Point, state: Any, losses: Sequence[Tensor], *, in_graph: bool
+    game: Game, point: Point, losses: Sequence[Tensor], *, in_graph: bool
 ) -> UnrolledDiscriminator:
     """Return D at a point; of constants, unless it is in the graph of the fakes."""
 
@@ -66,7 +66,7 @@ def unrolled(
     return UnrolledDiscriminator(
         parameters={name: keep(p) for name, p in point.parameters.items()},
         buffers={name: b.detach().clone() for name, b in point.buffers.items()},
-        optimizer_state=tree_map(keep, state),
+        optimizer_state=tree_map(keep, game.optimizer.export(point.optimizer_state)),
         losses=torch.stack([*losses]) if losses else nothing,
-        _module=module,
+        _module=game.discriminator.module,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import combinations, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,16 @@ ON_LOGITS = (
 )
 
 
-def checked_discriminator(discriminator: object) -> nn.Module:
+def checked_arguments(discriminator: object, objective: Any, project: object) -> nn.Module:
+    """Return the user's own module inside all wrappers, after a look at what goes with it."""
+    module = _checked_discriminator(discriminator)
+    _check_objective(objective)
+    _check_project(project)
+    _warn_of_sigmoid(module, objective)
+    return module
+
+
+def _checked_discriminator(discriminator: object) -> nn.Module:
     """Return the user's own module inside all wrappers, or refuse it."""
     if not isinstance(discriminator, nn.Module):
         raise TypeError(
@@ -118,7 +128,7 @@ def _refuse_shared_memory(module: nn.Module) -> None:
                 )
 
 
-def check_objective(objective: object) -> None:
+def _check_objective(objective: object) -> None:
     """Refuse what is not an objective."""
     for method in ("discriminator_loss", "generator_loss"):
         if isinstance(objective, type) or not callable(getattr(objective, method, None)):
@@ -129,7 +139,7 @@ def check_objective(objective: object) -> None:
             )
 
 
-def check_project(project: object) -> None:
+def _check_project(project: object) -> None:
     """Refuse a projection that is no function."""
     if project is not None and not callable(project):
         raise TypeError(
@@ -138,14 +148,14 @@ def check_project(project: object) -> None:
         )
 
 
-def warn_of_sigmoid(module: nn.Module, objective: Objective) -> None:
+def _warn_of_sigmoid(module: nn.Module, objective: Objective) -> None:
     """Warn of a discriminator that returns probabilities to an objective that takes logits."""
     on_logits = any(isinstance(part, ON_LOGITS) for part in summands(objective))
     if on_logits and isinstance(list(module.modules())[-1], nn.Sigmoid):
         warnings.warn(
             "discriminator: ends in nn.Sigmoid, but the objective takes logits and would apply a "
             "second one. Remove the Sigmoid, or use unroll.Criterion(nn.BCELoss()).",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -58,7 +58,7 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
         project=project,
         sync=False,  # the copies are this rank's alone
     )
-    copied._still = loss._still
+    copied._moving = copy.copy(loss._moving)
     originals = dict(loss.discriminator.named_parameters())
     for name, parameter in copied.discriminator.named_parameters():  # what deepcopy leaves out
         parameter._backward_hooks = originals[name]._backward_hooks

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +43,24 @@ class InnerOptimizer(Protocol):
     def export(self, state: Any) -> Any:
         """Return the state in the form in which the user's optimizer keeps it."""
         ...
+
+
+@dataclass
+class Moving:
+    """Which parameters take steps: those that the optimizer holds and that are not frozen.
+
+    A loop may freeze all of D for its G step: then those move that did before.
+    """
+
+    frozen: frozenset[str] = frozenset()  # the last time that any was not
+
+    def among(self, parameters: Tensors, held: Iterable[str]) -> frozenset[str]:
+        """Return their names, at a call in which the optimizer holds these."""
+        held = [name for name in held if parameters[name].is_floating_point()]
+        frozen = frozenset(name for name in held if not parameters[name].requires_grad)
+        if len(frozen) < len(held):
+            self.frozen = frozen
+        return frozenset(held) - self.frozen
 
 
 _TRANSPARENT = ("LightningOptimizer", "AcceleratedOptimizer")
@@ -105,15 +123,3 @@ def inner_optimizer(
             "optimizer that was built on discriminator.parameters()."
         )
     return inner
-
-
-def warn_of_step_hooks(optimizer: Any) -> None:
-    """Warn of what a look-ahead step cannot repeat of a real one."""
-    optimizer = unwrap_optimizer(optimizer)
-    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    if any(getattr(optimizer, name, None) for name in hooks):
-        warnings.warn(
-            "optimizer: has step hooks, which do not run in the look-ahead. If one changes "
-            "gradients or parameters, do that in project= or in a torchopt transformation.",
-            stacklevel=3,
-        )
