@@ -16,7 +16,7 @@ from torchopt.base import GradientTransformation
 import unroll
 from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
-from unroll import inspection
+from unroll import _inspection as inspection
 
 Loss = unroll.UnrolledGeneratorLoss
 

@@ -114,6 +114,7 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
         if not same(theta[name], own):
             raise RuntimeError(mutation_message(name))
     batch = tensors(pair)
+    _refuse_unregistered(game, loss, batch)
     _refuse_own_parameters(module, loss, batch)
     updated = _own_parameter(module, [*moved.values(), *tensors(state)], [loss, *batch])
     if updated is not None:
@@ -154,6 +155,20 @@ def _refuse_projection_outside_autograd(
             raise ValueError(outside_autograd(name))
 
 
+def _refuse_unregistered(game: Game, loss: Tensor, until: Iterable[Tensor]) -> None:
+    """Refuse tensors that the optimizer trains and the loss uses, but that are not in D."""
+    others = {id(t): t for t in game.optimizer.others}
+    found = [others[id(t)] for t in _ends([loss], until) if id(t) in others]
+    if found:
+        shapes = ", ".join(str(tuple(t.shape)) for t in found)
+        raise RuntimeError(
+            "discriminator: the optimizer trains tensors that D's loss uses, but that are not "
+            f"parameters of the discriminator (shapes {shapes}), so that the look-ahead would "
+            "leave them where they are. Register them: layers in an nn.ModuleList, a tensor as an "
+            "nn.Parameter, an encoder or a learned temperature in one nn.Module together with D."
+        )
+
+
 def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
     """Refuse the form of activation checkpointing that hooks no tensors."""
     if any(node.name().startswith("CheckpointFunction") for node in graph([loss])):
@@ -175,9 +190,15 @@ def _own_parameter(
     module: nn.Module, outputs: Iterable[Tensor], until: Iterable[Tensor]
 ) -> str | None:
     own = {id(p): name for name, p in module.named_parameters()}
-    nodes = graph(outputs, [t.grad_fn for t in until if t.grad_fn is not None])
-    found = (own.get(id(getattr(node, "variable", None))) for node in nodes)
+    found = (own.get(id(tensor)) for tensor in _ends(outputs, until))
     return next((name for name in found if name is not None), None)
+
+
+def _ends(outputs: Iterable[Tensor], until: Iterable[Tensor]) -> list[Tensor]:
+    """Return the leaves that outputs depend on, other than through the tensors in ``until``."""
+    nodes = graph(outputs, [t.grad_fn for t in until if t.grad_fn is not None])
+    variables = (getattr(node, "variable", None) for node in nodes)
+    return [variable for variable in variables if variable is not None]
 
 
 def warn_of_hooks(module: nn.Module, optimizer: object) -> None:

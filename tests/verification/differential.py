@@ -42,9 +42,10 @@ MODES: dict[str, dict[str, bool]] = {
 Outcome = dict[str, Any]
 
 
-def outcome(optimizer_name: str, discriminator_name: str, options: Mapping[str, bool]) -> Outcome:
+def outcome(optimizer_name: str, discriminator_name: str, options: Mapping[str, Any]) -> Outcome:
     """Return what the library that is imported makes of a game, tensors and words."""
     from tests import matrix
+    from tests.architectures import ARCHITECTURES
     from tests.settings import randn
     from tests.zoo_refused import Refusal
     from unroll import UnrolledGeneratorLoss
@@ -56,7 +57,7 @@ def outcome(optimizer_name: str, discriminator_name: str, options: Mapping[str, 
         try:
             d = animal.make()
             optimizer, objective = matrix.COLUMNS[optimizer_name](d), animal.objective
-            samples = 2 if discriminator_name in matrix.ARCHITECTURES else matrix.SAMPLES
+            samples = 2 if discriminator_name in ARCHITECTURES else matrix.SAMPLES
             if isinstance(optimizer, torch.optim.Optimizer) and optimizer.defaults.get("maximize"):
                 objective = matrix.Maximised(objective)
             draws = [randn(samples, *animal.shape) for _ in range(6)]
@@ -90,8 +91,9 @@ def outcome(optimizer_name: str, discriminator_name: str, options: Mapping[str, 
 def _cells(discriminator: str, modes: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the optimizers and modes that a discriminator meets."""
     from tests import matrix
+    from tests.architectures import ARCHITECTURES
 
-    few = discriminator in matrix.ARCHITECTURES
+    few = discriminator in ARCHITECTURES
     for optimizer in matrix.FEW if few else matrix.COLUMNS:
         yield from ((optimizer, mode) for mode in modes if mode != "compiled")
     if "compiled" in modes:
@@ -199,7 +201,8 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        return work(options.worker[0], options.modes, Path(options.worker[1]))
+        work(options.worker[0], options.modes, Path(options.worker[1]))
+        return
 
     names = [name for name in matrix.DISCRIMINATORS if options.only in name]
     names = names[:: round(1 / options.share)]

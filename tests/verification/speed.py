@@ -119,7 +119,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         network, k, mode = options.worker
-        return work(network, int(k), mode, options.threads)
+        work(network, int(k), mode, options.threads)
+        return
 
     with tempfile.TemporaryDirectory() as folder:
         packages = {"old": unpacked(options.revision, Path(folder)), "new": ROOT}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ class InnerOptimizer(Protocol):
     """The optimizer of D as it stands at one call."""
 
     names: frozenset[str]  # of D's parameters that it trains
+    others: Sequence[Tensor]  # tensors that it trains and that are no parameters of D
     settings: Any  # hyper-parameters as they stand, an input of its step
     traceable: bool  # whether torch.compile can trace its step
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unroll._functional import tensors
 from unroll._optimizers.rules import BRANCHING, RULES, Rule
 
 Tensors = Mapping[str, Tensor]
@@ -90,6 +91,8 @@ class TorchOptim:
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Tensors) -> None:
         names = {id(p): name for name, p in parameters.items()}
+        everything = [p for group in optimizer.param_groups for p in group["params"]]
+        self.others: Sequence[Tensor] = [p for p in everything if id(p) not in names]
         kind = type(optimizer)
         self._rule, self._parameters = RULES.get(kind) or _inherited_rule(kind), parameters
         self.initial_state: list[Bucket] = []
@@ -113,9 +116,8 @@ class TorchOptim:
                 bucket_names, states = zip(*members, strict=True)
                 self.initial_state.append(Bucket(bucket_names, number, scalar_dtype, _join(states)))
         self.names = frozenset(name for bucket in self.initial_state for name in bucket.names)
-        # A learning rate that is a tensor rounds as torch's own step does it, in eager code only.
-        rounds = any(isinstance(setting["lr"], Tensor) for setting in self.settings)
-        self.traceable = not rounds and self._rule not in BRANCHING
+        # Tensors among the settings round as in torch's own step, in eager code only.
+        self.traceable = not tensors(self.settings) and self._rule not in BRANCHING
 
     def step(
         self, parameters: Tensors, gradients: Tensors, state: list[Bucket], settings: Any
@@ -152,13 +154,15 @@ class TorchOptim:
 
 
 def _setting(value: Any) -> Any:
-    """Return a hyper-parameter apart from the user's; a tensor of one element as a 0-d one.
+    """Return a hyper-parameter, a copy unless it is differentiated; a tensor of one element as 0-d.
 
     The type of a 0-d tensor does not change that of the parameters that it multiplies.
     """
     if isinstance(value, tuple):
         return tuple(map(_setting, value))
-    return value.detach().clone().squeeze() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return (value if value.requires_grad else value.detach().clone()).squeeze()
 
 
 def _scalar(value: Any) -> Any:

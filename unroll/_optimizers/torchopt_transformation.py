@@ -40,6 +40,8 @@ class Transformation:
     ) -> None:
         names = {id(p): name for name, p in parameters.items()}
         self.names = frozenset(names[id(p)] for group in groups for p in group if id(p) in names)
+        everything = [p for group in groups for p in group]
+        self.others: Sequence[Tensor] = [p for p in everything if id(p) not in names]
         self._impl, self._single = impl, single
         self._groups = [[(names.get(id(p)), p.detach()) for p in group] for group in groups]
         functions = list(_functions(impl.update))
