@@ -44,7 +44,7 @@ def test_a_plain_call_passes_few_files_and_functions() -> None:
         sys.setprofile(None)
     functions = {p for p in passed if p[1] not in ("<genexpr>", "<listcomp>", "<dictcomp>")}
     assert len({file for file, _, _ in passed}) <= 9
-    assert len(functions) <= 64, sorted(functions)
+    assert len(functions) <= 67, sorted(functions)
 
 
 @pytest.mark.plain
@@ -84,7 +84,7 @@ def test_a_layer_that_comes_later_is_looked_at_too() -> None:
     game = NonSaturating() + R1(1.0)
     loss = UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), 0.1), game, unroll_steps=1)
     loss(leaf(randn(5, 3)), randn(5, 3))
-    d.insert(1, nn.BatchNorm1d(4).to(DEVICE).double())
+    d.insert(1, nn.BatchNorm1d(4, affine=False).to(DEVICE).double())
     with pytest.raises(RuntimeError, match=r"a derivative that PyTorch .* 1 \(BatchNorm1d\)"):
         loss(leaf(randn(5, 3)), randn(5, 3))
 

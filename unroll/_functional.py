@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from operator import is_
+from threading import Lock, RLock
 from types import ModuleType
 from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -206,13 +208,25 @@ class FunctionalDiscriminator:
 
 @contextmanager
 def preserved(module: nn.Module, also: Iterable[object] = ()) -> Iterator[None]:
-    """Let ``module`` be used for a look-ahead and give it back exactly as it was.
+    """Let ``module`` be used for a look-ahead, one at a time, and give it back exactly as it was.
 
     Attributes that a forward pass or a hook sets, and containers of up to ``LARGE`` entries that it
     fills, are restored; tensors among them are clones meanwhile, which D may change in place. So
     are those of the objects in ``also``, an objective's. Spectral norm's power iteration stands
     still, and compiled parts run uncompiled: they cannot be differentiated twice.
     """
+    with _locks_guard:
+        lock = _locks.setdefault(module, RLock())
+    with lock, _restored(module, also):
+        yield
+
+
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # losses of one D share its lock
+_locks_guard = Lock()
+
+
+@contextmanager
+def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
     submodules = list(module.modules())
     nested = [part.modules() if isinstance(part, nn.Module) else [part] for part in also]
     others = [part for found in nested for part in found if hasattr(part, "__dict__")]

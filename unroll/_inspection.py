@@ -17,6 +17,7 @@ from unroll._functional import (
     Functional,
     FunctionalDiscriminator,
     Pair,
+    map_tensors,
     mutation_message,
     preserved,
     tensors,
@@ -33,7 +34,6 @@ from unroll._look_ahead import (
     update,
 )
 from unroll._modes.checkpointed import refuse_unrepeatable
-from unroll._optimizers import unwrap_optimizer
 from unroll._probes import graph, has_dead_ends, without_derivative
 from unroll._random import random_state, replayed
 from unroll._validation import outside_autograd, same
@@ -61,7 +61,11 @@ class Inspection:
             return
         module, value = self.parts[0], generator_value(game.discriminator, game.objective)
         with self._leaving_nothing_behind():
+            batch, pair = map_tensors(Tensor.clone, (batch, pair))  # D may change its input
             if self.stop_gradient:
+                theta = leaves(point.parameters, game.moving)
+                d = FunctionalDiscriminator(game.discriminator, theta, point.buffers)
+                differentiate(game, d, pair, create_graph=False)
                 inspect_value(module, value, point, batch)
             else:
                 following = inspect_step(game, point, pair)
@@ -201,16 +205,8 @@ def _ends(outputs: Iterable[Tensor], until: Iterable[Tensor]) -> list[Tensor]:
     return [variable for variable in variables if variable is not None]
 
 
-def warn_of_hooks(module: nn.Module, optimizer: object) -> None:
-    """Warn of hooks that never fire in the look-ahead: of steps, of accumulated gradients."""
-    optimizer = unwrap_optimizer(optimizer)
-    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    if any(getattr(optimizer, name, None) for name in hooks):
-        warnings.warn(
-            "optimizer: has step hooks, which do not run in the look-ahead. If one changes "
-            "gradients or parameters, do that in project= or in a torchopt transformation.",
-            stacklevel=3,
-        )
+def warn_of_gradient_hooks(module: nn.Module) -> None:
+    """Warn of post-accumulate-grad hooks: they never fire in the look-ahead."""
     for name, parameter in module.named_parameters():
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             warnings.warn(

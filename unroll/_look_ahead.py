@@ -15,10 +15,23 @@ import torch
 from torch import Tensor
 
 from unroll._autograd_fixes import inner_gradients
-from unroll._functional import Functional, FunctionalDiscriminator, Pair, map_tensors, views
+from unroll._functional import (
+    Functional,
+    FunctionalDiscriminator,
+    Pair,
+    map_tensors,
+    tensors,
+    views,
+)
 from unroll._objectives import Objective
 from unroll._optimizers import InnerOptimizer
-from unroll._validation import Project, check_gradients_found, check_scalar, projected
+from unroll._validation import (
+    Project,
+    check_gradients_found,
+    check_scalar,
+    check_unchanged,
+    projected,
+)
 
 
 class Point(NamedTuple):
@@ -129,8 +142,10 @@ def differentiate(
 ) -> tuple[Tensor, Gradients]:
     """Return D's loss and its gradients in the moving parameters on which it depends."""
     moving = {name: p for name, p in d.parameters.items() if name in game.moving}
+    versions = [t._version for t in tensors(pair)]
     with torch.enable_grad(), _without_autocast_cache():
         loss = game.objective.discriminator_loss(d, *views(pair))
+        check_unchanged(pair, versions)
         check_scalar(loss, "discriminator_loss")
         if not loss.requires_grad:
             return loss, {}

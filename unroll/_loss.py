@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unroll._autograd_fixes import recomputation_refused
 from unroll._functional import Batch, Functional, Pair, outside_compiled_code, preserved, tensors
-from unroll._inspection import Inspection, warn_of_hooks
+from unroll._inspection import Inspection, warn_of_gradient_hooks
 from unroll._look_ahead import (
     Game,
     Point,
@@ -117,8 +117,8 @@ class UnrolledGeneratorLoss(nn.Module):
     ) -> None:
         super().__init__()
         module = checked_arguments(discriminator, objective, project)
-        warn_of_hooks(module, optimizer)
-        parameters, parts = dict(module.named_parameters()), (module, summands(objective))
+        warn_of_gradient_hooks(module)
+        parts = module, summands(objective)
         averages, group = resolved_sync(discriminator, sync)
         # Not as attributes of an nn.Module: D would become a submodule of its loss.
         vars(self).update(
@@ -137,7 +137,7 @@ class UnrolledGeneratorLoss(nn.Module):
             _inspection=Inspection(parts, stop_gradient, checkpoint, average),
             _moving=Moving(),
         )
-        self._moving.among(parameters, inner_optimizer(optimizer, parameters).names)
+        self._start(None)
 
     discriminator: nn.Module
     optimizer: Any
@@ -239,15 +239,14 @@ class UnrolledGeneratorLoss(nn.Module):
         points, _ = self._steps(game, point, batch, pairs, every=self.average)
         value = generator_value(game.discriminator, self.objective)
         if self.average and self.checkpoint:
-            # An objective may differentiate in its inputs, also where no graph is kept.
-            value = checkpointed(torch.enable_grad()(value), *self._parts)
+            value = checkpointed(torch.enable_grad()(value), *self._parts)  # f may differentiate
         return points, value
 
     def _start(self, optimizer_state: Any) -> tuple[Game, Point]:
         """Return the game as it stands, and theta_D^0."""
         d = Functional(self.discriminator)
         optimizer = inner_optimizer(self.optimizer, d.parameters, optimizer_state)
-        moving = self._moving.among(d.parameters, optimizer.names)
+        moving = self._moving.among(self.optimizer, d.parameters, optimizer.names)
         transforms = (partial(averaged, group=self._group),) if self.sync else ()
         game = Game(d, optimizer, self.objective, moving, transforms, self.project)
         return game, start(d, optimizer.initial_state)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from itertools import combinations, islice
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from unroll._functional import Batch, Pair, tensors, unwrap_once
+from unroll._functional import Batch, Pair, tensors
 from unroll._objectives import (
     Hinge,
     LeastSquares,
@@ -23,6 +22,7 @@ from unroll._objectives import (
     Wasserstein,
 )
 from unroll._penalties import summands
+from unroll._supported import checked_discriminator
 
 Project = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 ON_LOGITS = (
@@ -33,99 +33,11 @@ ON_LOGITS = (
 
 def checked_arguments(discriminator: object, objective: Any, project: object) -> nn.Module:
     """Return the user's own module inside all wrappers, after a look at what goes with it."""
-    module = _checked_discriminator(discriminator)
+    module = checked_discriminator(discriminator)
     _check_objective(objective)
     _check_project(project)
     _warn_of_sigmoid(module, objective)
     return module
-
-
-def _checked_discriminator(discriminator: object) -> nn.Module:
-    """Return the user's own module inside all wrappers, or refuse it."""
-    if not isinstance(discriminator, nn.Module):
-        raise TypeError(
-            "discriminator: must be an nn.Module; got "
-            f"{type(discriminator).__name__}. Pass the module whose parameters are trained."
-        )
-    module, inner = discriminator, unwrap_once(discriminator)
-    while inner is not None:
-        module, inner = inner, unwrap_once(inner)
-    _check_supported(module)
-    return module
-
-
-def _check_supported(module: nn.Module) -> None:
-    """Refuse modules that cannot be run with parameters other than their own."""
-    for name, submodule in module.named_modules():
-        if isinstance(submodule, torch.jit.ScriptModule):
-            raise TypeError(
-                f"discriminator: a torch.jit module ({name or 'the discriminator itself'}) cannot "
-                "run with parameters other than its own. Pass the nn.Module it was made from."
-            )
-        if type(submodule).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")):
-            raise TypeError(
-                f"discriminator: {name or 'the discriminator itself'} is quantised, and rounding "
-                "has no derivative. Pass the floating-point module from before the quantisation."
-            )
-        if any(c.__module__.startswith("torch.distributed.fsdp") for c in type(submodule).__mro__):
-            raise TypeError(
-                f"discriminator: {name or 'the discriminator itself'} is sharded by FSDP, whose "
-                "gathering hooks have no second derivative. Wrap D in DistributedDataParallel."
-            )
-    for name, parameter in module.named_parameters():
-        if isinstance(parameter, (UninitializedParameter, UninitializedBuffer)):
-            raise ValueError(
-                f"discriminator: parameter {name!r} is not initialised yet (a lazy module). Run "
-                "one batch through the discriminator before wrapping it."
-            )
-        if parameter.is_complex():
-            raise TypeError(
-                f"discriminator: parameter {name!r} is complex, which the look-ahead does not "
-                "support. Store its real and imaginary parts."
-            )
-    _refuse_shared_memory(module)
-    if next(module.parameters(), None) is None:
-        raise ValueError(
-            f"discriminator: must have parameters to look ahead with; {type(module).__name__} has "
-            "none. Pass the module whose parameters the optimizer trains."
-        )
-
-
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors of one storage have elements in common."""
-    starts, ends = [], []
-    for t in (one, other):
-        starts.append(t.storage_offset())
-        steps = zip(t.shape, t.stride(), strict=True)
-        ends.append(starts[-1] + 1 + sum((size - 1) * stride for size, stride in steps))
-    if max(starts) >= min(ends):  # neighbours, as the weights of a flattened LSTM are
-        return False
-    return bool(torch.isin(_places(one), _places(other)).any())
-
-
-def _places(t: Tensor) -> Tensor:
-    """Return where the elements of a tensor are in its storage."""
-    places = torch.tensor(t.storage_offset())
-    for size, stride in zip(t.shape, t.stride(), strict=True):
-        places = places[..., None] + stride * torch.arange(size)
-    return places.flatten()
-
-
-def _refuse_shared_memory(module: nn.Module) -> None:
-    """Refuse parameters that have elements in common."""
-    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
-    for name, p in module.named_parameters():
-        if p.layout == torch.strided and p.numel():
-            where = p.untyped_storage().data_ptr()
-            by_storage.setdefault(where, []).append((name, p))
-    for sharing in by_storage.values():
-        for (one, first), (other, second) in combinations(sharing, 2):
-            if _overlap(first, second):
-                raise ValueError(
-                    f"discriminator: parameters {one!r} and {other!r} share memory, so that a step "
-                    "of one moves the other, which a look-ahead step does not. Make them one "
-                    "nn.Parameter, transposed where it is used, or use parametrizations."
-                )
 
 
 def _check_objective(objective: object) -> None:
@@ -248,6 +160,16 @@ def check_differentiable(fake: Batch, what: str) -> None:
             "no tensor in it requires a gradient. Do not detach it or make it under "
             "torch.no_grad(). To evaluate only, call the loss under torch.no_grad(); for the "
             "first term alone, set stop_gradient=True."
+        )
+
+
+def check_unchanged(pair: Pair, versions: list[int]) -> None:
+    """Refuse a D that changes its input in place: the next step would see another batch."""
+    if [t._version for t in tensors(pair)] != versions:
+        raise ValueError(
+            "discriminator: its forward pass (or the objective) must not change its input in "
+            "place, as x.sub_(...), x[...] = ... and ReLU(inplace=True) at the start of D do; each "
+            "look-ahead step would see another batch than the one before. Write x = x - ..."
         )
 
 

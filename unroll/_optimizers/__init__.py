@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 import torchopt
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 from torchopt.base import GradientTransformation, UninitializedState
 from torchopt.pytree import tree_leaves
 
@@ -44,24 +46,6 @@ class InnerOptimizer(Protocol):
     def export(self, state: Any) -> Any:
         """Return the state in the form in which the user's optimizer keeps it."""
         ...
-
-
-@dataclass
-class Moving:
-    """Which parameters take steps: those that the optimizer holds and that are not frozen.
-
-    A loop may freeze all of D for its G step: then those move that did before.
-    """
-
-    frozen: frozenset[str] = frozenset()  # the last time that any was not
-
-    def among(self, parameters: Tensors, held: Iterable[str]) -> frozenset[str]:
-        """Return their names, at a call in which the optimizer holds these."""
-        held = [name for name in held if parameters[name].is_floating_point()]
-        frozen = frozenset(name for name in held if not parameters[name].requires_grad)
-        if len(frozen) < len(held):
-            self.frozen = frozen
-        return frozenset(held) - self.frozen
 
 
 _TRANSPARENT = ("LightningOptimizer", "AcceleratedOptimizer")
@@ -124,3 +108,81 @@ def inner_optimizer(
             "optimizer that was built on discriminator.parameters()."
         )
     return inner
+
+
+class Moving:
+    """The parameters that take steps: those that the optimizer holds and that are not frozen.
+
+    A loop may freeze all of D for its G step: then those move that did before. What the look-ahead
+    leaves out, as far as it can be seen, is warned of; each kind once.
+    """
+
+    def __init__(self) -> None:
+        self.frozen: frozenset[str] | None = None  # of those held, the last time that any was not
+        self.held: frozenset[str] = frozenset()
+        self.said: set[str] = set()
+
+    def among(
+        self, given: Any, parameters: Mapping[str, Tensor], names: frozenset[str]
+    ) -> frozenset[str]:
+        """Return the names of those that move, where the optimizer ``given`` holds ``names``."""
+        for kind, text in _left_out(given, parameters, names):
+            self._warn(kind, text)
+        held = frozenset(name for name in names if parameters[name].is_floating_point())
+        frozen = frozenset(name for name in held if not parameters[name].requires_grad)
+        if len(frozen) < len(held):
+            changed = (frozen ^ (self.frozen or frozenset())) & held & self.held
+            if self.frozen is not None and changed:
+                self._warn(
+                    "freezing",
+                    f"discriminator: {_listed(changed)} were frozen or unfrozen since the last "
+                    "look-ahead, which now follows: those that require a gradient move. Freeze "
+                    "all of D for G's step, or nothing, where that is not meant.",
+                )
+            self.frozen, self.held = frozen, held
+        return held - (self.frozen or frozenset())
+
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self.said:
+            self.said.add(kind)
+            warnings.warn(text, stacklevel=6)
+
+
+def _left_out(
+    given: Any, parameters: Mapping[str, Tensor], names: frozenset[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield kinds of what a loop does besides the optimizer's step, and texts that say so."""
+    unheld = [n for n, p in parameters.items() if p.requires_grad and n not in names]
+    if unheld:
+        yield (
+            "unheld",
+            f"optimizer: holds no {_listed(unheld)} of the discriminator, which require a gradient "
+            "and stand still in the look-ahead. If another optimizer trains them, build one on all "
+            "of D's parameters; if none does, freeze them by requires_grad_(False).",
+        )
+    given = unwrap_optimizer(given)
+    if not isinstance(given, Optimizer):
+        return
+    advice = (
+        "not run in the look-ahead. If that changes gradients or parameters, do it in project= or "
+        "in a torchopt transformation."
+    )
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    if any(getattr(given, name, None) for name in hooks):
+        yield "hooks", f"optimizer: has step hooks, which do {advice}"
+    if torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
+        yield (
+            "global hooks",
+            f"optimizer: torch has global step hooks, which do {advice}",
+        )
+    step: Any = vars(given).get("step")
+    while getattr(step, "_wrapped_by_lr_sched", False):  # a scheduler, which counts the steps
+        step = step.__wrapped__
+    step = getattr(step, "_torchdynamo_orig_callable", step)  # torch.compile
+    if step is not None and getattr(step, "__func__", step) is not type(given).step:
+        yield "step", f"optimizer: its step was replaced by a function, which does {advice}"
+
+
+def _listed(names: Any) -> str:
+    shown = sorted(names)
+    return ", ".join(map(repr, shown[:5])) + f" and {len(shown) - 5} more" * (len(shown) > 5)

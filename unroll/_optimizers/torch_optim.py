@@ -21,7 +21,7 @@ SCALARS = ("step", "mu_product", "eta", "mu")  # of the state: one number for al
 def _inherited_rule(kind: type[torch.optim.Optimizer]) -> Rule:
     """Return the update equation of a subclass that keeps its step, or refuse it by name."""
     for base in kind.__mro__:
-        if base in RULES and _own_step(kind) is _own_step(base):
+        if base in RULES and _own_parts(kind) == _own_parts(base):
             return RULES[base]
     known = ", ".join(f"torch.optim.{cls.__name__}" for cls in RULES)
     raise TypeError(
@@ -30,10 +30,10 @@ def _inherited_rule(kind: type[torch.optim.Optimizer]) -> Rule:
     )
 
 
-def _own_step(cls: type[torch.optim.Optimizer]) -> Any:
-    """Return a class's step without the profiler's hook, which torch adds at the first instance."""
-    step: Any = cls.step
-    return step.__wrapped__ if getattr(step, "hooked", False) else step
+def _own_parts(cls: Any) -> tuple[Any, Any]:
+    """Return what makes a step, without the profiler's hook, which torch adds to a class."""
+    step = cls.step.__wrapped__ if getattr(cls.step, "hooked", False) else cls.step
+    return step, cls._init_group
 
 
 class Bucket(NamedTuple):

@@ -1,0 +1,99 @@
+"""What a discriminator must be."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from unroll._functional import unwrap_once
+
+
+def checked_discriminator(discriminator: object) -> nn.Module:
+    """Return the user's own module inside all wrappers, or refuse it."""
+    if not isinstance(discriminator, nn.Module):
+        raise TypeError(
+            "discriminator: must be an nn.Module; got "
+            f"{type(discriminator).__name__}. Pass the module whose parameters are trained."
+        )
+    module, inner = discriminator, unwrap_once(discriminator)
+    while inner is not None:
+        module, inner = inner, unwrap_once(inner)
+    _check_supported(module)
+    return module
+
+
+def _check_supported(module: nn.Module) -> None:
+    """Refuse modules that cannot be run with parameters other than their own."""
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, torch.jit.ScriptModule):
+            raise TypeError(
+                f"discriminator: a torch.jit module ({name or 'the discriminator itself'}) cannot "
+                "run with parameters other than its own. Pass the nn.Module it was made from."
+            )
+        if type(submodule).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")):
+            raise TypeError(
+                f"discriminator: {name or 'the discriminator itself'} is quantised, and rounding "
+                "has no derivative. Pass the floating-point module from before the quantisation."
+            )
+        if any(c.__module__.startswith("torch.distributed.fsdp") for c in type(submodule).__mro__):
+            raise TypeError(
+                f"discriminator: {name or 'the discriminator itself'} is sharded by FSDP, whose "
+                "gathering hooks have no second derivative. Wrap D in DistributedDataParallel."
+            )
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, (UninitializedParameter, UninitializedBuffer)):
+            raise ValueError(
+                f"discriminator: parameter {name!r} is not initialised yet (a lazy module). Run "
+                "one batch through the discriminator before wrapping it."
+            )
+        if parameter.is_complex():
+            raise TypeError(
+                f"discriminator: parameter {name!r} is complex, which the look-ahead does not "
+                "support. Store its real and imaginary parts."
+            )
+    _refuse_shared_memory(module)
+    if next(module.parameters(), None) is None:
+        raise ValueError(
+            f"discriminator: must have parameters to look ahead with; {type(module).__name__} has "
+            "none. Pass the module whose parameters the optimizer trains."
+        )
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors of one storage have elements in common."""
+    starts, ends = [], []
+    for t in (one, other):
+        starts.append(t.storage_offset())
+        steps = zip(t.shape, t.stride(), strict=True)
+        ends.append(starts[-1] + 1 + sum((size - 1) * stride for size, stride in steps))
+    if max(starts) >= min(ends):  # neighbours, as the weights of a flattened LSTM are
+        return False
+    return bool(torch.isin(_places(one), _places(other)).any())
+
+
+def _places(t: Tensor) -> Tensor:
+    """Return where the elements of a tensor are in its storage."""
+    places = torch.tensor(t.storage_offset())
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        places = places[..., None] + stride * torch.arange(size)
+    return places.flatten()
+
+
+def _refuse_shared_memory(module: nn.Module) -> None:
+    """Refuse parameters that have elements in common."""
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, p in module.named_parameters():
+        if p.layout == torch.strided and p.numel():
+            where = p.untyped_storage().data_ptr()
+            by_storage.setdefault(where, []).append((name, p))
+    for sharing in by_storage.values():
+        for (one, first), (other, second) in combinations(sharing, 2):
+            if _overlap(first, second):
+                raise ValueError(
+                    f"discriminator: parameters {one!r} and {other!r} share memory, so that a step "
+                    "of one moves the other, which a look-ahead step does not. Make them one "
+                    "nn.Parameter, transposed where it is used, or use parametrizations."
+                )
