@@ -34,6 +34,8 @@ def changes(before: Mapping[str, Any], *held: object) -> list[str]:
 
 def bits(tensor: Tensor) -> bytes:
     """Return the contents of a tensor, so that -0.0 and NaN count as themselves."""
+    if tensor.is_meta:
+        return b""
     dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
     flat = dense.cpu().contiguous().reshape(-1)
     return bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""

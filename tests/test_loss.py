@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchopt
@@ -396,8 +397,8 @@ def test_nothing_but_k_is_assigned(name: str) -> None:
     ):
         setattr(loss, name, 3)
     assert vars(loss) == before
-    loss.unroll_steps = 4
-    assert loss.unroll_steps == 4
+    loss.unroll_steps = np.int64(4)
+    assert type(loss.unroll_steps) is int
     with pytest.raises(ValueError, match=r"unroll_steps: must be at least 0; got -1"):
         loss.unroll_steps = -1
     assert loss.unroll_steps == 4

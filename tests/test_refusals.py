@@ -39,6 +39,8 @@ ELSEWHERE = {
     "the update uses D's parameter": "test_review_users.py",
     "Keep locks": "test_review_users.py",
     "keeps state in": "test_review_users.py",
+    "the optimizer trains tensors": "test_unregistered.py",
+    "change its input in place": "test_in_place.py",
     "cannot be assigned": "test_loss.py",
 }
 CAUGHT = {"a derivative is not implemented"}  # raised to be caught by the library itself
@@ -118,6 +120,11 @@ MORE: dict[str, Row] = {
         TypeError,
         r"discriminator: parameter 'weight' is complex.*does not support\. Store its real and",
         d=lambda: nn.Linear(4, 1, dtype=torch.complex128),
+    ),
+    "D on meta": Row(
+        ValueError,
+        r"discriminator: parameter 'weight' is on the meta device.*to_empty",
+        d=lambda: nn.Linear(4, 1, device="meta"),
     ),
     "a layer without the derivative": Row(
         RuntimeError,

@@ -33,7 +33,7 @@ from unroll._penalties import summands
 from unroll._unrolled_discriminator import UnrolledDiscriminator, unrolled
 from unroll._validation import (
     Project,
-    check_assignable,
+    assignable,
     checked_arguments,
     checked_steps,
     drawn,
@@ -156,8 +156,7 @@ class UnrolledGeneratorLoss(nn.Module):
 
     def __setattr__(self, name: str, value: object) -> None:
         """Assign K, or what ``nn.Module`` and its tools keep on a module; refuse the rest."""
-        check_assignable(name, value)
-        object.__setattr__(self, name, value)
+        object.__setattr__(self, name, assignable(name, value))
 
     @outside_compiled_code
     def forward(

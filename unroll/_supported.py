@@ -49,6 +49,11 @@ def _check_supported(module: nn.Module) -> None:
                 f"discriminator: parameter {name!r} is not initialised yet (a lazy module). Run "
                 "one batch through the discriminator before wrapping it."
             )
+        if parameter.is_meta:
+            raise ValueError(
+                f"discriminator: parameter {name!r} is on the meta device, where it has no values. "
+                "Give it some first: D.to_empty(device=...) and D.load_state_dict(...)."
+            )
         if parameter.is_complex():
             raise TypeError(
                 f"discriminator: parameter {name!r} is complex, which the look-ahead does not "

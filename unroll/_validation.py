@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def _warn_of_sigmoid(module: nn.Module, objective: Objective) -> None:
 
 def checked_steps(unroll_steps: object) -> int:
     """Return K, or refuse what is not a count."""
-    if not isinstance(unroll_steps, int) or isinstance(unroll_steps, bool):
+    if isinstance(unroll_steps, bool) or not isinstance(unroll_steps, Integral):  # NumPy's, too
         raise TypeError(
             "unroll_steps: must be an int, the number K of look-ahead steps; got "
             f"{unroll_steps!r} ({type(unroll_steps).__name__})."
@@ -82,7 +83,7 @@ def checked_steps(unroll_steps: object) -> int:
         raise ValueError(
             f"unroll_steps: must be at least 0; got {unroll_steps}. Use 0 for the ordinary loss."
         )
-    return unroll_steps
+    return int(unroll_steps)
 
 
 def check_scalar(loss: Tensor, method: str) -> None:
@@ -118,15 +119,16 @@ def drawn(
     return pairs
 
 
-def check_assignable(name: str, value: object) -> None:
-    """Refuse what may not be assigned to a loss: all but K and what tools keep on a module."""
+def assignable(name: str, value: object) -> object:
+    """Return what may be assigned to a loss, K or what tools keep on a module; refuse the rest."""
     if name == "unroll_steps":
-        checked_steps(value)
-    elif not (name.startswith("_") or name == "training"):
+        return checked_steps(value)
+    if not (name.startswith("_") or name == "training"):
         raise AttributeError(
             f"{name}: cannot be assigned, of a loss only unroll_steps can; got {value!r}. Make a "
             "new UnrolledGeneratorLoss, which costs nothing, or check the spelling."
         )
+    return value
 
 
 def drawn_minibatches(minibatches: Iterable[Pair], steps: int) -> list[Pair]:

@@ -143,9 +143,7 @@ class Code:
                     if not self._compared:
                         compare(run, step, given, before, device)
                 self._compared = True
-            except (
-                Exception
-            ) as error:  # whatever a backend raises: the eager step has the last word
+            except Exception as error:  # a backend may raise anything; the eager step goes on
                 set_random_state(before, device)
                 self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
                 return step(point, pair, settings)
