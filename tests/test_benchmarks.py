@@ -103,7 +103,7 @@ def rows() -> list[dict[str, str]]:
 
 def test_a_row_has_all_columns(rows: list[dict[str, str]], tmp_path: Path) -> None:
     assert [row["peer"] for row in rows] == [peers.PLAIN, peers.UNROLL]
-    alone = {"best_torch_peer", "vs_best_torch_peer", "vs_jax", "jax", "optax"}
+    alone = {"best_torch_peer", "vs_best_torch_peer", "vs_jax", "jax", "optax", "jax_form"}
     for row in rows:
         assert tuple(row) == COLUMNS
         ours = alone if row["peer"] == peers.UNROLL else alone | {"gradient_error"}

@@ -21,6 +21,7 @@ from unroll._optimizers import torch_optim
 Patch = pytest.MonkeyPatch
 
 
+@pytest.mark.filterwarnings("ignore:optimizer. holds no")
 @settings(
     max_examples=30,
     derandomize=True,

@@ -326,6 +326,7 @@ def test_torchopt_skips_unused_parameters(name: str) -> None:
         assert_close(ahead.parameters, {n: p.detach() for n, p in d.named_parameters()}, 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:optimizer. holds no")
 def test_the_optimizer_trains_a_part_of_d_and_more() -> None:
     """Parameters that it does not hold stand still; those that are not D's do not matter."""
     ((fake, real),) = batches(1)

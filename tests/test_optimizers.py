@@ -216,6 +216,7 @@ def test_after_load_state_dict(name: str, saved: torch.dtype, loaded: torch.dtyp
     assert_real_steps(loss.unroll(*pair), resumed, resumed_optimizer, pair, 3)
 
 
+@pytest.mark.filterwarnings("ignore:optimizer. holds no")
 @pytest.mark.parametrize("cls", FAMILIES)
 def test_a_param_group_added_after_the_loss_was_made(cls: Any) -> None:
     (pair,) = batches(1)

@@ -285,7 +285,7 @@ def _accumulation_hook() -> None:
 
 WARNINGS: dict[str, Callable[[], None]] = {
     r"^discriminator: ends in nn\.Sigmoid.*Remove": _sigmoid,
-    r"^optimizer: has step hooks.*do that in project=": _step_hook,
+    r"^optimizer: has step hooks.*do it in project=": _step_hook,
     r"^discriminator: parameter '\w+' has post-accumulate-grad hooks.*register_hook": (
         _accumulation_hook
     ),

@@ -80,6 +80,7 @@ def test_parameters_that_get_another_name_move(rename: Callable[[nn.Module], obj
     assert_live(loss)
 
 
+@pytest.mark.filterwarnings("ignore:optimizer. holds no")
 def test_an_optimizer_of_frozen_parameters_alone_moves_them() -> None:
     d = net()
     d[2].requires_grad_(False)
