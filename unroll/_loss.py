@@ -79,8 +79,8 @@ class UnrolledGeneratorLoss(nn.Module):
             10 to 60 s. New code is compared with the eager step before its first use. What
             torch.compile cannot follow runs eagerly, after a warning that says why. Default False.
         project: Called after every look-ahead step with a mapping from parameter names to tensors;
-            returns the mapping with the projected ones (WGAN's clipping, a weight normalisation).
-            It is differentiated through. Default: none.
+            returns one with the same names and shapes (WGAN's clipping, a weight normalisation). It
+            is differentiated through. Default: none.
         sync: Average D's gradients over all ranks of ``torch.distributed`` in every step, so that
             the ranks play one game over the global batch (for objectives that are means over
             samples, and equal batches; BatchNorm and RelativisticAverage stay those of a rank).
