@@ -202,6 +202,7 @@ class Keeping(nn.Module):
         return output
 
 
+@pytest.mark.plain
 def test_what_d_fills_is_given_back_and_what_refuses_is_not_touched() -> None:
     d = Keeping()
     config, vocabulary = d.config, d.vocabulary

@@ -101,6 +101,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"compile": True}])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_learning_rate_gets_its_gradient(name: str, options: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from unroll._functional import map_tensors, preserved, tensors
-from unroll._look_ahead import Point
 from unroll._probes import graph
 from unroll._random import random_state, replayed
 
@@ -105,16 +104,16 @@ class _Run:
             torch.is_autocast_cache_enabled(),
         )
 
-    def first(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
-        """Return the results without a graph, and which of them have one in the second run."""
-        result = self.function(*filled(self.given, inputs))
+    def first(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the results, which are to be detached.
+
+        With gradients on, as in the second run: without, other kernels round half precision
+        otherwise.
+        """
+        with torch.enable_grad():
+            result = self.function(*filled(self.given, inputs))
         self.result = _emptied(result)
-        constants = {id(t) for t in inputs if not t.requires_grad}  # a frozen parameter, say
-        if isinstance(result, Point):
-            constants.add(id(result.loss))
-            constants |= {id(b) for b in result.buffers.values() if not b.requires_grad}
-        found = tensors(result)
-        return found, [t.is_floating_point() and id(t) not in constants for t in found]
+        return tensors(result)
 
     def again(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return the results with their graph."""
@@ -135,13 +134,13 @@ class _Checkpoint(torch.autograd.Function):
         ctx.run = run
         ctx.set_materialize_grads(False)  # a zero into an infinite slope would be NaN
         ctx.save_for_backward(*inputs)
-        found, differentiable = run.first(leaves(inputs, ctx.needs_input_grad[1:]))
+        found = run.first(leaves(inputs, ctx.needs_input_grad[1:]))
         outputs = tuple(t.detach() for t in found)
-        pairs = list(zip(outputs, differentiable, strict=True))
         # Elsewhere than on a CPU, sums may come in another order, which Adam's first steps amplify.
         exact = run.device.type == "cpu"
-        run.found = [o.detach() if exact or not moves else None for o, moves in pairs]
-        ctx.mark_non_differentiable(*[o for o, moves in pairs if not moves])
+        pairs = list(zip(outputs, found, strict=True))
+        run.found = [o.detach() if exact or not t.requires_grad else None for o, t in pairs]
+        ctx.mark_non_differentiable(*[o for o, t in pairs if not t.requires_grad])
         return outputs
 
     @staticmethod
