@@ -225,6 +225,9 @@ def _detached(leaf: Any) -> Any:
 
 def with_options(loss: UnrolledGeneratorLoss, **options: Any) -> UnrolledGeneratorLoss:
     """Return a loss of the same D, optimizer and objective with other options."""
-    names = ("unroll_steps", "stop_gradient", "average", "checkpoint", "project", "sync")
+    names = (
+        *("unroll_steps", "stop_gradient", "average", "checkpoint"),
+        *("transform_gradients", "project", "sync"),
+    )
     settings = {name: getattr(loss, name) for name in names} | options
     return UnrolledGeneratorLoss(loss.discriminator, loss.optimizer, loss.objective, **settings)

@@ -66,9 +66,9 @@ def game(
     return lambda: {"objective": Own()}
 
 
-def projecting(project: Any) -> Callable[[], dict[str, Any]]:
-    """Return options with a projection."""
-    return lambda: {"project": project}
+def giving(argument: str, value: Any) -> Callable[[], dict[str, Any]]:
+    """Return options with one argument."""
+    return lambda: {argument: value}
 
 
 class Mutating(nn.Module):
@@ -452,25 +452,33 @@ ROWS: dict[str, Row] = {
         optimizer=lambda _: torchopt.adam(0.1),
         call=_state(lambda _: torchopt.adam(0.1).init(tuple(nn.Linear(3, 1).parameters()))),
     ),
-    "project returns nothing": Row(
-        ValueError,
-        r"project: must return a mapping.*\['weight', 'bias'\]; got NoneType.*Return all",
-        options=projecting(lambda _: None),
-    ),
-    "project drops a name": Row(
-        ValueError,
-        r"project: must return a mapping.*got \['weight'\]",
-        options=projecting(lambda p: {"weight": p["weight"]}),
-    ),
-    "project changes a shape": Row(
-        ValueError,
-        r"project: must keep the shapes.*'weight' came with \(1, 4\) and left with \(4,\)",
-        options=projecting(lambda p: {n: q.flatten() for n, q in p.items()}),
-    ),
-    "project returns numbers": Row(
-        TypeError, r"project: ", options=projecting(lambda p: dict.fromkeys(p, 0.0))
-    ),
-    "project not callable": Row(TypeError, r"project: ", options=projecting(0.01)),
+    **{
+        f"{argument} {what}": Row(kind, f"^{argument}: {message}", options=giving(argument, given))
+        for argument in ("project", "transform_gradients")
+        for what, (kind, message, given) in {
+            "returns nothing": (
+                ValueError,
+                r"must return a mapping.*\['weight', 'bias'\]; got NoneType.*Return all",
+                lambda _: None,
+            ),
+            "drops a name": (
+                ValueError,
+                r"must return a mapping.*got \['weight'\]",
+                lambda p: {"weight": p["weight"]},
+            ),
+            "changes a shape": (
+                ValueError,
+                r"must keep the shapes.*'weight' came with \(1, 4\) and left with \(4,\)",
+                lambda p: {n: q.flatten() for n, q in p.items()},
+            ),
+            "returns numbers": (
+                TypeError,
+                r"must return tensors; 'weight' is a float.*Keep them",
+                lambda p: dict.fromkeys(p, 0.0),
+            ),
+            "not callable": (TypeError, r"must be a function.*got float\. Pass", 0.01),
+        }.items()
+    },
 }  # fmt: skip
 
 
@@ -636,5 +644,6 @@ def test_the_table_is_complete() -> None:
     assert len(ROWS) >= 30
     named = " ".join(row.message.split(":")[0] for row in ROWS.values())
     for argument in ("unroll_steps", "discriminator", "optimizer", "objective", "fake",
-                     "minibatches", "optimizer_state", "project"):  # fmt: skip
+                     "minibatches", "optimizer_state", "project",
+                     "transform_gradients"):  # fmt: skip
         assert argument in named

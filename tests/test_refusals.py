@@ -18,7 +18,7 @@ import unroll
 from tests.players import batches, with_options
 from tests.settings import DEVICE
 from tests.snapshot import changes, snapshot
-from tests.test_errors import ROWS, Rounding, Row, forward, game, linear, projecting, sgd
+from tests.test_errors import ROWS, Rounding, Row, forward, game, giving, linear, sgd
 from unroll import R1, R2, Minimax
 from unroll._inspection import DETACHED_FAKES
 
@@ -69,12 +69,11 @@ class Checkpointing(Doubled):
 
 
 def _closed_over(loss: unroll.UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> object:
-    """Call with an objective that decays the weights of D itself, not of the D it is given."""
-    d = loss.discriminator
+    """Call with an objective that decays a weight that it keeps, not that of the D it is given."""
+    d, weight = loss.discriminator, loss.discriminator.get_parameter("weight")
     objective = game(
         lambda given, fake, real: (
-            Minimax().discriminator_loss(given, fake, real)
-            + d.get_parameter("weight").square().sum()
+            Minimax().discriminator_loss(given, fake, real) + weight.square().sum()
         )
     )()["objective"]
     return unroll.UnrolledGeneratorLoss(d, loss.optimizer, objective, unroll_steps=2)(fake, real)
@@ -142,16 +141,18 @@ MORE: dict[str, Row] = {
         r"discriminator, objective: the loss uses D's parameter 'weight' other than.*Call the",
         call=_closed_over,
     ),
-    "project outside autograd": Row(
-        ValueError,
-        r"project: must be differentiable; it changed 'weight' outside autograd.*Use p\.clamp",
-        options=projecting(_outside_autograd),
-    ),
-    "project detaches": Row(
-        ValueError,
-        r"project: must be differentiable; it changed 'weight' outside autograd.*Use p\.clamp",
-        options=projecting(lambda theta: {n: p.detach() for n, p in theta.items()}),
-    ),
+    **{
+        f"{argument} {what}": Row(
+            ValueError,
+            rf"^{argument}: must be differentiable; it changed .weight. outside.*Use p\.clamp",
+            options=giving(argument, function),
+        )
+        for argument in ("project", "transform_gradients")
+        for what, function in {
+            "outside autograd": _outside_autograd,
+            "detaches": lambda theta: {n: p.detach() for n, p in theta.items()},
+        }.items()
+    },
     "penalty on fakes without a floating tensor": Row(
         TypeError,
         r"fake: a gradient penalty needs a floating-point tensor.*got .*Leave the penalty out",

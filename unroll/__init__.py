@@ -7,6 +7,7 @@ from unroll._objectives import (
     Criterion,
     Hinge,
     LeastSquares,
+    Losses,
     Minimax,
     NonSaturating,
     Objective,
@@ -15,17 +16,21 @@ from unroll._objectives import (
     Wasserstein,
 )
 from unroll._penalties import R1, R2, GradientPenalty
+from unroll._transforms import ClipGradNorm, ClipGradValue
 from unroll._unrolled_discriminator import UnrolledDiscriminator
 
 __version__ = "0.1.0"
 __all__ = [
     "R1",
     "R2",
+    "ClipGradNorm",
+    "ClipGradValue",
     "Criterion",
     "GradientPenalty",
     "GradientReport",
     "Hinge",
     "LeastSquares",
+    "Losses",
     "Minimax",
     "NonSaturating",
     "Objective",

@@ -26,6 +26,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from unroll._autograd_fixes import right_derivatives
 
 F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R")
 Batch = Any
 Pair = tuple[Batch, Batch]  # (fake, real)
 LARGE = 1000  # entries: a forward pass fills small containers, a vocabulary would take long to copy
@@ -93,11 +94,35 @@ def unwrap_once(module: nn.Module) -> nn.Module | None:
     return inner
 
 
-# An nn.Module as a function: (parameters, buffers, args, kwargs) -> (output, buffers left behind).
-PureModule = Callable[
-    [Mapping[str, Tensor], Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]],
-    tuple[Any, dict[str, Tensor]],
-]
+class Discriminator:
+    """D at some theta_D^k, as objectives get it: it can be used as D is.
+
+    A tuple or a mapping given as the only argument is unpacked: ``d(batch)`` is ``D(x)`` for a
+    tensor, ``D(*x)`` for a tuple, ``D(**x)`` for a mapping. What else one reads of it, D's methods,
+    submodules and attributes, is that of the module, in which theta_D^k stands meanwhile.
+    """
+
+    def __init__(self, module: Callable[..., Any]) -> None:
+        self._module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return ``D(*args, **kwargs)``, a batch unpacked."""
+        if len(args) == 1 and not kwargs:
+            if isinstance(args[0], Mapping):
+                return self._module(**args[0])
+            if isinstance(args[0], tuple):
+                return self._module(*args[0])
+        return self._module(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return ``D(*args, **kwargs)``, nothing unpacked."""
+        return self._module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of D."""
+        if name == "_module":  # not there yet: of a copy, or of an unpickled one
+            raise AttributeError(name)
+        return getattr(self._module, name)
 
 
 class Functional:
@@ -137,35 +162,29 @@ class Functional:
 
     def __call__(
         self,
+        function: Callable[[Discriminator], R],
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """Return ``module(*args, **kwargs)`` and the buffers that it leaves behind."""
+    ) -> tuple[R, dict[str, Tensor]]:
+        """Return ``function(D)`` with these tensors in D, and the buffers that it leaves behind."""
         versions = {name: tensor._version for name, tensor in parameters.items()}
-        # Fresh buffers at every call: one that is changed in place may be saved for backward.
-        with self.installed(parameters, {name: b.clone() for name, b in buffers.items()}):
-            output = self.module(*args, **kwargs)
+        for name, attributes in self._attributes.items():
+            vars(parameters[name]).update(attributes)
+        # Where theta_D^k is a constant, D's own kernels are right; f_0 is the user's, bit for bit.
+        differentiated = any(p.requires_grad for p in parameters.values())
+        fresh = {name: buffer.clone() for name, buffer in buffers.items()}  # D may change them
+        try:
+            self._write({**parameters, **dict.fromkeys(self.buffers), **self._empty, **fresh})
+            with right_derivatives() if differentiated else nullcontext():
+                result = function(Discriminator(self.module))
             slots = {name: self._places[name][0] for name in (*self.buffers, *self._empty)}
             left = {name: container[key] for name, (container, key) in slots.items()}
+        finally:
+            self._write({**self.parameters, **self.buffers, **self._empty})
         for name, tensor in parameters.items():
             if tensor._version != versions[name]:
                 raise RuntimeError(mutation_message(name))
-        return output, {name: buffer for name, buffer in left.items() if buffer is not None}
-
-    @contextmanager
-    def installed(
-        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-    ) -> Iterator[None]:
-        """Let the module have these parameters and buffers for its own."""
-        for name, attributes in self._attributes.items():
-            vars(parameters[name]).update(attributes)
-        try:
-            self._write({**parameters, **dict.fromkeys(self.buffers), **self._empty, **buffers})
-            yield
-        finally:
-            self._write({**self.parameters, **self.buffers, **self._empty})
+        return result, {name: buffer for name, buffer in left.items() if buffer is not None}
 
     def _write(self, values: Mapping[str, Tensor | None]) -> None:
         for name, value in values.items():
@@ -180,30 +199,6 @@ def mutation_message(name: str) -> str:
         f"{name!r}, which would make every look-ahead step differ from a training step. Move the "
         "change after optimizer.step() in your loop and give it to the look-ahead as project=."
     )
-
-
-class FunctionalDiscriminator:
-    """D at some theta_D^k: the pure callable that objectives get. Its buffers evolve."""
-
-    def __init__(
-        self, module: PureModule, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-    ) -> None:
-        self.module, self.parameters, self.buffers = module, parameters, buffers
-        # Where theta_D^k is a constant, D's own kernels are right; f_0 is the user's, bit for bit.
-        differentiated = any(p.requires_grad for p in parameters.values())
-        self._context = right_derivatives if differentiated else nullcontext
-
-    def __call__(self, batch: Batch) -> Any:
-        """Return D(x) for a tensor, D(*x) for a tuple, D(**x) for a mapping."""
-        if isinstance(batch, Mapping):
-            return self.forward(**batch)
-        return self.forward(*batch) if isinstance(batch, tuple) else self.forward(batch)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return ``D(*args, **kwargs)``."""
-        with self._context():
-            output, self.buffers = self.module(self.parameters, self.buffers, args, kwargs)
-        return output
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from unroll._autograd_fixes import RECOMPUTATION, recomputation_refused
 from unroll._functional import (
     Functional,
-    FunctionalDiscriminator,
     Pair,
     map_tensors,
     mutation_message,
@@ -36,7 +35,7 @@ from unroll._look_ahead import (
 from unroll._modes.checkpointed import refuse_unrepeatable
 from unroll._probes import graph, has_dead_ends, without_derivative
 from unroll._random import random_state, replayed
-from unroll._validation import outside_autograd, same
+from unroll._validation import Mapped, outside_autograd, same
 
 DETACHED_FAKES = (
     "objective: discriminator_loss does not depend on the fakes (are they detached?), so the "
@@ -64,8 +63,7 @@ class Inspection:
             batch, pair = map_tensors(Tensor.clone, (batch, pair))  # D may change its input
             if self.stop_gradient:
                 theta = leaves(point.parameters, game.moving)
-                d = FunctionalDiscriminator(game.discriminator, theta, point.buffers)
-                differentiate(game, d, pair, create_graph=False)
+                differentiate(game, theta, point.buffers, pair, create_graph=False)
                 inspect_value(module, value, point, batch)
             else:
                 following = inspect_step(game, point, pair)
@@ -107,8 +105,7 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
     module = discriminator.module
     _refuse_layers(module)
     theta = leaves(point.parameters, game.moving)
-    d = FunctionalDiscriminator(discriminator, theta, point.buffers)
-    loss, gradients = differentiate(game, d, pair, create_graph=True)
+    loss, gradients, buffers = differentiate(game, theta, point.buffers, pair, create_graph=True)
     _refuse_reentrant_checkpoints(loss)
     if not gradients:  # the step itself refuses this; with `sync`, other ranks may have some
         return point
@@ -127,10 +124,19 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
             "of project=, of a transformation or of a gradient hook), which would get a gradient. "
             "Use what they are given, theta_D^k; where theta_D^0 is meant, parameter.detach()."
         )
+    _refuse_outside_autograd("transform_gradients", game.transform_gradients, gradients)
     if game.project is not None:
-        _refuse_projection_outside_autograd(game, theta, gradients, point.optimizer_state)
-    _inspect_derivatives(module, theta, gradients, tensors(pair[0]), lambda: d(pair[1]))
-    return Point(moved, d.buffers, state, loss.detach())
+        unprojected = replace(game, project=None)
+        moved, _ = update(unprojected, theta, gradients, point.optimizer_state, settings)
+        _refuse_outside_autograd("project", game.project, moved)
+    _inspect_derivatives(
+        module,
+        theta,
+        gradients,
+        tensors(pair[0]),
+        lambda: discriminator(lambda d: d(pair[1]), theta, point.buffers),
+    )
+    return Point(moved, buffers, state, loss.detach())
 
 
 def inspect_value(module: nn.Module, value: Value, point: Point, pair: Pair) -> None:
@@ -141,22 +147,20 @@ def inspect_value(module: nn.Module, value: Value, point: Point, pair: Pair) -> 
     _refuse_own_parameters(module, f, reached)
 
 
-def _refuse_projection_outside_autograd(
-    game: Game, theta: Mapping[str, Tensor], gradients: Gradients, state: Any
+def _refuse_outside_autograd(
+    argument: str, function: Mapped | None, given: Mapping[str, Tensor]
 ) -> None:
-    """Refuse a projection that changes values without a trace in the graph, as ``.data`` does."""
-    assert game.project is not None
-    unprojected = replace(game, project=None)
-    moved, _ = update(unprojected, theta, gradients, state, game.optimizer.settings)
-    given = {name: value.clone() for name, value in moved.items()}
-    histories = {name: value.grad_fn for name, value in given.items()}
-    device = next(iter(given.values())).device
-    with torch.autocast(device.type, enabled=False):
-        found = game.project(dict(given))
+    """Refuse a function that changes values without a trace in the graph, as ``.data`` does."""
+    if function is None:
+        return
+    clones = {name: value.clone() for name, value in given.items()}
+    histories = {name: value.grad_fn for name, value in clones.items()}
+    with torch.autocast(next(iter(clones.values())).device.type, enabled=False):
+        found = function(dict(clones))
     for name, value in found.items():
         untouched = value.grad_fn is histories[name]
-        if moved[name].requires_grad and untouched and not same(value, moved[name]):
-            raise ValueError(outside_autograd(name))
+        if given[name].requires_grad and untouched and not same(value, given[name]):
+            raise ValueError(outside_autograd(argument, name))
 
 
 def _refuse_unregistered(game: Game, loss: Tensor, until: Iterable[Tensor]) -> None:

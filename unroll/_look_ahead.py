@@ -15,22 +15,15 @@ import torch
 from torch import Tensor
 
 from unroll._autograd_fixes import inner_gradients
-from unroll._functional import (
-    Functional,
-    FunctionalDiscriminator,
-    Pair,
-    map_tensors,
-    tensors,
-    views,
-)
+from unroll._functional import Functional, Pair, map_tensors, tensors, views
 from unroll._objectives import Objective
 from unroll._optimizers import InnerOptimizer
 from unroll._validation import (
-    Project,
+    Mapped,
     check_gradients_found,
     check_scalar,
     check_unchanged,
-    projected,
+    mapped,
 )
 
 
@@ -46,7 +39,7 @@ class Point(NamedTuple):
 Gradients = dict[str, Tensor]
 Step = Callable[[Point, Pair, Any], Point]  # given a point, (fake, real) and optimizer settings
 Value = Callable[[Point, Pair], Tensor]  # f at a point, on (fake, real)
-Transform = Callable[[Gradients, Mapping[str, Tensor], Pair], Gradients]
+Mean = Callable[[Gradients, Mapping[str, Tensor], Pair], Gradients]
 
 
 @dataclass(frozen=True)
@@ -57,8 +50,9 @@ class Game:
     optimizer: InnerOptimizer
     objective: Objective
     moving: frozenset[str]  # names of the parameters that take steps
-    transforms: tuple[Transform, ...]  # of their gradients, before the optimizer sees them
-    project: Project | None
+    mean: Mean | None  # of their gradients, over ranks
+    transform_gradients: Mapped | None
+    project: Mapped | None
 
 
 def start(discriminator: Functional, optimizer_state: Any = None) -> Point:
@@ -86,15 +80,15 @@ def inner_step(game: Game) -> Step:
 
     def step(point: Point, pair: Pair, settings: Any) -> Point:
         theta = leaves(point.parameters, game.moving)
-        d = FunctionalDiscriminator(game.discriminator, theta, point.buffers)
-        loss, gradients = differentiate(game, d, pair, create_graph=torch.is_grad_enabled())
-        with torch.enable_grad():
-            for transform in game.transforms:
-                moving = {n: p for n, p in theta.items() if n in game.moving}
-                gradients = transform(gradients, moving, pair)
+        found = differentiate(game, theta, point.buffers, pair, torch.is_grad_enabled())
+        loss, gradients, buffers = found
+        if game.mean is not None:
+            moving = {name: p for name, p in theta.items() if name in game.moving}
+            with torch.enable_grad():
+                gradients = game.mean(gradients, moving, pair)
         check_gradients_found(gradients)
         parameters, state = update(game, theta, gradients, point.optimizer_state, settings)
-        return Point(parameters, d.buffers, state, loss.detach())
+        return Point(parameters, buffers, state, loss.detach())
 
     return step
 
@@ -109,8 +103,10 @@ def generator_value(discriminator: Functional, objective: Objective) -> Value:
     """Return f as a function of a point: what G minimises there."""
 
     def value(point: Point, pair: Pair) -> Tensor:
-        d = FunctionalDiscriminator(discriminator, point.parameters, point.buffers)
-        f = objective.generator_loss(d, *views(pair))
+        fake, real = views(pair)
+        f, _ = discriminator(
+            lambda d: objective.generator_loss(d, fake, real), point.parameters, point.buffers
+        )
         check_scalar(f, "generator_loss")
         return f
 
@@ -138,24 +134,37 @@ def leaves(parameters: Mapping[str, Tensor], moving: frozenset[str]) -> dict[str
 
 
 def differentiate(
-    game: Game, d: FunctionalDiscriminator, pair: Pair, *, create_graph: bool
-) -> tuple[Tensor, Gradients]:
-    """Return D's loss and its gradients in the moving parameters on which it depends."""
-    moving = {name: p for name, p in d.parameters.items() if name in game.moving}
+    game: Game,
+    theta: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    pair: Pair,
+    create_graph: bool,
+) -> tuple[Tensor, Gradients, dict[str, Tensor]]:
+    """Return D's loss, its gradients in the moving parameters that it reaches, and D's buffers."""
     versions = [t._version for t in tensors(pair)]
     with torch.enable_grad(), _without_autocast_cache():
-        loss = game.objective.discriminator_loss(d, *views(pair))
+        # An objective may differentiate in the fakes, whether G's gradient is asked for or not.
+        fake, real = map_tensors(_point, views(pair[0])), views(pair[1])
+        loss, left = game.discriminator(
+            lambda d: game.objective.discriminator_loss(d, fake, real), theta, buffers
+        )
         check_unchanged(pair, versions)
         check_scalar(loss, "discriminator_loss")
         if not loss.requires_grad:
-            return loss, {}
-        found = inner_gradients(loss, list(moving.values()), create_graph=create_graph)
+            return loss, {}, left
+        moving = [name for name in theta if name in game.moving]
+        found = inner_gradients(loss, [theta[n] for n in moving], create_graph=create_graph)
         own = game.discriminator.parameters
-        return loss, {
+        gradients = {
             name: after_hooks(own[name], gradient, name)
             for name, gradient in zip(moving, found, strict=True)
             if gradient is not None
         }
+        return loss, gradients, left
+
+
+def _point(t: Tensor) -> Tensor:
+    return t if t.requires_grad or not t.is_floating_point() else t.requires_grad_()
 
 
 def update(
@@ -164,9 +173,11 @@ def update(
     """Return theta_D^{k+1} and the optimizer's next state."""
     device = next(iter(theta.values())).device
     with torch.autocast(device.type, enabled=False):  # optimizers keep full precision
+        if game.transform_gradients is not None:
+            gradients = mapped("transform_gradients", game.transform_gradients, gradients)
         parameters, state = game.optimizer.step(theta, gradients, state, settings)
         if game.project is not None:
-            parameters = projected(game.project, parameters)
+            parameters = mapped("project", game.project, parameters)
     return parameters, state
 
 

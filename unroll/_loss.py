@@ -32,7 +32,7 @@ from unroll._optimizers import Moving, inner_optimizer
 from unroll._penalties import summands
 from unroll._unrolled_discriminator import UnrolledDiscriminator, unrolled
 from unroll._validation import (
-    Project,
+    Mapped,
     assignable,
     checked_arguments,
     checked_steps,
@@ -78,6 +78,10 @@ class UnrolledGeneratorLoss(nn.Module):
             all K alike; f_K is then differentiable once. Faster for small D's; the first call takes
             10 to 60 s. New code is compared with the eager step before its first use. What
             torch.compile cannot follow runs eagerly, after a warning that says why. Default False.
+        transform_gradients: Called in every look-ahead step with a mapping from the names of the
+            parameters that got a gradient to the gradients, after hooks and the mean over ranks;
+            returns one with the same names and shapes. It is differentiated through. Clipping:
+            :class:`unroll.ClipGradNorm`, :class:`unroll.ClipGradValue`. Default: none.
         project: Called after every look-ahead step with a mapping from parameter names to tensors;
             returns one with the same names and shapes (WGAN's clipping, a weight normalisation). It
             is differentiated through. Default: none.
@@ -112,11 +116,14 @@ class UnrolledGeneratorLoss(nn.Module):
         average: bool = False,
         checkpoint: bool = False,
         compile: bool = False,
-        project: Project | None = None,
+        transform_gradients: Mapped | None = None,
+        project: Mapped | None = None,
         sync: bool | None = None,
     ) -> None:
         super().__init__()
-        module = checked_arguments(discriminator, objective, project)
+        module = checked_arguments(
+            discriminator, objective, transform_gradients=transform_gradients, project=project
+        )
         warn_of_gradient_hooks(module)
         parts = module, summands(objective)
         averages, group = resolved_sync(discriminator, sync)
@@ -129,6 +136,7 @@ class UnrolledGeneratorLoss(nn.Module):
             stop_gradient=stop_gradient,
             average=average,
             checkpoint=checkpoint,
+            transform_gradients=transform_gradients,
             project=project,
             sync=averages,
             _group=group,
@@ -146,7 +154,8 @@ class UnrolledGeneratorLoss(nn.Module):
     stop_gradient: bool
     average: bool
     checkpoint: bool
-    project: Project | None
+    transform_gradients: Mapped | None
+    project: Mapped | None
     sync: bool
     _group: Any
     _code: Code | None
@@ -246,8 +255,9 @@ class UnrolledGeneratorLoss(nn.Module):
         d = Functional(self.discriminator)
         optimizer = inner_optimizer(self.optimizer, d.parameters, optimizer_state)
         moving = self._moving.among(self.optimizer, d.parameters, optimizer.names)
-        transforms = (partial(averaged, group=self._group),) if self.sync else ()
-        game = Game(d, optimizer, self.objective, moving, transforms, self.project)
+        mean = partial(averaged, group=self._group) if self.sync else None
+        functions = mean, self.transform_gradients, self.project
+        game = Game(d, optimizer, self.objective, moving, *functions)
         return game, start(d, optimizer.initial_state)
 
     def _steps(

@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import relu
 from torch.nn.functional import softplus as _softplus
 
-from unroll._functional import Batch
-
-Discriminator = Callable[[Batch], Any]
+from unroll._functional import Batch, Discriminator
 
 # PyTorch's default threshold of 20 is off by 2e-9 there, above 40 the identity is exact.
 softplus = partial(_softplus, threshold=40.0)
@@ -28,10 +26,10 @@ softplus = partial(_softplus, threshold=40.0)
 class Objective(Protocol):
     """A game between a discriminator and a generator: two losses, each to be minimised.
 
-    ``discriminator`` is a pure callable, D at some theta_D^k. It takes a batch as it was given to
-    the loss (a tensor, a tuple or a mapping) and unpacks it. An objective must use this callable
-    and not the module itself, and must not detach ``fake``: the second term of Eq. 12 flows
-    through it.
+    ``discriminator`` is D at some theta_D^k and can be used as D is, its methods, submodules and
+    ``parameters()`` included. Called with a batch as it was given to the loss (a tensor, a tuple or
+    a mapping), it unpacks it; ``discriminator.forward`` never does. An objective must not detach
+    ``fake``: the second term of Eq. 12 flows through it.
 
     Example:
         >>> class Squared:
@@ -49,6 +47,28 @@ class Objective(Protocol):
     def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
         """Return what the generator minimises, a 0-d tensor."""
         ...
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A game given as two functions, each of ``(discriminator, fake, real)``.
+
+    Args:
+        discriminator_loss: Returns what the discriminator minimises, a 0-d tensor.
+        generator_loss: Returns what the generator minimises, a 0-d tensor.
+
+    Example:
+        >>> import torch, unroll
+        >>> game = unroll.Losses(
+        ...     lambda d, fake, real: d(fake).mean() - d(real).mean(),
+        ...     lambda d, fake, real: -d(fake).mean(),
+        ... )
+        >>> game.generator_loss(lambda x: x, torch.ones(4), torch.zeros(4))
+        tensor(-1.)
+    """
+
+    discriminator_loss: Callable[[Discriminator, Batch, Batch], Tensor]
+    generator_loss: Callable[[Discriminator, Batch, Batch], Tensor]
 
 
 def one_tensor(discriminator: Discriminator, batch: Batch) -> Tensor:

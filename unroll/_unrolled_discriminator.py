@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchopt.pytree import tree_map
 
 from unroll._autograd_fixes import recomputation_refused
-from unroll._functional import Functional, FunctionalDiscriminator, preserved
+from unroll._functional import Functional, preserved
 from unroll._look_ahead import Game, Point
 
 
@@ -40,9 +40,9 @@ class UnrolledDiscriminator:
         """Return ``D(*args, **kwargs)`` at theta_D^K; neither D nor the buffers change."""
         with preserved(self._module), recomputation_refused():
             functional = Functional(self._module)
-            return FunctionalDiscriminator(functional, self.parameters, self.buffers).forward(
-                *args, **kwargs
-            )
+            return functional(lambda d: d.forward(*args, **kwargs), self.parameters, self.buffers)[
+                0
+            ]
 
     def __repr__(self) -> str:
         """Return a line: what D is, how far it looked ahead, and its losses on the way."""

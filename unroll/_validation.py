@@ -25,18 +25,20 @@ from unroll._objectives import (
 from unroll._penalties import summands
 from unroll._supported import checked_discriminator
 
-Project = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+# What project= and transform_gradients= are: functions from named tensors to named tensors.
+Mapped = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 ON_LOGITS = (
     *(Minimax, NonSaturating, LeastSquares, Hinge, Wasserstein),
     *(RelativisticPairing, RelativisticAverage),
 )
 
 
-def checked_arguments(discriminator: object, objective: Any, project: object) -> nn.Module:
+def checked_arguments(discriminator: object, objective: Any, **functions: object) -> nn.Module:
     """Return the user's own module inside all wrappers, after a look at what goes with it."""
     module = checked_discriminator(discriminator)
     _check_objective(objective)
-    _check_project(project)
+    for argument, function in functions.items():
+        _check_mapped(argument, function)
     _warn_of_sigmoid(module, objective)
     return module
 
@@ -52,12 +54,12 @@ def _check_objective(objective: object) -> None:
             )
 
 
-def _check_project(project: object) -> None:
-    """Refuse a projection that is no function."""
-    if project is not None and not callable(project):
+def _check_mapped(argument: str, function: object) -> None:
+    """Refuse a projection or a transform that is no function."""
+    if function is not None and not callable(function):
         raise TypeError(
-            "project: must be a function from a mapping of parameters to one; got "
-            f"{type(project).__name__}. Pass for instance a function that clamps each of them."
+            f"{argument}: must be a function from a mapping of tensors to one; got "
+            f"{type(function).__name__}. Pass for instance a function that clamps each of them."
         )
 
 
@@ -185,37 +187,38 @@ def check_gradients_found(gradients: Mapping[str, Tensor]) -> None:
         )
 
 
-def projected(project: Project, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what ``project`` makes of theta, or refuse what cannot be differentiated."""
-    # Clones, so that a projection may write in place, as one of real parameters does.
-    found = project({name: value.clone() for name, value in theta.items()})
-    if not isinstance(found, Mapping) or found.keys() != theta.keys():
+def mapped(argument: str, function: Mapped, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a function makes of named tensors, or refuse what cannot be differentiated."""
+    # Clones, so that it may write in place, as one of real parameters or gradients does.
+    found = function({name: value.clone() for name, value in given.items()})
+    if not isinstance(found, Mapping) or found.keys() != given.keys():
         got = list(found) if isinstance(found, Mapping) else type(found).__name__
         raise ValueError(
-            "project: must return a mapping with the names that it was given, "
-            f"{list(theta)}; got {got}. Return all parameters, changed or not."
+            f"{argument}: must return a mapping with the names that it was given, "
+            f"{list(given)}; got {got}. Return all tensors, changed or not."
         )
     for name, value in found.items():
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"project: must return tensors; {name!r} is a {type(value).__name__}. Keep the "
-                "parameters as tensors, so that they can be differentiated through."
+                f"{argument}: must return tensors; {name!r} is a {type(value).__name__}. Keep them "
+                "as tensors, so that they can be differentiated through."
             )
-        if value.shape != theta[name].shape:
+        if value.shape != given[name].shape:
             raise ValueError(
-                f"project: must keep the shapes of the parameters; {name!r} came with "
-                f"{tuple(theta[name].shape)} and left with {tuple(value.shape)}."
+                f"{argument}: must keep the shapes that it was given; {name!r} came with "
+                f"{tuple(given[name].shape)} and left with {tuple(value.shape)}."
             )
-        if torch.is_grad_enabled() and theta[name].requires_grad and not value.requires_grad:
-            raise ValueError(outside_autograd(name))
+        if torch.is_grad_enabled() and given[name].requires_grad and not value.requires_grad:
+            raise ValueError(outside_autograd(argument, name))
     return dict(found)
 
 
-def outside_autograd(name: str) -> str:
-    """Return the text of the refusal of a projection that leaves no trace in the graph."""
+def outside_autograd(argument: str, name: str) -> str:
+    """Return the text of the refusal of a function that leaves no trace in the graph."""
     return (
-        f"project: must be differentiable; it changed {name!r} outside autograd (under "
-        "torch.no_grad(), through .data, or detached). Use p.clamp(...) and the like."
+        f"{argument}: must be differentiable; it changed {name!r} outside autograd (under "
+        "torch.no_grad(), through .data, or detached). Use p.clamp(...) and the like, or "
+        "unroll.ClipGradNorm for gradients."
     )
 
 

@@ -39,7 +39,8 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
     optimizer = _copied("optimizer", optimizer, memo)
     objective = _copied("objective", loss.objective, memo)
     project = _copied("project", loss.project, memo)
-    _in_double([module, objective, project], set())
+    transform = _copied("transform_gradients", loss.transform_gradients, memo)
+    _in_double([module, objective, project, transform], set())
     if isinstance(optimizer, torch.optim.Optimizer):
         for state in optimizer.state.values():
             state.update({k: double(v) for k, v in state.items() if k != "step"})
@@ -55,6 +56,7 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
         stop_gradient=loss.stop_gradient,
         average=loss.average,
         checkpoint=loss.checkpoint,
+        transform_gradients=transform,
         project=project,
         sync=False,  # the copies are this rank's alone
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unroll._functional import FunctionalDiscriminator, Pair, preserved, tensors
+from unroll._functional import Pair, preserved, tensors
 from unroll._look_ahead import Point, Value, after_hooks, surrogate
 from unroll._loss import UnrolledGeneratorLoss
 from unroll._probes import innermost, probe_layers
@@ -95,13 +95,16 @@ class DifferenceCheck:
         with preserved(*loss._parts):
             game, point = loss._start(None)
             theta = {name: p.requires_grad_() for name, p in point.parameters.items()}
-            d = FunctionalDiscriminator(game.discriminator, theta, point.buffers)
-            layers = probe_layers(
-                loss.discriminator,
-                lambda: loss.objective.discriminator_loss(d, fake, real),
-                _second_derivative_error,
-            )
-            value = loss.objective.discriminator_loss(d, fake, real)
+
+            def d_loss() -> Tensor:
+                objective, d = loss.objective, game.discriminator
+                value, _ = d(
+                    lambda d: objective.discriminator_loss(d, fake, real), theta, point.buffers
+                )
+                return value
+
+            layers = probe_layers(loss.discriminator, d_loss, _second_derivative_error)
+            value = d_loss()
         found = torch.autograd.grad(value, list(theta.values()), allow_unused=True)
         pairs = zip(theta, found, strict=True)
         gradients = {name: g.requires_grad_() for name, g in pairs if g is not None}

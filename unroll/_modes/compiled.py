@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +15,15 @@ import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
-from unroll._functional import FunctionalDiscriminator, Pair, map_tensors
+from unroll._autograd_fixes import right_derivatives
+from unroll._functional import Discriminator, Pair, map_tensors
 from unroll._look_ahead import Game, Point, Step, differentiate, leaves
 from unroll._modes.backend import inductor
 from unroll._modes.comparison import Given, compare
 from unroll._objectives import Objective
 from unroll._optimizers import InnerOptimizer
 from unroll._random import random_state, replayed, set_random_state
-from unroll._validation import projected
+from unroll._validation import mapped
 
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
@@ -35,15 +36,18 @@ class Traceable:
 
     def __call__(
         self,
+        function: Callable[[Discriminator], Any],
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Return ``module(*args, **kwargs)`` and the buffers that it leaves behind."""
+        """Return ``function(D)`` with these tensors in D, and the buffers that it leaves behind."""
         left = {name: buffer.clone() for name, buffer in buffers.items()}
-        output = functional_call(self.module, ({**parameters}, left), args, {**kwargs})
-        return output, left
+
+        def d(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self.module, ({**parameters}, left), args, kwargs)
+
+        with right_derivatives():
+            return function(Discriminator(d)), left
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,10 @@ def _traced(
     """
 
     def loss(moving: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        d = FunctionalDiscriminator(Traceable(played.module), {**theta, **moving}, buffers)
-        return played.objective.discriminator_loss(d, *pair), dict(d.buffers)
+        objective = played.objective
+        return Traceable(played.module)(
+            lambda d: objective.discriminator_loss(d, *pair), {**theta, **moving}, buffers
+        )
 
     differentiated = grad_and_value(loss, has_aux=True)
     found, (value, left) = differentiated({name: theta[name] for name in reached})
@@ -114,8 +120,8 @@ class Code:
 
     def step(self, step: Step, game: Game) -> Step:
         """Return the step as compiled code; itself, after one warning, where that fails."""
-        if game.transforms:
-            self._give_up("its gradients are averaged over ranks (sync)")
+        if game.mean is not None or game.transform_gradients is not None:
+            self._give_up("its gradients are changed by sync= or transform_gradients=")
         if any(p._backward_hooks for p in game.discriminator.parameters.values()):
             self._give_up("a parameter of D has gradient hooks")
         if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
@@ -178,7 +184,7 @@ class Code:
                 found, state = game.optimizer.step(point.parameters, found, state, settings)
             moved = {**point.parameters, **found}
             if game.project is not None:
-                moved = projected(game.project, moved)
+                moved = mapped("project", game.project, moved)
         return Point(moved, buffers, state, loss)
 
     def _prepare(self, game: Game, point: Point, pair: Pair) -> tuple[str, ...]:
@@ -186,9 +192,10 @@ class Code:
         device = next(iter(point.parameters.values())).device
         with replayed(random_state(device), device):
             theta = leaves(point.parameters, game.moving)
-            d = FunctionalDiscriminator(game.discriminator, theta, point.buffers)
-            _, gradients = differentiate(game, d, pair, create_graph=False)
-        if d.buffers.keys() != point.buffers.keys():
+            _, gradients, buffers = differentiate(
+                game, theta, point.buffers, pair, create_graph=False
+            )
+        if buffers.keys() != point.buffers.keys():
             self._give_up("D makes or drops a buffer as it runs")
         return tuple(gradients)
 

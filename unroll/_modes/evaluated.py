@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unroll._functional import (
-    Functional,
-    FunctionalDiscriminator,
-    Pair,
-    map_tensors,
-    tensors,
-    views,
-)
+from unroll._functional import Discriminator, Functional, Pair, map_tensors, tensors, views
 from unroll._look_ahead import Point, Value
 from unroll._objectives import Objective
 
@@ -50,18 +42,13 @@ class _Evaluated(torch.autograd.Function):
         iterator = iter(leaves)
         batch = map_tensors(lambda _: next(iterator), pair)
 
-        def itself(
-            _: Mapping[str, Tensor],
-            buffers: Mapping[str, Tensor],
-            args: tuple[Any, ...],
-            kwargs: Mapping[str, Any],
-        ) -> tuple[Any, dict[str, Tensor]]:
-            return discriminator.module(*args, **kwargs), {**buffers}
-
-        with torch.enable_grad(), discriminator.installed(point.parameters, point.buffers):
-            d = FunctionalDiscriminator(itself, point.parameters, point.buffers)
+        def differentiated(d: Discriminator) -> Tensor:
             f = objective.generator_loss(d, *views(batch))
             torch.autograd.backward(f)  # autograd.grad refuses the reentrant form
+            return f
+
+        with torch.enable_grad():
+            f, _ = discriminator(differentiated, point.parameters, point.buffers)
         ctx.save_for_backward(*[torch.zeros_like(t) if t.grad is None else t.grad for t in leaves])
         return f.detach()
 
