@@ -160,6 +160,11 @@ def _lone(*parts: Any) -> Callable[..., object]:
     return lambda loss, fake, real: loss(fake, real, minibatches=parts)
 
 
+def _inferred(fake: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return fake * 2
+
+
 TOO_FEW = r"minibatches: .*each of the 2 look-ahead steps; only {0} came.*unroll_steps={0}"
 NOT_A_PAIR = r"minibatches: must yield \(fake, real\) pairs; item 0 is a {}.*Yield"
 NO_PATH = r"fake: must carry the generator's graph.*requires a gradient.*stop_gradient=True"
@@ -326,9 +331,46 @@ ROWS: dict[str, Row] = {
         NO_PATH,
         call=lambda loss, fake, real: loss({"input": fake.detach()}, {"input": real}),
     ),
+    "fake and real swapped": Row(
+        ValueError,
+        r"fake: must carry.*one in real does\. Are they swapped\? Call loss\(fake, real\)",
+        call=lambda loss, fake, real: loss(real, fake),
+    ),
+    "fake from inference mode": Row(
+        ValueError,
+        r"fake: must carry.*made in torch\.inference_mode\(\)\. Run the generator outside",
+        call=lambda loss, fake, real: loss(_inferred(fake), real),
+    ),
+    "under torch.func": Row(
+        TypeError,
+        r"fake: must be ordinary.*torch\.func transform.*Call the loss outside of torch\.func",
+        call=lambda loss, fake, real: torch.func.grad(loss)(fake.detach(), real),
+    ),
+    "fake a list": Row(
+        TypeError,
+        r"fake: must be a tensor for D\(x\).*got a list\. Pass tuple\(batch\).*\(batch,\) where",
+        call=lambda loss, fake, real: loss([fake], [real]),
+    ),
+    "real a list": Row(
+        TypeError,
+        r"real: must be a tensor for D\(x\).*got a list",
+        call=lambda loss, fake, real: loss(fake, [real, real]),
+    ),
+    "a bare PackedSequence": Row(
+        TypeError,
+        r"fake: must be a tensor for D\(x\).*got a PackedSequence.*\(packed,\)",
+        call=lambda loss, fake, real: loss(nn.utils.rnn.pack_sequence([fake]), real),
+    ),
+    "a dataclass": Row(
+        TypeError,
+        r"minibatches, item 0, real: must be a tensor.*got Row\. Pass D.s arguments, such as",
+        call=lambda loss, fake, real: loss(
+            fake, real, minibatches=[(fake, Row(ValueError, "")), (fake, real)]
+        ),
+    ),
     "fake_k detached": Row(
         ValueError,
-        r"minibatches, fake 1: must carry the generator's graph",
+        r"minibatches, item 1, fake: must carry the generator's graph",
         call=lambda loss, fake, real: loss(
             fake, real, minibatches=[(fake, real), (fake.detach(), real)]
         ),
@@ -596,20 +638,57 @@ def test_the_users_own_errors_pass_through(kind: type[BaseException], place: str
     [Minimax(), RelativisticPairing(), Minimax() + R1(1.0), R1(1.0) + unroll.Hinge()],
     ids=repr,
 )
-def test_a_sigmoid_under_logits_is_warned_of(objective: Any) -> None:
-    d = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
-    with pytest.warns(
-        UserWarning, match=r"discriminator: ends in nn\.Sigmoid.*Criterion"
-    ) as caught:
-        unroll.UnrolledGeneratorLoss(d, sgd(d), objective, unroll_steps=1)
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_sigmoid_under_logits_is_warned_of(objective: Any, functional: bool, steps: int) -> None:
+    d = Probability() if functional else nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
+    d.to(DEVICE, torch.float64)
+    ((fake, real),) = batches(1)
+    loss = unroll.UnrolledGeneratorLoss(d, sgd(d), objective, unroll_steps=steps)
+    message = r"discriminator: returns what comes out of a sigmoid.*Criterion"
+    with pytest.warns(UserWarning, match=message) as caught:
+        loss(fake.requires_grad_(), real)
     assert [warning.filename for warning in caught] == [__file__]
+    loss(fake, real)
 
 
-def test_a_sigmoid_under_a_criterion_is_as_it_should_be() -> None:
+class Probability(nn.Module):
+    """A D with a sigmoid of its own at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p: Tensor = torch.sigmoid(self.layer(x)).view(-1)
+        return p
+
+
+class Gated(nn.Module):
+    """A D whose last layer to be registered is a gate in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.gate = nn.Linear(4, 1), nn.Sequential(nn.Linear(4, 4), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(x * self.gate(x))
+        return logits
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_sigmoid_elsewhere_is_as_it_should_be(steps: int) -> None:
     d = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
-    unroll.UnrolledGeneratorLoss(d, sgd(d), Criterion(nn.BCELoss()), unroll_steps=1)
     inner = nn.Sequential(nn.Sigmoid(), nn.Linear(4, 1))
-    unroll.UnrolledGeneratorLoss(inner, sgd(inner), unroll_steps=1)
+    ((fake, real),) = batches(1)
+    for module, objective in (
+        (d, Criterion(nn.BCELoss())),
+        (inner, Minimax()),
+        (Gated(), Minimax()),
+    ):
+        module.to(DEVICE, torch.float64)
+        loss = unroll.UnrolledGeneratorLoss(module, sgd(module), objective, unroll_steps=steps)
+        loss(fake.requires_grad_(), real)
 
 
 def test_an_objective_that_detaches_its_fakes_is_warned_of() -> None:

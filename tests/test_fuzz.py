@@ -169,8 +169,8 @@ def _without_second_term(patch: Patch) -> None:
 def _with_buffers_standing_still(patch: Patch) -> None:
     call = Functional.__call__
 
-    def forgetful(self: Any, theta: Any, buffers: Any, args: Any, kwargs: Any) -> Any:
-        return call(self, theta, buffers, args, kwargs)[0], dict(buffers)
+    def forgetful(self: Any, function: Any, theta: Any, buffers: Any) -> Any:
+        return call(self, function, theta, buffers)[0], dict(buffers)
 
     patch.setattr(Functional, "__call__", forgetful)
 

@@ -94,35 +94,33 @@ def unwrap_once(module: nn.Module) -> nn.Module | None:
     return inner
 
 
-class Discriminator:
+class FunctionalDiscriminator:
     """D at some theta_D^k, as objectives get it: it can be used as D is.
 
     A tuple or a mapping given as the only argument is unpacked: ``d(batch)`` is ``D(x)`` for a
     tensor, ``D(*x)`` for a tuple, ``D(**x)`` for a mapping. What else one reads of it, D's methods,
     submodules and attributes, is that of the module, in which theta_D^k stands meanwhile.
+
+    Args:
+        forward: ``D(*args, **kwargs)`` at theta_D^k, nothing unpacked.
+        module: D.
     """
 
-    def __init__(self, module: Callable[..., Any]) -> None:
-        self._module = module
+    def __init__(self, forward: Callable[..., Any], module: nn.Module | None = None) -> None:
+        self.forward, self._module = forward, module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return ``D(*args, **kwargs)``, a batch unpacked."""
         if len(args) == 1 and not kwargs:
             if isinstance(args[0], Mapping):
-                return self._module(**args[0])
+                return self.forward(**args[0])
             if isinstance(args[0], tuple):
-                return self._module(*args[0])
-        return self._module(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return ``D(*args, **kwargs)``, nothing unpacked."""
-        return self._module(*args, **kwargs)
+                return self.forward(*args[0])
+        return self.forward(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of D."""
-        if name == "_module":  # not there yet: of a copy, or of an unpickled one
-            raise AttributeError(name)
-        return getattr(self._module, name)
+        return getattr(vars(self).get("_module"), name)
 
 
 class Functional:
@@ -162,7 +160,7 @@ class Functional:
 
     def __call__(
         self,
-        function: Callable[[Discriminator], R],
+        function: Callable[[FunctionalDiscriminator], R],
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
     ) -> tuple[R, dict[str, Tensor]]:
@@ -172,11 +170,11 @@ class Functional:
             vars(parameters[name]).update(attributes)
         # Where theta_D^k is a constant, D's own kernels are right; f_0 is the user's, bit for bit.
         differentiated = any(p.requires_grad for p in parameters.values())
-        fresh = {name: buffer.clone() for name, buffer in buffers.items()}  # D may change them
         try:
-            self._write({**parameters, **dict.fromkeys(self.buffers), **self._empty, **fresh})
+            self._write({**parameters, **dict.fromkeys(self.buffers), **self._empty, **buffers})
+            self._renew_buffers()
             with right_derivatives() if differentiated else nullcontext():
-                result = function(Discriminator(self.module))
+                result = function(FunctionalDiscriminator(self._forward, self.module))
             slots = {name: self._places[name][0] for name in (*self.buffers, *self._empty)}
             left = {name: container[key] for name, (container, key) in slots.items()}
         finally:
@@ -185,6 +183,17 @@ class Functional:
             if tensor._version != versions[name]:
                 raise RuntimeError(mutation_message(name))
         return result, {name: buffer for name, buffer in left.items() if buffer is not None}
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._renew_buffers()
+        return self.module(*args, **kwargs)
+
+    def _renew_buffers(self) -> None:
+        """Clone the buffers: one that D changes in place may be saved for backward."""
+        for name in (*self.buffers, *self._empty):
+            container, key = self._places[name][0]
+            if container[key] is not None:
+                self._write({name: container[key].clone()})
 
     def _write(self, values: Mapping[str, Tensor | None]) -> None:
         for name, value in values.items():
@@ -197,7 +206,8 @@ def mutation_message(name: str) -> str:
     return (
         f"discriminator: its forward pass must not change its parameters in place; it changed "
         f"{name!r}, which would make every look-ahead step differ from a training step. Move the "
-        "change after optimizer.step() in your loop and give it to the look-ahead as project=."
+        "change after optimizer.step() in your loop and give it to the look-ahead as project=; in "
+        "place of a spectral norm of your own, use torch.nn.utils.parametrizations.spectral_norm."
     )
 
 

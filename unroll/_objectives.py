@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import relu
 from torch.nn.functional import softplus as _softplus
 
-from unroll._functional import Batch, Discriminator
+from unroll._functional import Batch
+
+Discriminator = Callable[..., Any]  # with a batch, or with what D takes
 
 # PyTorch's default threshold of 20 is off by 2e-9 there, above 40 the identity is exact.
 softplus = partial(_softplus, threshold=40.0)
@@ -216,6 +218,12 @@ class RelativisticAverage:
         real_logits = one_tensor(discriminator, real)
         fake_logits = one_tensor(discriminator, fake)
         return real_logits - fake_logits.mean(), fake_logits - real_logits.mean()
+
+
+ON_LOGITS = (
+    *(Minimax, NonSaturating, LeastSquares, Hinge, Wasserstein),
+    *(RelativisticPairing, RelativisticAverage),
+)
 
 
 @dataclass(frozen=True)

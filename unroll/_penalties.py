@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from unroll._autograd_fixes import safe_sqrt
-from unroll._functional import Batch, Discriminator, map_tensors, tensors
-from unroll._objectives import Objective, one_tensor, paired
+from unroll._functional import Batch, map_tensors, tensors
+from unroll._objectives import Discriminator, Objective, one_tensor, paired
 
 
 def _add(self: Objective, other: Objective) -> Sum:

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from unroll._functional import Batch, Pair, tensors
-from unroll._objectives import (
-    Hinge,
-    LeastSquares,
-    Minimax,
-    NonSaturating,
-    Objective,
-    RelativisticAverage,
-    RelativisticPairing,
-    Wasserstein,
-)
-from unroll._penalties import summands
 from unroll._supported import checked_discriminator
 
 # What project= and transform_gradients= are: functions from named tensors to named tensors.
 Mapped = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
-ON_LOGITS = (
-    *(Minimax, NonSaturating, LeastSquares, Hinge, Wasserstein),
-    *(RelativisticPairing, RelativisticAverage),
-)
 
 
 def checked_arguments(discriminator: object, objective: Any, **functions: object) -> nn.Module:
@@ -39,7 +29,6 @@ def checked_arguments(discriminator: object, objective: Any, **functions: object
     _check_objective(objective)
     for argument, function in functions.items():
         _check_mapped(argument, function)
-    _warn_of_sigmoid(module, objective)
     return module
 
 
@@ -60,17 +49,6 @@ def _check_mapped(argument: str, function: object) -> None:
         raise TypeError(
             f"{argument}: must be a function from a mapping of tensors to one; got "
             f"{type(function).__name__}. Pass for instance a function that clamps each of them."
-        )
-
-
-def _warn_of_sigmoid(module: nn.Module, objective: Objective) -> None:
-    """Warn of a discriminator that returns probabilities to an objective that takes logits."""
-    on_logits = any(isinstance(part, ON_LOGITS) for part in summands(objective))
-    if on_logits and isinstance(list(module.modules())[-1], nn.Sigmoid):
-        warnings.warn(
-            "discriminator: ends in nn.Sigmoid, but the objective takes logits and would apply a "
-            "second one. Remove the Sigmoid, or use unroll.Criterion(nn.BCELoss()).",
-            stacklevel=4,
         )
 
 
@@ -111,13 +89,12 @@ def drawn(
             "UnrolledGeneratorLoss: the look-ahead differentiates and so cannot run in "
             "torch.inference_mode(). Use torch.no_grad() for a value without a graph."
         )
-    if differentiable:
-        check_differentiable(batch[0], "fake")
+    _check_pair(batch, "", differentiable)
     if minibatches is None:
         return [batch] * steps
     pairs = drawn_minibatches(minibatches, steps)
-    for k, (fake, _) in enumerate(pairs) if differentiable else ():
-        check_differentiable(fake, f"minibatches, fake {k}")
+    for k, pair in enumerate(pairs):
+        _check_pair(pair, f"minibatches, item {k}, ", differentiable)
     return pairs
 
 
@@ -156,14 +133,54 @@ def drawn_minibatches(minibatches: Iterable[Pair], steps: int) -> list[Pair]:
     return pairs
 
 
-def check_differentiable(fake: Batch, what: str) -> None:
-    """Refuse fakes without a path to a generator."""
-    if not any(t.requires_grad for t in tensors(fake)):
+def _check_pair(pair: Pair, where: str, differentiable: bool) -> None:
+    """Refuse what is no batch, and fakes without a path to a generator."""
+    for name, batch in zip(("fake", "real"), pair, strict=True):
+        _check_batch(batch, where + name)
+    fakes = tensors(pair[0])
+    if any(map(is_functorch_wrapped_tensor, fakes)):
+        raise TypeError(
+            f"{where}fake: must be ordinary tensors; got those of a torch.func transform, in which "
+            "no optimizer can be looked ahead of. Call the loss outside of torch.func and "
+            "differentiate it with backward() or torch.autograd.grad."
+        )
+    if not differentiable or any(t.requires_grad for t in fakes):
+        return
+    rule = f"{where}fake: must carry the generator's graph, through which both terms of Eq. 12 flow"
+    if any(t.is_inference() for t in fakes):
         raise ValueError(
-            f"{what}: must carry the generator's graph, through which both terms of Eq. 12 flow; "
-            "no tensor in it requires a gradient. Do not detach it or make it under "
-            "torch.no_grad(). To evaluate only, call the loss under torch.no_grad(); for the "
-            "first term alone, set stop_gradient=True."
+            f"{rule}; it was made in torch.inference_mode(). Run the generator outside of it."
+        )
+    if any(t.requires_grad for t in tensors(pair[1])):
+        raise ValueError(
+            f"{rule}; no tensor in it requires a gradient, but one in real does. Are they swapped? "
+            "Call loss(fake, real)."
+        )
+    raise ValueError(
+        f"{rule}; no tensor in it requires a gradient. Pass generator(z), not z, and do not detach "
+        "it or make it under torch.no_grad(). To evaluate only, call the loss under "
+        "torch.no_grad(); for the first term alone, set stop_gradient=True."
+    )
+
+
+def _check_batch(batch: Batch, name: str) -> None:
+    """Refuse a batch that D would get in another way than it seems."""
+    kind = type(batch).__name__
+    rule = f"{name}: must be a tensor for D(x), a tuple for D(*x) or a mapping for D(**x); got"
+    if isinstance(batch, PackedSequence):
+        raise TypeError(
+            f"{rule} a PackedSequence, which is a tuple, too. Pass it as the one argument that it "
+            "is, (packed,)."
+        )
+    if isinstance(batch, list):
+        raise TypeError(
+            f"{rule} a list. Pass tuple(batch) for what a DataLoader yields, or (batch,) where D "
+            "takes a list."
+        )
+    if not isinstance(batch, (Tensor, tuple, Mapping)):
+        raise TypeError(
+            f"{rule} {kind}. Pass D's arguments, such as a mapping of the tensors in it, and let "
+            "D's forward put them together."
         )
 
 
@@ -220,6 +237,15 @@ def outside_autograd(argument: str, name: str) -> str:
         "torch.no_grad(), through .data, or detached). Use p.clamp(...) and the like, or "
         "unroll.ClipGradNorm for gradients."
     )
+
+
+def warn(text: str) -> None:
+    """Warn where the user called: a warning is shown once for every place."""
+    frame, level = sys._getframe(1), 2
+    inside = (str(Path(__file__).parent), contextlib.__file__, nn.modules.module.__file__)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

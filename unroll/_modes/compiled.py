@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from unroll._autograd_fixes import right_derivatives
-from unroll._functional import Discriminator, Pair, map_tensors
+from unroll._functional import FunctionalDiscriminator, Pair, map_tensors
 from unroll._look_ahead import Game, Point, Step, differentiate, leaves
 from unroll._modes.backend import inductor
 from unroll._modes.comparison import Given, compare
@@ -36,18 +36,19 @@ class Traceable:
 
     def __call__(
         self,
-        function: Callable[[Discriminator], Any],
+        function: Callable[[FunctionalDiscriminator], Any],
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
     ) -> tuple[Any, dict[str, Tensor]]:
         """Return ``function(D)`` with these tensors in D, and the buffers that it leaves behind."""
-        left = {name: buffer.clone() for name, buffer in buffers.items()}
+        left = {**buffers}
 
-        def d(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            left.update({name: buffer.clone() for name, buffer in left.items()})
             return functional_call(self.module, ({**parameters}, left), args, kwargs)
 
         with right_derivatives():
-            return function(Discriminator(d)), left
+            return function(FunctionalDiscriminator(forward)), left
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unroll._functional import Discriminator, Functional, Pair, map_tensors, tensors, views
+from unroll._functional import (
+    Functional,
+    FunctionalDiscriminator,
+    Pair,
+    map_tensors,
+    tensors,
+    views,
+)
 from unroll._look_ahead import Point, Value
 from unroll._objectives import Objective
 
@@ -42,7 +49,7 @@ class _Evaluated(torch.autograd.Function):
         iterator = iter(leaves)
         batch = map_tensors(lambda _: next(iterator), pair)
 
-        def differentiated(d: Discriminator) -> Tensor:
+        def differentiated(d: FunctionalDiscriminator) -> Tensor:
             f = objective.generator_loss(d, *views(batch))
             torch.autograd.backward(f)  # autograd.grad refuses the reentrant form
             return f
