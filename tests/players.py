@@ -111,6 +111,17 @@ TORCH: dict[str, Build] = {
         d.parameters(), lr=LR, lambd=0.1, t0=2, foreach=True
     ),
     "ASGD tensor lr": lambda d: torch.optim.ASGD(d.parameters(), lr=torch.tensor(LR), lambd=0.1),
+    "Adafactor": lambda d: torch.optim.Adafactor(d.parameters(), lr=LR),
+    "Adafactor settings": lambda d: torch.optim.Adafactor(
+        d.parameters(), lr=5.0, beta2_decay=-0.5, eps=(1e-3, 1e-2), d=1.5, maximize=True
+    ),
+    "Adafactor weight decay": lambda d: torch.optim.Adafactor(
+        d.parameters(), lr=LR, weight_decay=0.1, foreach=False
+    ),
+    "Adafactor foreach": lambda d: torch.optim.Adafactor(
+        d.parameters(), lr=LR, weight_decay=0.1, foreach=True
+    ),
+    "Adafactor tensor lr": lambda d: torch.optim.Adafactor(d.parameters(), lr=torch.tensor(LR)),
     "Rprop": lambda d: torch.optim.Rprop(d.parameters(), lr=LR / 10),
     "Rprop settings": lambda d: torch.optim.Rprop(
         d.parameters(), lr=LR, etas=(0.3, 1.5), step_sizes=(1e-3, 2e-2), maximize=True
@@ -191,6 +202,12 @@ def step(d: nn.Module, optimizer: Any, loss: Tensor) -> None:
         with torch.no_grad():
             for parameter, value in zip(parameters, moved, strict=True):
                 parameter.copy_(value)
+    elif isinstance(optimizer, list):
+        for one in optimizer:
+            one.zero_grad()
+        torch.autograd.backward(loss)
+        for one in optimizer:
+            one.step()
     else:
         optimizer.zero_grad()
         torch.autograd.backward(loss)

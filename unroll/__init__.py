@@ -15,6 +15,7 @@ from unroll._objectives import (
     RelativisticPairing,
     Wasserstein,
 )
+from unroll._optimizers.grouped import register_rule
 from unroll._penalties import R1, R2, GradientPenalty
 from unroll._transforms import ClipGradNorm, ClipGradValue
 from unroll._unrolled_discriminator import UnrolledDiscriminator
@@ -41,4 +42,5 @@ __all__ = [
     "Wasserstein",
     "check_gradients",
     "gradient_terms",
+    "register_rule",
 ]

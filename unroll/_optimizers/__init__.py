@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 import torchopt
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,6 +13,10 @@ from torch.optim import optimizer as torch_optimizer
 from torchopt.base import GradientTransformation, UninitializedState
 from torchopt.pytree import tree_leaves
 
+from unroll._optimizers.group_rules import GROUP_RULES
+from unroll._optimizers.grouped import Grouped
+from unroll._optimizers.rules import RULES
+from unroll._optimizers.several import Several
 from unroll._optimizers.torch_optim import TorchOptim
 from unroll._optimizers.torchopt_transformation import Transformation
 
@@ -27,6 +30,7 @@ class InnerOptimizer(Protocol):
     others: Sequence[Tensor]  # tensors that it trains and that are no parameters of D
     settings: Any  # hyper-parameters as they stand, an input of its step
     traceable: bool  # whether torch.compile can trace its step
+    rounds: bool  # whether its step rounds, so that no difference tells its derivative
 
     @property
     def initial_state(self) -> Any:
@@ -48,6 +52,7 @@ class InnerOptimizer(Protocol):
         ...
 
 
+_BUILT_IN = ", ".join(f"torch.optim.{cls.__name__}" for cls in (*RULES, *GROUP_RULES))
 _TRANSPARENT = ("LightningOptimizer", "AcceleratedOptimizer")
 
 
@@ -61,6 +66,11 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
+def unwrapped_optimizers(given: Any) -> list[Any]:
+    """Return the optimizers of a list without their wrappers, or the only one that is given."""
+    return [unwrap_optimizer(one) for one in (given if isinstance(given, list) else [given])]
+
+
 def inner_optimizer(
     optimizer: Any, parameters: Tensors, optimizer_state: Any = None
 ) -> InnerOptimizer:
@@ -68,6 +78,15 @@ def inner_optimizer(
 
     It is built from the live object at every call, so that schedules and loaded states count.
     """
+    if isinstance(optimizer, list) and optimizer_state is None:
+        everyone = unwrapped_optimizers(optimizer)
+        if not everyone or any(isinstance(one, GradientTransformation) for one in everyone):
+            raise ValueError(
+                "optimizer: a list must hold optimizers with parameters of their own, at least "
+                f"one; got {[type(one).__name__ for one in everyone]}. Put a bare transformation "
+                "into torchopt.Optimizer(parameters, transformation)."
+            )
+        return Several([inner_optimizer(one, parameters) for one in everyone])
     optimizer = unwrap_optimizer(optimizer)
     bare = isinstance(optimizer, GradientTransformation)
     if optimizer_state is not None and not bare:
@@ -94,13 +113,13 @@ def inner_optimizer(
         containers: Any = optimizer.param_containers_groups
         groups = [tuple(tree_leaves(container)) for container in containers]
         inner = Transformation(optimizer.impl, parameters, groups, optimizer.state_groups)
-    elif isinstance(optimizer, torch.optim.Optimizer):
-        inner = TorchOptim(optimizer, parameters)
+    elif isinstance(optimizer, Optimizer):
+        inner = _of_torch(optimizer, parameters)
     else:
         raise TypeError(
             "optimizer: must be a torch.optim optimizer or torchopt's Optimizer, MetaOptimizer, "
-            f"FuncOptimizer or GradientTransformation; got {type(optimizer).__name__}. Pass the "
-            "optimizer that trains the discriminator."
+            "FuncOptimizer or GradientTransformation, or a list of optimizers; got "
+            f"{type(optimizer).__name__}. Pass the optimizer that trains the discriminator."
         )
     if not inner.names:
         raise ValueError(
@@ -108,6 +127,27 @@ def inner_optimizer(
             "optimizer that was built on discriminator.parameters()."
         )
     return inner
+
+
+def _of_torch(optimizer: Optimizer, parameters: Tensors) -> InnerOptimizer:
+    """Return the form of an optimizer whose class, or the base that its step is of, is known."""
+    kind = type(optimizer)
+    for base in (base for base in kind.__mro__ if base in GROUP_RULES or base in RULES):
+        if _own_parts(kind) == _own_parts(base):
+            if base in GROUP_RULES:
+                return Grouped(optimizer, parameters, GROUP_RULES[base])
+            return TorchOptim(optimizer, parameters, RULES[base])
+    raise TypeError(
+        f"optimizer: no differentiable form of {kind.__module__}.{kind.__name__} is known. Use one "
+        f"of {_BUILT_IN}, a torchopt transformation, or teach the library its update by "
+        f"unroll.register_rule({kind.__name__}, rule)."
+    )
+
+
+def _own_parts(cls: Any) -> tuple[Any, Any]:
+    """Return what makes a step, without the profiler's hook, which torch adds to a class."""
+    step = cls.step.__wrapped__ if getattr(cls.step, "hooked", False) else cls.step
+    return step, getattr(cls, "_init_group", None)
 
 
 class Moving:
@@ -160,27 +200,31 @@ def _left_out(
             "and stand still in the look-ahead. If another optimizer trains them, build one on all "
             "of D's parameters; if none does, freeze them by requires_grad_(False).",
         )
-    given = unwrap_optimizer(given)
-    if not isinstance(given, Optimizer):
-        return
     advice = (
         "not run in the look-ahead. If that changes gradients or parameters, do it in project= or "
         "in a torchopt transformation."
     )
+    of_torch = [one for one in unwrapped_optimizers(given) if isinstance(one, Optimizer)]
     hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    if any(getattr(given, name, None) for name in hooks):
+    if any(getattr(one, name, None) for one in of_torch for name in hooks):
         yield "hooks", f"optimizer: has step hooks, which do {advice}"
-    if torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
-        yield (
-            "global hooks",
-            f"optimizer: torch has global step hooks, which do {advice}",
-        )
-    step: Any = vars(given).get("step")
+    everywhere = (
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    )
+    if of_torch and any(everywhere):
+        yield "global hooks", f"optimizer: torch has global step hooks, which do {advice}"
+    if any(map(_replaced, of_torch)):
+        yield "step", f"optimizer: its step was replaced by a function, which does {advice}"
+
+
+def _replaced(optimizer: Optimizer) -> bool:
+    """Return whether a function is in the place of an optimizer's step."""
+    step: Any = vars(optimizer).get("step")
     while getattr(step, "_wrapped_by_lr_sched", False):  # a scheduler, which counts the steps
         step = step.__wrapped__
     step = getattr(step, "_torchdynamo_orig_callable", step)  # torch.compile
-    if step is not None and getattr(step, "__func__", step) is not type(given).step:
-        yield "step", f"optimizer: its step was replaced by a function, which does {advice}"
+    return step is not None and getattr(step, "__func__", step) is not type(optimizer).step
 
 
 def _listed(names: Any) -> str:

@@ -12,28 +12,10 @@ import torch
 from torch import Tensor
 
 from unroll._functional import tensors
-from unroll._optimizers.rules import BRANCHING, RULES, Rule
+from unroll._optimizers.rules import BRANCHING, Rule
 
 Tensors = Mapping[str, Tensor]
 SCALARS = ("step", "mu_product", "eta", "mu")  # of the state: one number for all elements
-
-
-def _inherited_rule(kind: type[torch.optim.Optimizer]) -> Rule:
-    """Return the update equation of a subclass that keeps its step, or refuse it by name."""
-    for base in kind.__mro__:
-        if base in RULES and _own_parts(kind) == _own_parts(base):
-            return RULES[base]
-    known = ", ".join(f"torch.optim.{cls.__name__}" for cls in RULES)
-    raise TypeError(
-        f"optimizer: no differentiable form of {kind.__module__}."
-        f"{kind.__name__} is known. Use one of {known}, or a torchopt transformation."
-    )
-
-
-def _own_parts(cls: Any) -> tuple[Any, Any]:
-    """Return what makes a step, without the profiler's hook, which torch adds to a class."""
-    step = cls.step.__wrapped__ if getattr(cls.step, "hooked", False) else cls.step
-    return step, cls._init_group
 
 
 class Bucket(NamedTuple):
@@ -89,12 +71,13 @@ class TorchOptim:
     Its state is a list of buckets; its settings are the hyper-parameters of each param group.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Tensors) -> None:
+    rounds = False
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Tensors, rule: Rule) -> None:
         names = {id(p): name for name, p in parameters.items()}
         everything = [p for group in optimizer.param_groups for p in group["params"]]
         self.others: Sequence[Tensor] = [p for p in everything if id(p) not in names]
-        kind = type(optimizer)
-        self._rule, self._parameters = RULES.get(kind) or _inherited_rule(kind), parameters
+        self._rule, self._parameters = rule, parameters
         self.initial_state: list[Bucket] = []
         self.settings: list[dict[str, Any]] = []
         for number, group in enumerate(optimizer.param_groups):
