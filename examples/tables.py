@@ -75,9 +75,10 @@ def correctness(rows: Sequence[Row]) -> str:
 
     def family(row: Row) -> str:
         package, _, name = row["class"].rpartition(".")
-        return name if package == "torch.optim" else "torchopt"
+        return name if package == "torch.optim" else package
 
-    families = sorted({*map(family, rows)}, key=lambda name: (name == "torchopt", name.lower()))
+    packages = ("torchopt", "registered")
+    families = sorted({*map(family, rows)}, key=lambda name: (name in packages, name.lower()))
     exact, refused = [], []
     for discriminator in dict.fromkeys(row["discriminator"] for row in rows):
         own = [row for row in rows if row["discriminator"] == discriminator]
@@ -114,6 +115,8 @@ def optimizers(rows: Sequence[Row]) -> str:
         package, _, name = row["class"].rpartition(".")
         if package == "torch.optim" or row.get("float32") == row.get("float64") == "":
             return f"`{row['class']}`"
+        if package == "registered":
+            return "registered rules"
         if name.startswith("Meta"):
             return "torchopt's `MetaOptimizer`s"
         if name == "FuncOptimizer":

@@ -145,6 +145,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "torch ASGD": lambda d: torch.optim.ASGD(
         d.parameters(), 0.3, lambd=0.1, alpha=0.5, t0=1, weight_decay=0.1
     ),
+    "torch Adafactor": lambda d: torch.optim.Adafactor(d.parameters(), 0.05, weight_decay=0.1),
     "torch Rprop": lambda d: torch.optim.Rprop(d.parameters(), 0.05, etas=(0.4, 1.3)),
 }
 

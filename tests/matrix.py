@@ -6,8 +6,9 @@ python -m tests.matrix --only dropout   only discriminators with that in their n
 
 A cell is the relative error of f_K's gradient in the fakes, with K = 3, along a random direction,
 after two real steps, in float64, against Ridders' extrapolated central differences of the value
-under ``torch.no_grad()``; or the exception that refuses the pair. For every optimizer, its
-look-ahead is compared with its real steps, too.
+under ``torch.no_grad()``; or the exception that refuses the pair. Muon, which torch takes in
+bfloat16, is taken without rounding there. For every optimizer, its look-ahead is compared with its
+real steps, too: Muon's with those in bfloat16.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from multiprocessing import get_context
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torchopt
@@ -34,13 +36,17 @@ from torchopt.base import GradientTransformation
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.games import OPTIMIZERS as GAME_OPTIMIZERS
 from tests.oracles import central_difference
-from tests.players import OPTIMIZERS, Build, batches, called, deep, train
+from tests.own_rules import MUON, OWN, RULES, with_muon
+from tests.players import OPTIMIZERS as PLAYERS
+from tests.players import Build, batches, called, deep, train
 from tests.settings import randn
 from tests.zoo import ZOO, Animal
 from tests.zoo_refused import REFUSED, Refusal
 from unroll import Objective, UnrolledGeneratorLoss
+from unroll._optimizers import group_rules
 
 K, SEED, SAMPLES, BOUND = 3, 0, 5, 1e-6
+OPTIMIZERS = PLAYERS | MUON | OWN
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 Row = dict[str, str]
 
@@ -85,7 +91,11 @@ def _first(names: Iterable[str], key: Callable[[str], str]) -> list[str]:
 
 
 def public_name(optimizer: Any, name: str) -> str:
-    """Return the public name of what an entry of a table builds."""
+    """Return the public name of what an entry of a table builds; of a list, its last one's."""
+    if isinstance(optimizer, list):
+        return public_name(optimizer[-1], name)
+    if type(optimizer) in RULES:
+        return f"registered.{type(optimizer).__name__}"
     if isinstance(optimizer, GradientTransformation):
         return f"torchopt.{name.split()[0]}"
     module = "torch.optim" if isinstance(optimizer, torch.optim.Optimizer) else "torchopt"
@@ -102,6 +112,7 @@ COLUMNS = {
         ),
     )
 }
+COLUMNS |= OWN | ({"torch Muon": lambda d: with_muon(d, 0.05)} if MUON else {})
 CLASSES = {name: public_name(build(deep()), name) for name, build in COLUMNS.items()}
 # The papers' discriminators take a while: one entry of each class of torch.optim, and an Adam.
 FEW = [n for n in _first(COLUMNS, CLASSES.__getitem__) if n.startswith("torch ") or n == "adam"]
@@ -139,6 +150,8 @@ def warmed(d: nn.Module, optimizer: Any, pairs: list[Any], objective: Objective)
 
 def tamed(optimizer: Any, d: nn.Module, factor: float) -> Any:
     """Return an optimizer like a fresh one, of ``factor`` times its learning rate."""
+    if isinstance(optimizer, list):
+        return [tamed(one, d, factor) for one in optimizer]
     if isinstance(optimizer, torch.optim.Optimizer):
         for group in optimizer.param_groups:
             group["lr"] *= factor
@@ -203,7 +216,7 @@ def cell(optimizer_name: str, discriminator_name: str) -> Row:
         "relative_error": "",
         "refusal": "",
     }
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), patch.object(group_rules, "MUON_DTYPE", torch.float64):
         warnings.simplefilter("ignore")
         try:
             row["relative_error"] = f"{relative_error(optimizer_name, discriminator_name):.1e}"
@@ -251,8 +264,6 @@ def _refused() -> dict[str, Build]:
     return {
         "torch.optim.LBFGS": lambda d: torch.optim.LBFGS(d.parameters()),
         "torch.optim.SparseAdam": lambda d: torch.optim.SparseAdam(d.parameters()),
-        "torch.optim.Adafactor": lambda d: torch.optim.Adafactor(d.parameters()),
-        "torch.optim.Muon": lambda d: torch.optim.Muon([p for p in d.parameters() if p.dim() == 2]),
         "torchopt.clip_grad_norm": lambda _: torchopt.chain(clip, torchopt.sgd(0.1)),
         "use_accelerated_op": lambda _: torchopt.adam(0.1, use_accelerated_op=True),
     }

@@ -157,3 +157,21 @@ def matrices(d: nn.Module) -> list[nn.Parameter]:
 def others(d: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that Muon does not take."""
     return [p for p in d.parameters() if p.dim() != 2]
+
+
+def with_muon(d: nn.Module, lr: float = LR, **settings: Any) -> list[Any]:
+    """Return Muon for D's matrices beside AdamW for the rest, as far as D has such parameters."""
+    optimizers: list[Any] = []
+    if others(d):
+        optimizers.append(torch.optim.AdamW(others(d), lr=lr))
+    if matrices(d):
+        optimizers.append(torch.optim.Muon(matrices(d), lr=lr, **settings))
+    return optimizers
+
+
+MUON: dict[str, Build] = {}
+if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
+    MUON["Muon"] = with_muon
+    MUON["Muon match_rms_adamw"] = lambda d: with_muon(
+        d, nesterov=False, adjust_lr_fn="match_rms_adamw"
+    )

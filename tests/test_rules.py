@@ -277,7 +277,10 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda p, _g, s, h: (p, s, {"k": h["lr"]}),
         r"a group without \['betas', 'lr', 'weight_decay'\]\. Return \{\*\*group",
     ),
-    "tensors for states": (lambda p, _g, _s, h: (p, p, h), r"states and the group as dicts.*Para?"),
+    "tensors for states": (
+        lambda p, _g, _s, h: (p, p, h),
+        r"the group as dicts.*states of \['Tensor'\]",
+    ),
     "in place": (in_place, r"not write in place into what it is given; it did\. Write p = p - "),
     "in place, with a graph": (
         lambda p, _g, s, h: ([q.mul_(2.0) for q in p], s, h),

@@ -14,12 +14,12 @@ from torchopt.pytree import tree_leaves, tree_map
 
 from unroll._functional import tensors
 from unroll._loss import UnrolledGeneratorLoss
-from unroll._optimizers import unwrap_optimizer
+from unroll._optimizers import unwrapped_optimizers
 
 
 def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
     """Return the loss on float64 copies of D, the optimizer with its state, and the objective."""
-    optimizer = unwrap_optimizer(loss.optimizer)
+    optimizers = unwrapped_optimizers(loss.optimizer)
     memo: dict[int, Any] = {}
     # deepcopy refuses tensors in a graph: a MetaOptimizer's parameters, torchopt's states.
     for submodule in loss.discriminator.modules():
@@ -28,29 +28,31 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
                 memo[id(value)] = nn.Parameter(value.detach().clone())
             elif value.layout != torch.strided:
                 memo[id(value)] = value.clone()
-    states = [getattr(optimizer, name, None) for name in ("state_groups", "optim_state")]
-    for value in tree_leaves(cast(Any, states)):
-        if isinstance(value, Tensor):
-            memo[id(value)] = value.detach().clone()
-    impl = getattr(optimizer, "impl", optimizer)
-    if isinstance(impl, GradientTransformation):  # pure functions, which deepcopy breaks
-        memo[id(impl)] = impl
+    for optimizer in optimizers:
+        states = [getattr(optimizer, name, None) for name in ("state_groups", "optim_state")]
+        for value in tree_leaves(cast(Any, states)):
+            if isinstance(value, Tensor):
+                memo[id(value)] = value.detach().clone()
+        impl = getattr(optimizer, "impl", optimizer)
+        if isinstance(impl, GradientTransformation):  # pure functions, which deepcopy breaks
+            memo[id(impl)] = impl
     module = _copied("discriminator", loss.discriminator, memo)
-    optimizer = _copied("optimizer", optimizer, memo)
+    optimizers = _copied("optimizer", optimizers, memo)
     objective = _copied("objective", loss.objective, memo)
     project = _copied("project", loss.project, memo)
     transform = _copied("transform_gradients", loss.transform_gradients, memo)
     _in_double([module, objective, project, transform], set())
-    if isinstance(optimizer, torch.optim.Optimizer):
-        for state in optimizer.state.values():
-            state.update({k: double(v) for k, v in state.items() if k != "step"})
-    elif isinstance(optimizer, torchopt.FuncOptimizer):
-        optimizer.optim_state = tree_map(double, cast(Any, optimizer.optim_state))
-    elif isinstance(optimizer, (torchopt.Optimizer, torchopt.MetaOptimizer)):
-        optimizer.state_groups = [tree_map(double, state) for state in optimizer.state_groups]
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            for state in optimizer.state.values():
+                state.update({k: double(v) for k, v in state.items() if k != "step"})
+        elif isinstance(optimizer, torchopt.FuncOptimizer):
+            optimizer.optim_state = tree_map(double, cast(Any, optimizer.optim_state))
+        elif isinstance(optimizer, (torchopt.Optimizer, torchopt.MetaOptimizer)):
+            optimizer.state_groups = [tree_map(double, state) for state in optimizer.state_groups]
     copied = UnrolledGeneratorLoss(
         module,
-        optimizer,
+        optimizers if isinstance(loss.optimizer, list) else optimizers[0],
         objective,
         unroll_steps=loss.unroll_steps,
         stop_gradient=loss.stop_gradient,

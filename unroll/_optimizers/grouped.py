@@ -148,8 +148,8 @@ class Grouped:
         if lost or not all(isinstance(state, Mapping) for state in changed):
             raise self._refusal(
                 "return states and the group as dicts, the group with all of its entries; got "
-                f"{[type(state).__name__ for state in changed]}, and a group without {lost}. "
-                "Return {**group, 'd': d} where d is all that changes."
+                f"states of {sorted({type(state).__name__ for state in changed})} and a group "
+                f"without {lost}. Return {{**group, 'd': d}} where d is all that changes."
             )
         return found  # type: ignore[no-any-return]
 
