@@ -61,7 +61,8 @@ class UnrolledGeneratorLoss(nn.Module):
         discriminator: Any ``nn.Module``. It may be wrapped by ``torch.compile``.
         optimizer: What trains the discriminator, as it is: a ``torch.optim`` optimizer, a torchopt
             ``Optimizer``, ``MetaOptimizer`` or ``FuncOptimizer`` (each with its live state), or a
-            bare torchopt transformation such as ``torchopt.adam(1e-4)``. A bare transformation
+            bare torchopt transformation such as ``torchopt.adam(1e-4)``; or a list of optimizers,
+            each with its own part of D, which are stepped in that order. A bare transformation
             starts afresh at every call, with Adam's step count and learning-rate schedules, unless
             the call gets ``optimizer_state``; prefer the optimizer that trains D.
         objective: The game, see :class:`unroll.Objective`. Default: :class:`unroll.Minimax`.
