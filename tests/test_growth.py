@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from tests.players import OPTIMIZERS, batches, deep, small, train
+from tests.players import OPTIMIZERS, batches, small, train
 from tests.settings import DEVICE
 from tests.zoo import ZOO
 from unroll import R1, Criterion, Minimax, UnrolledGeneratorLoss
@@ -80,8 +80,7 @@ def play(loss: UnrolledGeneratorLoss, generator: nn.Module) -> int:
     ids=str,
 )
 def test_tensors_and_nodes_are_constant(name: str, options: dict[str, Any]) -> None:
-    plain = "objective" in options  # no BatchNorm under a penalty
-    loss, generator = game(name, deep() if plain else small(), **options)
+    loss, generator = game(name, small(), **options)
     play(loss, generator)
     tensors, sizes = [], []
     for _ in range(3):

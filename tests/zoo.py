@@ -382,8 +382,8 @@ ZOO: dict[str, Animal] = {
     "dropout, in place": Animal(lambda: mlp(nn.Dropout(0.3, inplace=True), nn.BatchNorm1d(6))),
     "attributes set by forward": Animal(Remembering, adam=True),
     "forward hooks": Animal(_hooked),
-    "gradient through torch.func": Animal(lambda: nets.InnerGradient(functional=True)),
-    "gradient inside D": Animal(lambda: nets.InnerGradient(functional=False), adam=True),
+    "gradient through torch.func": Animal(lambda: nets.InnerGradient(mlp(), functional=True)),
+    "gradient inside D": Animal(lambda: nets.InnerGradient(mlp(), functional=False), adam=True),
     "penalty of one's own": Animal(lambda: mlp(), objective=nets.OwnPenalty()),
     "complex weights as real ones": Animal(ComplexWeights),
     "lazy, run once": Animal(_lazy),
@@ -398,6 +398,64 @@ ZOO: dict[str, Animal] = {
         lambda: conv(nn.MaxPool2d(2), nn.Upsample((3, 3))), IMAGE, objective=Minimax() + R1(2.0)
     ),
     "vision transformer + R1": Animal(nets.VisionTransformer, IMAGE, objective=Minimax() + R1(2.0)),
+    "BatchNorm1d + R1": Animal(
+        lambda: mlp(nn.BatchNorm1d(6)), objective=Minimax() + R1(2.0), adam=True
+    ),
+    "BatchNorm2d + R1": Animal(
+        lambda: conv(nn.BatchNorm2d(4)), IMAGE, objective=Minimax() + R1(2.0)
+    ),
+    "BatchNorm2d, no affine + R2": Animal(
+        lambda: conv(nn.BatchNorm2d(4, affine=False)), IMAGE, objective=Minimax() + R2(2.0)
+    ),
+    "BatchNorm of the input + R1 + R2": Animal(
+        lambda: nn.Sequential(nn.BatchNorm1d(4), mlp()),
+        objective=RelativisticPairing() + R1(1.0) + R2(1.0),
+    ),
+    "BatchNorm, cumulative + WGAN-GP": Animal(
+        lambda: mlp(nn.BatchNorm1d(6, momentum=None)),
+        objective=Wasserstein() + GradientPenalty(1.0),
+    ),
+    "BatchNorm2d + WGAN-GP": Animal(
+        lambda: conv(nn.BatchNorm2d(4)), IMAGE, objective=Wasserstein() + GradientPenalty(1.0)
+    ),
+    "BatchNorm3d + R1": Animal(
+        lambda: nn.Sequential(
+            nn.Conv3d(1, 2, 2), nn.BatchNorm3d(2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 1)
+        ),
+        (1, 3, 3, 3),
+        objective=Minimax() + R1(2.0),
+    ),
+    "BatchNorm, DRAGAN": Animal(lambda: mlp(nn.BatchNorm1d(6)), objective=nets.Dragan(), adam=True),
+    "BatchNorm, gradient inside D": Animal(
+        lambda: nets.InnerGradient(mlp(nn.BatchNorm1d(6)), functional=False)
+    ),
+    "functional norms + R1": Animal(nets.Kernels, TOKENS, objective=Minimax() + R1(2.0)),
+    "functional norms, gradient through torch.func": Animal(
+        lambda: nets.InnerGradient(nets.Kernels(), functional=True), TOKENS
+    ),
+    "InstanceNorm2d + R1": Animal(
+        lambda: conv(nn.InstanceNorm2d(4)), IMAGE, objective=Minimax() + R1(2.0)
+    ),
+    "InstanceNorm2d + R2": Animal(
+        lambda: conv(nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+        IMAGE,
+        objective=Minimax() + R2(2.0),
+    ),
+    "InstanceNorm2d, eval + R1": Animal(
+        lambda: evaluated(conv(nn.InstanceNorm2d(4, affine=True, track_running_stats=True))),
+        IMAGE,
+        objective=Minimax() + R1(2.0),
+    ),
+    "InstanceNorm2d + WGAN-GP": Animal(
+        lambda: conv(nn.InstanceNorm2d(4)),
+        IMAGE,
+        objective=Wasserstein() + GradientPenalty(1.0),
+    ),
+    "LocalResponseNorm + WGAN-GP": Animal(
+        lambda: conv(nn.LocalResponseNorm(2)),
+        IMAGE,
+        objective=Wasserstein() + GradientPenalty(1.0),
+    ),
     "GRU + WGAN-GP": Animal(
         lambda: Recurrent(nn.GRU(3, 5, batch_first=True), 5),
         TOKENS,

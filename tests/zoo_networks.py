@@ -310,9 +310,9 @@ class LogDeterminant(nn.Module):
 class InnerGradient(nn.Module):
     """A score that is itself a gradient, by ``torch.func`` or by ``torch.autograd``."""
 
-    def __init__(self, *, functional: bool) -> None:
+    def __init__(self, body: nn.Module, *, functional: bool) -> None:
         super().__init__()
-        self.functional, self.body = functional, mlp()
+        self.functional, self.body = functional, body
 
     def forward(self, x: Tensor) -> Tensor:
         def energy(x: Tensor) -> Tensor:
@@ -320,11 +320,11 @@ class InnerGradient(nn.Module):
 
         if self.functional:
             slope: Tensor = torch.func.grad(energy)(x)
-            return slope.square().sum(1)
+            return slope.square().flatten(1).sum(1)
         with torch.enable_grad():
             x = x if x.requires_grad else x.clone().requires_grad_()
             (slope,) = torch.autograd.grad(energy(x), x, create_graph=True)
-        return slope.square().sum(1)
+        return slope.square().flatten(1).sum(1)
 
 
 class VisionTransformer(nn.Module):
@@ -425,3 +425,50 @@ class OwnPenalty:
         """Without the penalty."""
         loss: Tensor = F.softplus(-d(fake)).mean()
         return loss
+
+
+class Dragan:
+    """The non-saturating game with DRAGAN's penalty: on reals with noise (Kodali et al. 2017)."""
+
+    def discriminator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+        """Draw the noise from torch's global generator."""
+        noise = 0.5 * real.std() * torch.rand_like(real)
+        point = (real + noise).detach().requires_grad_()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(d(point).sum(), point, create_graph=True)
+        penalty: Tensor = (slope.flatten(1).norm(dim=1) - 1).square().mean()
+        return penalty + F.softplus(d(fake)).mean() + F.softplus(-d(real)).mean()
+
+    def generator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+        """Without the penalty."""
+        loss: Tensor = F.softplus(-d(fake)).mean()
+        return loss
+
+
+class Kernels(nn.Module):
+    """Batch and instance norms by every function that computes them."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.head = nn.Conv1d(4, 6, 1), nn.Linear(18, 1)
+        self.gain, self.bias = nn.Parameter(torch.rand(6) + 0.5), nn.Parameter(torch.randn(6))
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("variance", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.features(x)
+        affine, statistics = (self.gain, self.bias), (self.mean, self.variance)
+        fixed = torch.full_like(self.mean, 0.5), torch.full_like(self.mean, 2.0)
+        normalised = [
+            F.batch_norm(h, None, None, *affine, True),
+            torch.batch_norm(h, *affine, *statistics, True, 0.1, 1e-3, True),
+            torch.native_batch_norm(h, self.gain, None, None, None, True, 0.1, 1e-2)[0],
+            F.instance_norm(h, weight=self.gain, eps=1e-3),
+            F.instance_norm(h, *fixed, None, None, False),
+            torch.instance_norm(h, *affine, None, None, True, 0.1, 1e-2, True),
+        ]
+        output: Tensor = self.head(torch.tanh(torch.stack(normalised)).sum(0).flatten(1))
+        return output

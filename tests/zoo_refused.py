@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.settings import DEVICE
-from tests.zoo import IMAGE, Batch, labelled
-from tests.zoo_layers import conv, mlp
+from tests.zoo import Batch, labelled
+from tests.zoo_layers import mlp
 from tests.zoo_networks import Labelled
-from unroll import R1, Minimax, Objective
+from unroll import Minimax, Objective
 
 MINIMAX = Minimax()
 
@@ -117,26 +117,6 @@ def _d64(d: nn.Module) -> nn.Module:
 
 
 REFUSED: dict[str, Refusal] = {
-    "BatchNorm1d + R1": Refusal(
-        lambda: _d64(mlp(nn.BatchNorm1d(6))),
-        RuntimeError,
-        r"discriminator: .*derivative.*\b1 \(BatchNorm1d\).*GroupNorm",
-        objective=Minimax() + R1(1.0),
-    ),
-    "BatchNorm2d + R1": Refusal(
-        lambda: _d64(conv(nn.BatchNorm2d(4))),
-        RuntimeError,
-        r"discriminator: .*derivative.*\b1 \(BatchNorm2d\).*GroupNorm",
-        IMAGE,
-        objective=Minimax() + R1(1.0),
-    ),
-    "InstanceNorm2d + R1": Refusal(
-        lambda: _d64(conv(nn.InstanceNorm2d(4))),
-        RuntimeError,
-        r"discriminator: .*derivative.*\b1 \(InstanceNorm2d\).*GroupNorm",
-        IMAGE,
-        objective=Minimax() + R1(1.0),
-    ),
     "fused layer": Refusal(
         lambda: _d64(mlp(Fused())),
         RuntimeError,

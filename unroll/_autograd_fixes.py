@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,13 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return x.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
+def _normalised(input: Tensor, dims: list[int], eps: float) -> Tensor:
+    """Return ``input`` with mean 0 and variance 1 over ``dims``, in single precision at least."""
+    x = input if input.dtype in (torch.float32, torch.float64) else input.float()
+    x = x - x.mean(dims, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
+
+
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -38,10 +46,7 @@ def _layer_norm(
     cudnn_enable: bool = True,  # noqa: ARG001
 ) -> Tensor:
     """PyTorch's third derivative, which a gradient penalty needs, is silently wrong."""
-    dims = list(range(-len(normalized_shape), 0))
-    x = input if input.dtype in (torch.float32, torch.float64) else input.float()
-    centred = x - x.mean(dims, keepdim=True)
-    y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    y = _normalised(input, list(range(-len(normalized_shape), 0)), eps)
     if weight is not None:
         y = y * weight
     if bias is not None:
@@ -58,6 +63,98 @@ def _native_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, mean, rstd = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
     return _layer_norm(input, normalized_shape, weight, bias, eps), mean, rstd
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    first: int = 0,
+    **_: Any,
+) -> Tensor:
+    """Use the statistics given, or those over all dimensions from ``first`` on but channels."""
+    each = [-1, *[1] * (input.dim() - 2)]
+    if running_mean is None or running_var is None:
+        y = _normalised(input, [d for d in range(first, input.dim()) if d != 1], eps)
+    else:
+        y = (input - running_mean.view(each)) * torch.rsqrt(running_var.view(each) + eps)
+    y = y if weight is None else y * weight.view(each)
+    return y if bias is None else y + bias.view(each)
+
+
+class _NormGradients(torch.autograd.Function):
+    """The gradients of a batch norm as they are, with derivatives of every order.
+
+    PyTorch's own derivative of them must be the last: up to torch 2.13 the next one is wrong, then
+    it is refused. Where a graph is asked for, composite operations take its place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, norm: Callable[..., Tensor], *given: Any) -> Any:
+        ctx.norm = norm
+        ctx.save_for_backward(*given[:3])  # what the gradients are functions of
+        ctx.set_materialize_grads(False)
+        return given[3:]
+
+    @staticmethod
+    def backward(ctx: Any, *wanted: Tensor | None) -> Any:
+        if not torch.is_grad_enabled() or all(v is None for v in wanted):
+            return None, None, None, None, *wanted
+        gradient, x, weight = (
+            t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in ctx.saved_tensors
+        )
+        points = x, weight, torch.zeros_like(weight, requires_grad=True)
+        y = ctx.norm(x, weight=weight, bias=points[2]).to(gradient)
+        found = torch.autograd.grad(y, points, gradient, create_graph=True)
+        pairs = [(g, v) for g, v in zip(found, wanted, strict=True) if v is not None]
+        outputs, seeds = zip(*pairs, strict=True)
+        inputs = gradient, x, weight
+        again = torch.autograd.grad(outputs, inputs, seeds, create_graph=True, allow_unused=True)
+        return None, *again, *(None,) * len(wanted)
+
+
+def _differentiable(found: Sequence[Tensor | None], gradients: Sequence[Tensor]) -> Any:
+    """Replace the gradients that a norm's node has found, as a hook of it."""
+    nodes = [g.grad_fn for g in found if g is not None and g.grad_fn is not None]
+    if not nodes or not torch.is_grad_enabled():
+        return None
+    node: Any = nodes[0]  # their derivative, the same for all of them
+    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon  # cuDNN's
+    evaluated = not getattr(node, "_saved_train", True)
+    statistics = {name: getattr(node, f"_saved_{name}") for name in _STATISTICS if evaluated}
+    x, weight = node._saved_input, node._saved_weight
+    weight = x.new_ones(x.shape[1]) if weight is None else weight
+    norm = partial(_batch_norm, eps=eps, **statistics)
+    return _NormGradients.apply(norm, gradients[0], x, weight, *found)
+
+
+def _norm(function: Callable[..., Any], order: Sequence[str], first: int) -> Callable[..., Any]:
+    """Let a norm have derivatives of every order, and be PyTorch's otherwise."""
+    names = ("input", *order, "training", "momentum", "eps")
+
+    def norm(*args: Any, **kwargs: Any) -> Any:
+        output = function(*args, **kwargs)
+        y, *others = output if isinstance(output, tuple) else (output,)
+        transformed = torch._C._functorch.maybe_current_level() is not None
+        if torch.compiler.is_compiling() or (y.grad_fn is None and not transformed):
+            return output
+        if not transformed:
+            is_norm = "BatchNorm" in y.grad_fn.name()  # or the view behind an instance norm
+            node = y.grad_fn if is_norm else y.grad_fn.next_functions[0][0]
+            node.register_hook(_differentiable)
+            return output
+        # No hook reaches the graphs around a transform of torch.func.
+        given = {"training": bool(first), **dict(zip(names, args, strict=False)), **kwargs}
+        if given.get("use_input_stats", given["training"]):
+            given |= dict.fromkeys(_STATISTICS)
+        y = _batch_norm(**given, first=first).to(y.dtype)
+        return (y, *others) if others else y
+
+    return norm
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -87,6 +184,7 @@ def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
     return recurrent
 
 
+_STATISTICS, _AFFINE = ("running_mean", "running_var"), ("weight", "bias")
 _TWICE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
@@ -94,6 +192,11 @@ _TWICE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,
     F.scaled_dot_product_attention: _math_attention(F.scaled_dot_product_attention),
     F.multi_head_attention_forward: _math_attention(F.multi_head_attention_forward),
+    F.batch_norm: _norm(F.batch_norm, _STATISTICS + _AFFINE, 0),
+    F.instance_norm: _norm(F.instance_norm, _STATISTICS + _AFFINE, 2),
+    torch.batch_norm: _norm(torch.batch_norm, _AFFINE + _STATISTICS, 0),
+    torch.native_batch_norm: _norm(torch.native_batch_norm, _AFFINE + _STATISTICS, 0),
+    torch.instance_norm: _norm(torch.instance_norm, _AFFINE + _STATISTICS, 2),
     **{f: _without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }
 _ROOT: dict[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(

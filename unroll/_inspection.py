@@ -289,8 +289,8 @@ def _inspect_derivatives(
             raise RuntimeError(
                 "discriminator: the look-ahead needs a derivative that PyTorch does not have, in "
                 f"{', '.join(named)} (a gradient penalty needs one order more). Replace the layer "
-                "(GroupNorm for BatchNorm under a penalty, plain operations for a fused kernel), "
-                "or set stop_gradient=True for the first term alone."
+                "(plain operations for a fused kernel), or set stop_gradient=True for the first "
+                "term alone."
             ) from error
     if fakes and all(g is None for g in found[: len(fakes)]):
         warn(DETACHED_FAKES)
