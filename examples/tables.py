@@ -92,10 +92,11 @@ def correctness(rows: Sequence[Row]) -> str:
     measured = [row for row in rows if row["relative_error"]]
     last = max(measured, key=lambda row: float(row["relative_error"]))
     revisions = ", ".join(sorted({row["revision"] for row in rows}))
+    versions = ", ".join(dict.fromkeys(row["torch"] for row in rows))
     summary = (
         f"{len(measured)} cells of {len(exact)} discriminators and "
         f"{len({row['optimizer'] for row in rows})} optimizers; the worst is {worst(measured)} "
-        f"({last['discriminator']}, {last['optimizer']}). torch {rows[0]['torch']}, revision "
+        f"({last['discriminator']}, {last['optimizer']}). torch {versions}, revision "
         f"{revisions}, seed {rows[0]['seed']}, K = {rows[0]['unroll_steps']}."
     )
     return "\n\n".join(

@@ -3,6 +3,7 @@
 python -m tests.matrix                  compute it; fail if a cell is off by more than 1e-6
 python -m tests.matrix --record         write docs/results/{correctness,optimizers}.csv, or go on
 python -m tests.matrix --only dropout   only discriminators with that in their name, again
+                                        (under another version of torch: rows beside the others)
 
 A cell is the relative error of f_K's gradient in the fakes, with K = 3, along a random direction,
 after two real steps, in float64, against Ridders' extrapolated central differences of the value
@@ -318,8 +319,9 @@ def versions() -> Row:
 class Record:
     """A CSV file of rows. They stay while the library has not changed since their revision.
 
-    ``keys`` are the columns that tell rows apart, ``wanted`` the values that they should have;
-    those that ``fails`` rejects, or whose first value contains ``only``, are computed again.
+    Rows of other versions of torch stay as they are, beside those of this one. ``keys`` are the
+    columns that tell rows apart, ``wanted`` the values that they should have; those that ``fails``
+    rejects, or whose first value contains ``only``, are computed again.
     """
 
     def __init__(
@@ -332,9 +334,13 @@ class Record:
     ) -> None:
         self.path, self.keys, self.versions, self.rows = path, keys, versions(), list[Row]()
         self.order = {key: i for i, key in enumerate(wanted)}
+        self.others: list[Row] = []
         if path is not None and path.exists():
             with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if self.key(row) in self.order]
+                found = list(csv.DictReader(file))
+            self.others = [row for row in found if row["torch"] != torch.__version__]
+            rows = [row for row in found if row["torch"] == torch.__version__]
+            rows = [row for row in rows if self.key(row) in self.order]
             kept = {revision for revision in {r["revision"] for r in rows} if _same(revision)}
             again = {key for key in wanted if only and only in key[0]}
             rows = [row for row in rows if row["revision"] in kept and not fails(row)]
@@ -355,8 +361,12 @@ class Record:
             with draft.open("w", newline="") as file:
                 writer = csv.DictWriter(file, list(self.rows[0]), lineterminator="\n")
                 writer.writeheader()
-                writer.writerows(self.rows)
+                writer.writerows(sorted([*self.others, *self.rows], key=_torch, reverse=True))
             draft.replace(self.path)
+
+
+def _torch(row: Row) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", row["torch"])[:3]]
 
 
 def _same(revision: str) -> bool:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import matrix
 from tests.zoo import ZOO
@@ -86,6 +87,29 @@ def test_a_record_goes_on_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     again.rows[1]["revision"] = again.rows[0]["revision"]
     again.extend([])
     assert record().missing == []
+
+
+def test_versions_of_torch_are_on_record_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record() -> matrix.Record:
+        return matrix.Record(tmp_path / "record.csv", ("name",), [("a",)], lambda _: False)
+
+    def versions() -> list[str]:
+        with (tmp_path / "record.csv").open(newline="") as file:
+            return [row["torch"] for row in csv.DictReader(file)]
+
+    monkeypatch.setattr(matrix, "_same", lambda _: True)
+    for version in ("2.7.0", "2.14.1+cu130", "2.13.0+cpu"):
+        monkeypatch.setattr(torch, "__version__", version)
+        assert record().missing == [("a",)]
+        record().extend([{"name": "a"}])
+        assert record().missing == []
+    assert versions() == ["2.14.1+cu130", "2.13.0+cpu", "2.7.0"]
+    again = record()
+    again.rows.clear()
+    again.extend([{"name": "a"}])
+    assert versions() == ["2.14.1+cu130", "2.13.0+cpu", "2.7.0"]
 
 
 def test_rows_of_another_library_or_of_changed_sources_do_not_count() -> None:
