@@ -1,7 +1,7 @@
 """The heart: one look-ahead step of the discriminator, K of them, and f at their end.
 
 A step is a pure function from a point to the next, and everything else is a function around it
-(:mod:`unroll._modes`). Whether a step is differentiable is ``torch.is_grad_enabled()``.
+(:mod:`unroll._modes`). A step is differentiable where one of its inputs requires a gradient.
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ def inner_step(game: Game) -> Step:
     """Return the step theta_D^{k+1} = theta_D^k + eta df/dtheta_D^k (Eq. 7)."""
 
     def step(point: Point, pair: Pair, settings: Any) -> Point:
+        create_graph = any(t.requires_grad for t in tensors((point, pair, settings)))
         theta = leaves(point.parameters, game.moving)
-        found = differentiate(game, theta, point.buffers, pair, torch.is_grad_enabled())
+        found = differentiate(game, theta, point.buffers, pair, create_graph)
         loss, gradients, buffers = found
         if game.mean is not None:
             moving = {name: p for name, p in theta.items() if name in game.moving}

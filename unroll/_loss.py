@@ -248,7 +248,7 @@ class UnrolledGeneratorLoss(nn.Module):
         points, _ = self._steps(game, point, batch, pairs, every=self.average)
         value = generator_value(game.discriminator, self.objective)
         if self.average and self.checkpoint:
-            value = checkpointed(value, *self._parts)
+            value = checkpointed(torch.enable_grad()(value), *self._parts)
         return points, value
 
     def _start(self, optimizer_state: Any) -> tuple[Game, Point]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unroll._functional import map_tensors, preserved, tensors
+from unroll._look_ahead import Point
 from unroll._probes import graph
 from unroll._random import random_state, replayed
 
@@ -104,16 +105,20 @@ class _Run:
             torch.is_autocast_cache_enabled(),
         )
 
-    def first(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Return the results, which are to be detached.
+    def first(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
+        """Return the results, and which of them have a derivative.
 
-        With gradients on, as in the second run: without, other kernels round half precision
-        otherwise.
+        The optimizer's step needs no graph here. D's gradients get theirs, as in the second run:
+        without, other kernels round half precision otherwise.
         """
-        with torch.enable_grad():
-            result = self.function(*filled(self.given, inputs))
+        result = self.function(*filled(self.given, inputs))
         self.result = _emptied(result)
-        return tensors(result)
+        found = tensors(result)
+        if not isinstance(result, Point):
+            return found, [t.requires_grad for t in found]
+        constants = {id(t) for t in inputs if not t.requires_grad}
+        moved = {id(t) for t in tensors((result.parameters, result.optimizer_state))} - constants
+        return found, [t.requires_grad or (id(t) in moved and t.is_floating_point()) for t in found]
 
     def again(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return the results with their graph."""
@@ -134,13 +139,13 @@ class _Checkpoint(torch.autograd.Function):
         ctx.run = run
         ctx.set_materialize_grads(False)  # a zero into an infinite slope would be NaN
         ctx.save_for_backward(*inputs)
-        found = run.first(leaves(inputs, ctx.needs_input_grad[1:]))
+        found, differentiable = run.first(leaves(inputs, ctx.needs_input_grad[1:]))
         outputs = tuple(t.detach() for t in found)
         # Elsewhere than on a CPU, sums may come in another order, which Adam's first steps amplify.
         exact = run.device.type == "cpu"
-        pairs = list(zip(outputs, found, strict=True))
-        run.found = [o.detach() if exact or not t.requires_grad else None for o, t in pairs]
-        ctx.mark_non_differentiable(*[o for o, t in pairs if not t.requires_grad])
+        pairs = list(zip(outputs, differentiable, strict=True))
+        run.found = [o.detach() if exact or not flag else None for o, flag in pairs]
+        ctx.mark_non_differentiable(*[o for o, flag in pairs if not flag])
         return outputs
 
     @staticmethod
