@@ -454,7 +454,7 @@ class Kernels(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features, self.head = nn.Conv1d(4, 6, 1), nn.Linear(18, 1)
-        self.gain, self.bias = nn.Parameter(torch.rand(6) + 0.5), nn.Parameter(torch.randn(6))
+        self.gain, self.bias = nn.Parameter(torch.rand(6) + 0.5), nn.Parameter(torch.zeros(6))
         self.register_buffer("mean", torch.zeros(6))
         self.register_buffer("variance", torch.ones(6))
 
@@ -463,12 +463,12 @@ class Kernels(nn.Module):
         affine, statistics = (self.gain, self.bias), (self.mean, self.variance)
         fixed = torch.full_like(self.mean, 0.5), torch.full_like(self.mean, 2.0)
         normalised = [
-            F.batch_norm(h, None, None, *affine, True),
-            torch.batch_norm(h, *affine, *statistics, True, 0.1, 1e-3, True),
-            torch.native_batch_norm(h, self.gain, None, None, None, True, 0.1, 1e-2)[0],
-            F.instance_norm(h, weight=self.gain, eps=1e-3),
+            F.batch_norm(h, None, None, *affine, True, 0.1, 0.5),
+            torch.batch_norm(h, *affine, *statistics, True, 0.1, 0.6, True),
+            torch.native_batch_norm(h, self.gain, None, None, None, True, 0.1, 0.7)[0],
+            F.instance_norm(h, weight=self.gain, eps=0.8),
             F.instance_norm(h, *fixed, None, None, False),
-            torch.instance_norm(h, *affine, None, None, True, 0.1, 1e-2, True),
+            torch.instance_norm(h, *affine, None, None, True, 0.1, 0.9, True),
         ]
-        output: Tensor = self.head(torch.tanh(torch.stack(normalised)).sum(0).flatten(1))
+        output: Tensor = self.head(torch.tanh(torch.stack(normalised)).mean(0).flatten(1))
         return output
