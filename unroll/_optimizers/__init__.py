@@ -197,8 +197,8 @@ def _left_out(
         yield (
             "unheld",
             f"optimizer: holds no {_listed(unheld)} of the discriminator, which require a gradient "
-            "and stand still in the look-ahead. If another optimizer trains them, build one on all "
-            "of D's parameters; if none does, freeze them by requires_grad_(False).",
+            "and stand still in the look-ahead. If another optimizer trains them, pass a list of "
+            "both; if none does, freeze them by requires_grad_(False).",
         )
     advice = (
         "not run in the look-ahead. If that changes gradients or parameters, do it in project= or "
