@@ -265,6 +265,10 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "a tensor": (lambda p, _g, _s, _h: p[0], r"return \(new_parameters, .*; got Tensor\. Return"),
     "a pair": (lambda p, _g, s, _h: (p, s), r"return \(new_para.*; got tuple, list, list\. Retu"),
     "the group first": (lambda p, _g, s, h: (h, p, s), r"got tuple, dict, list, list\. Return a"),
+    "a generator": (
+        lambda p, _g, s, h: ((q for q in p), s, h),
+        r"got tuple, generator, list, dict\. Return a list",
+    ),
     "too few": (lambda p, _g, s, h: (p[1:], s, h), r"of the 26 parameters.*got 25 and 26\. Keep"),
     "another shape": (
         lambda p, _g, s, h: ([q[None] for q in p], s, h),

@@ -119,12 +119,13 @@ class Grouped:
             raise self._refusal(in_place) from error
         if [t._version for t in tensors(given)] != versions:
             raise self._refusal(in_place)
-        form = [type(found), *map(type, found)] if isinstance(found, tuple) else [type(found)]
-        if len(form) != 4 or not isinstance(found[2], Mapping):
-            got = ", ".join(kind.__name__ for kind in form)
+        parts = [found, *found] if isinstance(found, tuple) else [found]
+        wanted: Any = (tuple, (list, tuple), (list, tuple), Mapping)
+        if len(parts) != 4 or not all(isinstance(p, w) for p, w in zip(parts, wanted, strict=True)):
             raise self._refusal(
-                f"return (new_parameters, new_states, new_group); got {got}. Return a list, a list "
-                "and a dict in one tuple."
+                "return (new_parameters, new_states, new_group); got "
+                f"{', '.join(type(part).__name__ for part in parts)}. Return a list, a list and a "
+                "dict in one tuple."
             )
         new, changed, new_group = found
         if not len(new) == len(changed) == len(theta):
