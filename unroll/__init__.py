@@ -1,6 +1,7 @@
 """The surrogate loss of unrolled GANs (Metz et al., ICLR 2017), with the right gradient."""
 
 from unroll._diagnostics.check_gradients import GradientReport, check_gradients
+from unroll._diagnostics.check_step import StepReport, check_step
 from unroll._diagnostics.gradient_terms import gradient_terms
 from unroll._loss import UnrolledGeneratorLoss
 from unroll._objectives import (
@@ -37,10 +38,12 @@ __all__ = [
     "Objective",
     "RelativisticAverage",
     "RelativisticPairing",
+    "StepReport",
     "UnrolledDiscriminator",
     "UnrolledGeneratorLoss",
     "Wasserstein",
     "check_gradients",
+    "check_step",
     "gradient_terms",
     "register_rule",
 ]

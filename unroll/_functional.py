@@ -30,7 +30,7 @@ R = TypeVar("R")
 Batch = Any
 Pair = tuple[Batch, Batch]  # (fake, real)
 LARGE = 1000  # entries: a forward pass fills small containers, a vocabulary would take long to copy
-_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, set, deque))  # none refuses changes
+CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, set, deque))  # none refuses changes
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -266,22 +266,25 @@ def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
     finally:
         for hook, iterations in spectral_hooks:
             hook.n_power_iterations = iterations
-        for container, content in saved.values():
-            if not _unchanged(container, content):
-                container.clear()
-                (container.update if isinstance(content, (dict, set)) else container.extend)(
-                    content
-                )
+        put_back(saved.values())
         parametrize._cache_enabled, parametrize._cache = cache
 
 
 def _save(values: Iterable[Any], saved: dict[int, tuple[Any, Any]]) -> None:
     """Collect the containers among values, however deep, each with a copy of what it holds."""
     for value in values:
-        if type(value) in _CONTAINERS and id(value) not in saved and len(value) <= LARGE:
+        if type(value) in CONTAINERS and id(value) not in saved and len(value) <= LARGE:
             saved[id(value)] = (value, value.copy() if value else type(value)())
             if value:
                 _save(value.values() if isinstance(value, dict) else value, saved)
+
+
+def put_back(saved: Iterable[tuple[Any, Any]]) -> None:
+    """Let containers hold again what copies of them hold."""
+    for container, content in saved:
+        if not _unchanged(container, content):
+            container.clear()
+            (container.update if isinstance(content, (dict, set)) else container.extend)(content)
 
 
 def _unchanged(container: Any, content: Any) -> bool:

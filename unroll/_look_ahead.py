@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unroll._autograd_fixes import inner_gradients
-from unroll._functional import Functional, Pair, map_tensors, tensors, views
+from unroll._functional import Batch, Functional, Pair, map_tensors, tensors, views
 from unroll._objectives import Objective
 from unroll._optimizers import InnerOptimizer
 from unroll._validation import (
@@ -143,9 +143,8 @@ def differentiate(
 ) -> tuple[Tensor, Gradients, dict[str, Tensor]]:
     """Return D's loss, its gradients in the moving parameters that it reaches, and D's buffers."""
     versions = [t._version for t in tensors(pair)]
-    with torch.enable_grad(), _without_autocast_cache():
-        # An objective may differentiate in the fakes, whether G's gradient is asked for or not.
-        fake, real = map_tensors(_point, views(pair[0])), views(pair[1])
+    with torch.enable_grad(), without_autocast_cache():
+        fake, real = differentiable(views(pair[0])), views(pair[1])
         loss, left = game.discriminator(
             lambda d: game.objective.discriminator_loss(d, fake, real), theta, buffers
         )
@@ -164,8 +163,13 @@ def differentiate(
         return loss, gradients, left
 
 
-def _point(t: Tensor) -> Tensor:
-    return t if t.requires_grad or not t.is_floating_point() else t.requires_grad_()
+def differentiable(batch: Batch) -> Batch:
+    """Return a batch that an objective may differentiate in, whether G's gradient is asked for."""
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().requires_grad_() if t.is_floating_point() else t
+
+    return map_tensors(lambda t: t if t.requires_grad else leaf(t), batch)
 
 
 def update(
@@ -183,7 +187,7 @@ def update(
 
 
 @contextmanager
-def _without_autocast_cache() -> Iterator[None]:
+def without_autocast_cache() -> Iterator[None]:
     """Disable autocast's weight cache: it ignores non-leaves and accumulates in half precision."""
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

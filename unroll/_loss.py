@@ -10,12 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from unroll._autograd_fixes import recomputation_refused
-from unroll._functional import Batch, Functional, Pair, outside_compiled_code, preserved, tensors
+from unroll._functional import (
+    Batch,
+    Functional,
+    FunctionalDiscriminator,
+    Pair,
+    map_tensors,
+    outside_compiled_code,
+    preserved,
+    tensors,
+)
 from unroll._inspection import Inspection, warn_of_gradient_hooks
 from unroll._look_ahead import (
     Game,
     Point,
     Value,
+    differentiable,
     generator_value,
     inner_step,
     look_ahead,
@@ -34,6 +44,7 @@ from unroll._unrolled_discriminator import UnrolledDiscriminator, unrolled
 from unroll._validation import (
     Mapped,
     assignable,
+    check_scalar,
     checked_arguments,
     checked_steps,
     drawn,
@@ -51,45 +62,37 @@ class UnrolledGeneratorLoss(nn.Module):
         f_K(theta_G, theta_D) = f(theta_G, theta_D^K(theta_G, theta_D))          (9)
 
     with a step of the given optimizer in place of ``eta df``. The steps are differentiated
-    through, so that the generator learns how the discriminator would react to it. Nothing that
-    the caller holds changes: D, its buffers and gradients, the optimizer and its state.
-
-    Time grows linearly with K, and memory too: by the activations of a step of D, or with
-    ``checkpoint`` by D's parameters and optimizer state. The loss has no parameters of its own.
+    through, so that the generator learns how D would react to it. Nothing that the caller holds
+    changes: D, its buffers and gradients, the optimizer and its state. Time and memory grow
+    linearly with K, and the loss has no parameters of its own.
 
     Args:
         discriminator: Any ``nn.Module``. It may be wrapped by ``torch.compile``.
         optimizer: What trains the discriminator, as it is: a ``torch.optim`` optimizer, a torchopt
             ``Optimizer``, ``MetaOptimizer`` or ``FuncOptimizer`` (each with its live state), or a
-            bare torchopt transformation such as ``torchopt.adam(1e-4)``; or a list of optimizers,
-            each with its own part of D, which are stepped in that order. A bare transformation
-            starts afresh at every call, with Adam's step count and learning-rate schedules, unless
-            the call gets ``optimizer_state``; prefer the optimizer that trains D.
+            bare torchopt transformation, which starts afresh at every call, step counts and
+            schedules included, unless the call gets ``optimizer_state``; or a list of optimizers,
+            each with its own part of D, which are stepped in that order.
         objective: The game, see :class:`unroll.Objective`. Default: :class:`unroll.Minimax`.
         unroll_steps: K, at least 0; 0 is the ordinary generator loss. It may be assigned later, so
             that K can be scheduled; the other arguments may not.
         stop_gradient: Keep the first term of Eq. 12 only: theta_D^K is a constant. Default False.
-        average: Return the mean of f_1, ..., f_K in place of f_K (App. B.2); f_0 where K = 0.
-            Default False.
-        checkpoint: Keep only what each step starts from, and compute the step again in the
-            backward pass: activations are those of one step whatever K is, for one more evaluation
-            of D's gradient a step. f_K is then differentiable once, and D's code, modes and buffers
-            and the objective must be the same in both runs, or an error says so. Default False.
+        average: Return the mean of f_1..f_K (App. B.2), or f_0 where K = 0. Default False.
+        checkpoint: Keep only what each step starts from, parameters and optimizer state, and
+            compute the step again in the backward pass: activations of one step whatever K is.
+            f_K is then differentiable once, and D and the objective must be the same in both runs,
+            or an error says so. Default False.
         compile: Run the steps as code that ``torch.compile`` makes of one step and its adjoint, for
             all K alike; f_K is then differentiable once. Faster for small D's; the first call takes
-            10 to 60 s. New code is compared with the eager step before its first use. What
-            torch.compile cannot follow runs eagerly, after a warning that says why. Default False.
-        transform_gradients: Called in every look-ahead step with a mapping from the names of the
-            parameters that got a gradient to the gradients, after hooks and the mean over ranks;
-            returns one with the same names and shapes. It is differentiated through. Clipping:
-            :class:`unroll.ClipGradNorm`, :class:`unroll.ClipGradValue`. Default: none.
-        project: Called after every look-ahead step with a mapping from parameter names to tensors;
-            returns one with the same names and shapes (WGAN's clipping, a weight normalisation). It
-            is differentiated through. Default: none.
-        sync: Average D's gradients over all ranks of ``torch.distributed`` in every step, so that
-            the ranks play one game over the global batch (for objectives that are means over
-            samples, and equal batches; BatchNorm and RelativisticAverage stay those of a rank).
-            Wrap G in DistributedDataParallel, too. Default None: where D is wrapped in it.
+            10 to 60 s. What cannot be compiled runs eagerly, after a warning. Default False.
+        transform_gradients: Applied to the gradients of every step, after hooks and the mean over
+            ranks (:class:`unroll.ClipGradNorm`, :class:`unroll.ClipGradValue`): a function from a
+            mapping of names to tensors to one alike, differentiated through. Default: none.
+        project: Applied after every step (WGAN's clipping, a weight normalisation): like
+            ``transform_gradients``, but of parameters. Default: none.
+        sync: Average D's gradients over all ranks of ``torch.distributed`` in every step: one game
+            over the global batch (for means over samples and equal batches; BatchNorm stays that of
+            a rank). Wrap G in DistributedDataParallel, too. Default None: where D is.
 
     Raises:
         TypeError: The optimizer, the discriminator, ``unroll_steps`` or ``sync`` is of an
@@ -140,6 +143,7 @@ class UnrolledGeneratorLoss(nn.Module):
             transform_gradients=transform_gradients,
             project=project,
             sync=averages,
+            _given=discriminator,
             _group=group,
             _code=Code() if compile else None,
             _parts=parts,
@@ -158,6 +162,7 @@ class UnrolledGeneratorLoss(nn.Module):
     transform_gradients: Mapped | None
     project: Mapped | None
     sync: bool
+    _given: nn.Module  # D in its wrappers
     _group: Any
     _code: Code | None
     _parts: tuple[nn.Module, list[Objective]]  # what is preserved: D, summands of the objective
@@ -237,6 +242,20 @@ class UnrolledGeneratorLoss(nn.Module):
             (point, *_), losses = self._steps(game, point, batch, pairs)
         in_graph = any(t.requires_grad for t in tensors(pairs)) and not self._constant
         return unrolled(game, point, losses, in_graph=in_graph)
+
+    def discriminator_loss(self, fake: Batch, real: Batch) -> Tensor:
+        """Return D's own loss, 0-d, for D's step: what the look-ahead's steps minimise.
+
+        The batches are those of :meth:`forward`, and ``fake`` is detached. D runs in its wrappers,
+        as in any training step: buffers and random numbers move. Accumulation, and what ``project``
+        does, remain the loop's business. A loss that is not 0-d is a TypeError or ValueError.
+        """
+        self._moving.see(dict(self.discriminator.named_parameters()))
+        d = FunctionalDiscriminator(self._given, self.discriminator)
+        fake = differentiable(map_tensors(Tensor.detach, fake))
+        loss = self.objective.discriminator_loss(d, fake, real)
+        check_scalar(loss, "discriminator_loss")
+        return loss
 
     def _points(
         self, batch: Pair, pairs: Sequence[Pair], optimizer_state: Any = None

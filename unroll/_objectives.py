@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import relu
 from torch.nn.functional import softplus as _softplus
 
-from unroll._functional import Batch
+from unroll._functional import Batch, FunctionalDiscriminator
 
 Discriminator = Callable[..., Any]  # with a batch, or with what D takes
 
@@ -74,8 +74,9 @@ class Losses:
 
 
 def one_tensor(discriminator: Discriminator, batch: Batch) -> Tensor:
-    """Return D's output, which must be a tensor."""
-    output = discriminator(batch)
+    """Return D's output, which must be a tensor; D may be the module itself, in its own step."""
+    itself = isinstance(discriminator, nn.Module)
+    output = (FunctionalDiscriminator(discriminator) if itself else discriminator)(batch)
     if not isinstance(output, Tensor):
         raise TypeError(
             "objective: needs a discriminator that returns one tensor; this one returned "

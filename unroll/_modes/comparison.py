@@ -27,7 +27,7 @@ def compare(
     runs: tuple[tuple[Step, Given], ...] = (
         (compiled, given),
         (step, given),
-        (step, map_tensors(_nudged, given)),
+        (step, map_tensors(perturbed, given)),
     )
     for function, inputs in runs:
         with replayed(state, device):
@@ -65,7 +65,7 @@ def _values_and_derivatives(step: Step, given: Given) -> list[Tensor]:
     return [value.detach() for value in values]
 
 
-def _nudged(tensor: Tensor) -> Tensor:
+def perturbed(tensor: Tensor) -> Tensor:
     """Return a tensor that is off by a few units in the last place."""
     if not tensor.is_floating_point():
         return tensor

@@ -159,6 +159,7 @@ class Moving:
 
     def __init__(self) -> None:
         self.frozen: frozenset[str] | None = None  # of those held, the last time that any was not
+        self.known: frozenset[str] = frozenset()  # what was held then
         self.held: frozenset[str] = frozenset()
         self.said: set[str] = set()
 
@@ -168,19 +169,24 @@ class Moving:
         """Return the names of those that move, where the optimizer ``given`` holds ``names``."""
         for kind, text in _left_out(given, parameters, names):
             self._warn(kind, text)
-        held = frozenset(name for name in names if parameters[name].is_floating_point())
+        self.held = frozenset(name for name in names if parameters[name].is_floating_point())
+        self.see(parameters)
+        return self.held - (self.frozen or frozenset())
+
+    def see(self, parameters: Mapping[str, Tensor]) -> None:
+        """Remember which of those held are frozen now, unless all of them are."""
+        held = self.held & parameters.keys()
         frozen = frozenset(name for name in held if not parameters[name].requires_grad)
         if len(frozen) < len(held):
-            changed = (frozen ^ (self.frozen or frozenset())) & held & self.held
+            changed = (frozen ^ (self.frozen or frozenset())) & held & self.known
             if self.frozen is not None and changed:
                 self._warn(
                     "freezing",
-                    f"discriminator: {_listed(changed)} were frozen or unfrozen since the last "
+                    f"discriminator: {listed(changed)} were frozen or unfrozen since the last "
                     "look-ahead, which now follows: those that require a gradient move. Freeze "
                     "all of D for G's step, or nothing, where that is not meant.",
                 )
-            self.frozen, self.held = frozen, held
-        return held - (self.frozen or frozenset())
+            self.frozen, self.known = frozen, held
 
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self.said:
@@ -196,7 +202,7 @@ def _left_out(
     if unheld:
         yield (
             "unheld",
-            f"optimizer: holds no {_listed(unheld)} of the discriminator, which require a gradient "
+            f"optimizer: holds no {listed(unheld)} of the discriminator, which require a gradient "
             "and stand still in the look-ahead. If another optimizer trains them, pass a list of "
             "both; if none does, freeze them by requires_grad_(False).",
         )
@@ -227,6 +233,7 @@ def _replaced(optimizer: Optimizer) -> bool:
     return step is not None and getattr(step, "__func__", step) is not type(optimizer).step
 
 
-def _listed(names: Any) -> str:
+def listed(names: Any) -> str:
+    """Return some of the names, for a message."""
     shown = sorted(names)
     return ", ".join(map(repr, shown[:5])) + f" and {len(shown) - 5} more" * (len(shown) > 5)
