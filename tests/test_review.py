@@ -273,6 +273,7 @@ def test_a_saturated_discriminator_is_said_to_be_too_sure_to_check() -> None:
         head.bias.fill_(-20.0)
     report = unroll.check_gradients(Loss(d, sgd(d), unroll_steps=3), fakes(), randn(5, 3))
     assert not report.ok
+    assert report.verdict == "inconclusive"
     assert "too small" in report.suspicions[0]
 
 

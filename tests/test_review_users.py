@@ -558,7 +558,7 @@ def test_the_self_check_names_what_it_cannot_copy() -> None:
         unroll.check_gradients(loss, fakes(), randn(5, 3))
 
 
-def test_the_self_check_says_that_d_rounds() -> None:
+def test_the_self_check_reads_casts_as_float64() -> None:
     class Casting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -570,9 +570,7 @@ def test_the_self_check_says_that_d_rounds() -> None:
             return nn.functional.linear(x.float(), weight, bias).tanh()
 
     d = Casting()
-    report = unroll.check_gradients(Loss(d, adam(d), unroll_steps=1), fakes(), randn(5, 3))
-    assert not report.ok
-    assert "computes in torch.float32" in report.suspicions[0]
+    assert unroll.check_gradients(Loss(d, adam(d), unroll_steps=1), fakes(), randn(5, 3)).ok
 
 
 def test_the_self_check_takes_minibatches_without_a_length() -> None:

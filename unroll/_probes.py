@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from unroll._functional import map_tensors, tensors
+from unroll._functional import Functional, map_tensors, preserved, tensors
 
 T = TypeVar("T")
 
@@ -45,29 +45,32 @@ def probe_layers(
     busy = False
 
     def hook_of(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal busy
             if busy or name in results:
                 return
             busy = True
             try:
-                with torch.enable_grad():
-                    fresh, named = map_tensors(_leaf, (args, kwargs))
-                    inputs = [t for t in tensors((fresh, named)) if t.requires_grad]
-                    parameters: list[Tensor] = [p for p in layer.parameters() if p.requires_grad]
+                with torch.enable_grad(), preserved(layer):
+                    pure = Functional(layer)  # calls leave no buffer behind for the next one
+                    moving = {n: p for n, p in pure.parameters.items() if p.requires_grad}
+                    fresh = map_tensors(leaf, (args, kwargs))
+                    inputs = [t for t in tensors(fresh) if t.requires_grad]
 
                     def run() -> Any:  # on copies, which a layer may change in place
-                        copies, named_copies = map_tensors(Tensor.clone, (fresh, named))
-                        return layer(*copies, **named_copies)
+                        theta = {n: moving.get(n, p.clone()) for n, p in pure.parameters.items()}
+                        copies, named = map_tensors(Tensor.clone, fresh)
+                        return pure(lambda _: layer(*copies, **named), theta, pure.buffers)[0]
 
-                    results[name] = probe(run, inputs, parameters)
+                    results[name] = probe(run, inputs, list(moving.values()))
             finally:
                 busy = False
 
         return hook
 
     handles = [
-        layer.register_forward_hook(
+        # Before the forward pass: afterwards its input may be overwritten.
+        layer.register_forward_pre_hook(
             hook_of(f"{name or 'itself'} ({type(layer).__name__})"), with_kwargs=True
         )
         for name, layer in module.named_modules()
@@ -81,7 +84,8 @@ def probe_layers(
     return results
 
 
-def _leaf(tensor: Tensor) -> Tensor:
+def leaf(tensor: Tensor) -> Tensor:
+    """Return a copy that a gradient may be asked for."""
     return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from unroll._diagnostics.copies import double, in_double
-from unroll._diagnostics.differences import TOLERANCE, DifferenceCheck
+from unroll._diagnostics.copies import InDouble, double, in_double
+from unroll._diagnostics.differences import DifferenceCheck, gradients_of
 from unroll._functional import Batch, Pair, map_tensors, tensors
 from unroll._inspection import DETACHED_FAKES, calls_to_the_module_itself
 from unroll._loss import UnrolledGeneratorLoss
+from unroll._probes import leaf
+from unroll._random import every_random_state, set_every_random_state
 from unroll._validation import drawn_minibatches
 
 
@@ -21,15 +23,21 @@ class GradientReport:
     """What :func:`check_gradients` found.
 
     Attributes:
-        ok: Whether the gradient agrees with central differences and nothing is suspicious.
+        verdict: "right": the gradient agrees with central differences, and nothing is suspicious.
+            "wrong": it does not, or something is. "inconclusive": no difference can tell.
         relative_error: The largest difference between a directional derivative and its central
-            difference, over the norm of the gradient.
-        suspicions: What may be wrong, in words; empty if nothing is.
+            difference, over the norm of the gradient; infinite where there is none.
+        suspicions: What is to blame, or why nothing can be told, in words; empty if all is right.
     """
 
-    ok: bool
+    verdict: str
     relative_error: float
     suspicions: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the verdict is "right"."""
+        return self.verdict == "right"
 
 
 def check_gradients(
@@ -57,7 +65,8 @@ def check_gradients(
 
     Raises:
         TypeError: D, the optimizer, the objective or ``project`` cannot be copied, or
-            ``minibatches`` holds something else than pairs.
+            ``minibatches`` holds something else than pairs; their code runs in its own type only,
+            not in float64.
         ValueError: ``minibatches`` holds fewer than K pairs.
 
     Example:
@@ -73,29 +82,46 @@ def check_gradients(
         pairs += drawn_minibatches(minibatches, loss.unroll_steps)
     copies = map_tensors(double, pairs)
     fakes = [t.requires_grad_() for f, _ in copies for t in tensors(f) if t.is_floating_point()]
+    own = loss.discriminator.parameters()
+    dtype = next(p.dtype for p in own if p.is_floating_point())
+    device = fakes[0].device
+    state = every_random_state(device)
     with (
-        torch.random.fork_rng(),
         torch.enable_grad(),
         warnings.catch_warnings(record=True) as caught,
         calls_to_the_module_itself(loss.discriminator) as strays,
     ):
         warnings.simplefilter("always")
         resampled = copies[1:] if minibatches is not None else None
-        check = DifferenceCheck(in_double(loss), copies[0], resampled)
-        with calls_to_the_module_itself(check.loss.discriminator) as more_strays:
-            try:
-                error, suspicions = check.run(fakes)
-            except Exception:
-                if not strays and not more_strays:
-                    raise
-                error, suspicions = float("inf"), []
+        copied = in_double(loss)
+        mode = InDouble(dtype)
+        check = DifferenceCheck(copied, copies[0], resampled, mode)
+        try:
+            with mode, calls_to_the_module_itself(copied.discriminator) as more_strays:
+                verdict, error, words = check.run(fakes)
+        except Exception as failure:
+            if not strays and not more_strays:
+                given = map_tensors(leaf, (fake, real, pairs[1:] if resampled else None))
+                value = loss(given[0], given[1], minibatches=given[2])
+                gradients_of(value, [t for t in tensors(given[0]) if t.requires_grad])
+                raise TypeError(
+                    "loss: check_gradients computes in float64, in which the code of D or of the "
+                    f"objective fails, though not in its own type ({type(failure).__name__}: "
+                    f"{failure}). Let it keep the type of its input in place of one that it names."
+                ) from failure
+            verdict, error, words = "wrong", float("inf"), []
+        finally:
+            set_every_random_state(state, device)
+    blamed = []
     if strays or more_strays:
-        suspicions.append(
+        blamed.append(
             "the objective calls the discriminator module itself; it must call the `discriminator` "
             "that it is given, which is D at theta_D^k"
         )
     if any(str(w.message) == DETACHED_FAKES for w in caught):
-        suspicions.append("the objective (or D) detaches the fakes in discriminator_loss")
-    if error > TOLERANCE and not suspicions:
-        suspicions.append("the objective: its own operations have a wrong derivative")
-    return GradientReport(error <= TOLERANCE and not suspicions, error, tuple(suspicions))
+        blamed.append("the objective (or D) detaches the fakes in discriminator_loss")
+    if blamed:
+        verdict, words = "wrong", [*words, *blamed]
+    if verdict == "wrong" and not words:
+        words = ["the objective: its own operations have a wrong derivative"]
+    return GradientReport(verdict, error, tuple(words))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torchopt
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torchopt.base import GradientTransformation
 from torchopt.pytree import tree_leaves, tree_map
 
@@ -41,7 +42,7 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
     objective = _copied("objective", loss.objective, memo)
     project = _copied("project", loss.project, memo)
     transform = _copied("transform_gradients", loss.transform_gradients, memo)
-    _in_double([module, objective, project, transform], set())
+    module.double()
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.Optimizer):
             for state in optimizer.state.values():
@@ -70,13 +71,6 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
     return copied
 
 
-# What deepcopy does not copy, and optimizers, whose states are looked after apart.
-_LEFT = (
-    *(FunctionType, BuiltinFunctionType, ModuleType, type),
-    *(torch.optim.Optimizer, torchopt.Optimizer, torchopt.FuncOptimizer, torchopt.MetaOptimizer),
-)
-
-
 def _copied(name: str, part: Any, memo: dict[int, Any]) -> Any:
     try:
         return copy.deepcopy(part, memo)
@@ -88,34 +82,56 @@ def _copied(name: str, part: Any, memo: dict[int, Any]) -> Any:
         ) from error
 
 
-def _in_double(value: Any, seen: set[int]) -> Any:
-    """Return what a copy holds in float64; objects and containers are changed in place."""
-    if isinstance(value, Tensor):
-        return double(value)
-    if id(value) in seen or isinstance(value, _LEFT):
-        return value
-    seen.add(id(value))
-    if isinstance(value, MethodType):
-        _in_double(value.__self__, seen)
-    elif isinstance(value, nn.Module):
-        value.double()
-        own = {k: v for k, v in vars(value).items() if k not in ("_parameters", "_buffers")}
-        vars(value).update({k: _in_double(v, seen) for k, v in own.items()})
-    elif isinstance(value, dict):
-        value.update({k: _in_double(v, seen) for k, v in value.items()})
-    elif isinstance(value, list):
-        value[:] = [_in_double(v, seen) for v in value]
-    elif isinstance(value, tuple):
-        found = [_in_double(v, seen) for v in value]
-        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
-    elif hasattr(value, "__dict__"):
-        vars(value).update({k: _in_double(v, seen) for k, v in vars(value).items()})
-    return value
-
-
 def double(value: Any) -> Any:
     """Return a copy of a tensor, detached and in float64 if it is floating-point."""
     if isinstance(value, Tensor):
         value = value.detach().clone()
         return value.double() if value.is_floating_point() else value
     return value
+
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_WIDE = {**dict.fromkeys(_NARROW, torch.float64), torch.complex64: torch.complex128}
+_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
+_DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+
+class InDouble(TorchFunctionMode):
+    """A context in which code that was written for another precision computes in float64.
+
+    Casts and dtypes that it names become float64, and every tensor that it reaches (an attribute, a
+    closure, a global) is read, and changed in place, as a float64 twin. Tensors in float64 say that
+    they are of ``dtype``, the original's, so that assertions hold.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.twins: dict[int, tuple[Tensor, Tensor]] = {}
+        self.rounding: set[str] = set()  # operations that return something else all the same
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Call ``func`` on twins."""
+        args, named = self._wide(args), self._wide(kwargs or {})
+        if func == _DTYPE:
+            found = func(*args)
+            return self.dtype if found == torch.float64 else found
+        if func in _CASTS:
+            return args[0].double()
+        return func(*args, **named)
+
+    def _wide(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.dtype not in _WIDE:
+                return value
+            if value.grad_fn is not None:
+                self.rounding.add(value.grad_fn.name())
+            twin = (value, value.to(_WIDE[value.dtype]))
+            return self.twins.setdefault(id(value), twin)[1]
+        if isinstance(value, torch.dtype):
+            return _WIDE.get(value, value)
+        if type(value) in (tuple, list):
+            return type(value)(map(self._wide, value))
+        return {k: self._wide(v) for k, v in value.items()} if type(value) is dict else value

@@ -2,24 +2,134 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from unroll._diagnostics.copies import InDouble
 from unroll._functional import Pair, preserved, tensors
-from unroll._look_ahead import Point, Value, after_hooks, surrogate
+from unroll._look_ahead import Point, Value, after_hooks, leaves, surrogate
 from unroll._loss import UnrolledGeneratorLoss
 from unroll._probes import innermost, probe_layers
-from unroll._random import random_state, set_random_state
+from unroll._random import every_random_state, set_every_random_state
 
 TOLERANCE = 1e-5  # of check_gradients; a lost second derivative is seldom below 1e-4
 DIRECTIONS = 3  # for each tensor of fakes
-# Of the central differences, relative to the size of what is perturbed. Where one meets a kink or
-# round-off, the next is tried.
-STEPS = (1e-5, 1e-4, 1e-6, 1e-7, 1e-3)
-ROUND_OFF = 8 * torch.finfo(torch.float64).eps  # of f_K, relative
+RATIO = 10**0.5
+STEPS = [1e-3 / RATIO**i for i in range(14)]  # relative to the size of what is perturbed
+EPS = torch.finfo(torch.float64).eps
+ORDER = ("right", "inconclusive", "wrong")
+ROUNDED = (
+    "the gradient is too small beside the round-off of f_K to be checked, as where D is saturated. "
+    "Check with a discriminator that is less sure"
+)
+COARSE = (
+    "f_K bends or has kinks within every step of the difference, so that none can tell. A fresh "
+    "Adam's first step is nearly the sign of the gradient: check after some steps of D's "
+    "optimizer, or on a copy with a larger eps"
+)
+
+
+class Finding(NamedTuple):
+    """What differences say of a derivative: right, wrong or inconclusive, and why that."""
+
+    verdict: str
+    error: float  # relative
+    words: list[str]
+
+
+def unclear(reason: str) -> Finding:
+    """Return that nothing could be told, and why."""
+    return Finding("inconclusive", float("inf"), [reason])
+
+
+class Origin:
+    """A function of tensors where they are: its value, gradients and round-off."""
+
+    def __init__(self, function: Callable[[], Tensor], points: Sequence[Tensor]) -> None:
+        self.function, self.points = function, points
+        value = function()
+        self.value, self.gradients = value.item(), gradients_of(value, points)
+        # Round-off is how far the function moves when its inputs do so in their last digits.
+        moves = [abs(Line(self).value(2 * EPS) - self.value) for _ in range(3)]
+        self.noise = 2 * max(EPS * abs(self.value), *moves)
+
+
+class Line:
+    """The function along a direction, by default a random one."""
+
+    def __init__(self, origin: Origin, directions: Sequence[Tensor] | None = None) -> None:
+        self.origin = origin
+        self.directions = directions or [
+            torch.randn_like(p) * (p.detach().square().mean().sqrt() or 1.0) for p in origin.points
+        ]
+
+    def value(self, t: float) -> float:
+        """Return the function at ``t``."""
+        with self.at(t):
+            return self.origin.function().item()
+
+    def slope(self, t: float) -> float:
+        """Return autograd's slope at ``t``."""
+        with self.at(t):
+            found = gradients_of(self.origin.function(), self.origin.points)
+        return self.products(found).sum().item()
+
+    def products(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Return the summands of a slope."""
+        pairs = zip(gradients, self.directions, strict=True)
+        return torch.cat([(g * d).flatten() for g, d in pairs])
+
+    @contextmanager
+    def at(self, t: float) -> Iterator[None]:
+        """Move to ``t`` and back."""
+        saved = [p.detach().clone() for p in self.origin.points]
+        for p, d in zip(self.origin.points, self.directions, strict=True):
+            p.data.add_(d, alpha=t)
+        yield
+        for p, s in zip(self.origin.points, saved, strict=True):
+            p.data.copy_(s)
+
+
+def gradients_of(value: Tensor, points: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return gradients, zeros where there is none."""
+    return torch.autograd.grad(value, points, allow_unused=True, materialize_grads=True)
+
+
+def compare(line: Line, size: float = 0.0) -> Finding:
+    """Compare a slope with central differences, each of which has an uncertainty.
+
+    That is its change since the last step (truncation), what one-sided differences differ by beyond
+    a smooth function's curvature (a kink), and round-off. A slope is right where a certain
+    difference agrees, wrong where none does and it is steady over the best one's interval. Errors
+    are relative to ``size``, or to what the slope would be with random signs if that is larger.
+    """
+    middle, noise = line.origin.value, line.origin.noise
+    products = line.products(line.origin.gradients)
+    claimed, size = products.sum().item(), max(size, products.norm().item())
+    last_slope = last_bend = torch.nan
+    found: list[tuple[float, ...]] = []
+    for h in STEPS:
+        up, down = line.value(h), line.value(-h)
+        slope, bend = (up - down) / (2 * h), (up - 2 * middle + down) / h
+        coarse = abs(slope - last_slope) + abs(bend - last_bend / RATIO)
+        last_slope, last_bend = slope, bend
+        gap, doubt, scale = abs(slope - claimed), coarse + noise / h, max(size, abs(slope))
+        if max(doubt, gap) <= TOLERANCE * scale or up == middle == down == middle + claimed:
+            return Finding("right", gap / (scale or 1.0), [])
+        if h != STEPS[0]:
+            found.append((doubt, gap, scale, coarse, h))
+    doubt, gap, scale, coarse, h = min(found)
+    agrees = any(found_gap <= 2 * d < gap / 5 for d, found_gap, *_ in found)
+    if gap > max(10 * doubt, TOLERANCE * scale) and not agrees:
+        averages = [(line.slope(t) + line.slope(-t)) / 2 for t in (h, h / 10)]
+        if all(abs(average - claimed) < gap / 3 for average in averages):
+            return Finding("wrong", gap / scale, [])
+    return Finding("inconclusive", gap / scale, [COARSE if coarse > doubt / 2 else ROUNDED])
 
 
 class DifferenceCheck:
@@ -30,169 +140,171 @@ class DifferenceCheck:
         loss: UnrolledGeneratorLoss,
         batch: Pair,
         minibatches: Sequence[Pair] | None,
+        mode: InDouble,
     ) -> None:
-        self.loss, self.batch, self.minibatches = loss, batch, minibatches
+        self.loss, self.batch, self.minibatches, self.mode = loss, batch, minibatches, mode
         self.device = next(loss.discriminator.parameters()).device
-        self.random_state = random_state(self.device)
+        self.random_state = every_random_state(self.device)
         self.constants: tuple[Sequence[Point], Value, Any] | None = None  # under stop_gradient
 
     def f(self) -> Tensor:
         """Return f_K."""
-        set_random_state(self.random_state, self.device)
+        self.replay()
         with preserved(*self.loss._parts):
             points, value, after = self.constants or self.points()
-            set_random_state(after, self.device)
+            set_every_random_state(after, self.device)
             return surrogate(value, points, self.batch)
 
     def points(self) -> tuple[Sequence[Point], Value, Any]:
         """Return where f is evaluated, f, and the random state after the look-ahead."""
         pairs = self.loss._pairs(self.batch, self.minibatches, differentiable=False)
         points, value = self.loss._points(self.batch, pairs)
-        return points, value, random_state(self.device)
+        return points, value, every_random_state(self.device)
 
-    def run(self, fakes: Sequence[Tensor]) -> tuple[float, list[str]]:
-        """Return the relative error and what explains it."""
+    def replay(self) -> None:
+        """Start again from one state of everything that the loss reads or draws from."""
+        set_every_random_state(self.random_state, self.device)
+        self.mode.twins.clear()
+
+    def run(self, fakes: Sequence[Tensor]) -> Finding:
+        """Return what the differences say, and what explains it."""
         if self.loss.stop_gradient:
             with preserved(*self.loss._parts):
                 self.constants = self.points()
+        self.f()  # the first call looks the step through, which may draw more random numbers
         value = self.f()
-        if value.dtype != torch.float64:
-            return float("inf"), [
-                f"D or the objective computes in {value.dtype}, whatever it is given, which is too "
-                "coarse for differences. Check with one that keeps the precision of its input"
-            ]
         if not bool(value.isfinite()):
-            return float("inf"), [f"f_K itself is {value.item()}: lower D's learning rate"]
+            return unclear(f"f_K itself is {value.item()}: lower D's learning rate")
         if not torch.equal(value, self.f()):
-            return float("inf"), [
+            return unclear(
                 "two calls from one random state differ: something draws from another generator "
-                "than torch's global one, or keeps state between calls"
-            ]
-        gradients = torch.autograd.grad(value, fakes, allow_unused=True, materialize_grads=True)
+                "than the global ones of torch, NumPy and Python, or keeps state between calls"
+            )
+        gradients = gradients_of(value, fakes)
         if not all(bool(g.isfinite().all()) for g in gradients):
-            return float("inf"), [
+            words = (
                 "the gradient is not finite: an operation of the objective, the optimizer or D has "
                 "no finite slope here (for a torchopt transformation, try eps_root=1e-8)"
-            ]
-        size = torch.cat([g.flatten() for g in gradients]).norm().item()
-        if 0 < size < ROUND_OFF * abs(value.item()) / max(STEPS) / TOLERANCE:
-            return float("inf"), [
-                f"the gradient (norm {size:.1e}) is too small beside f_K = {value.item():.1e} to "
-                "be checked: D is saturated. Check with a discriminator that is less sure"
-            ]
-        errors = [
-            _directional_error(lambda: self.f().item(), [fake], [gradient], size)
-            for fake, gradient in zip(fakes, gradients, strict=True)
-            for _ in range(DIRECTIONS)
-        ]
-        error = max(errors)
-        explain = error > TOLERANCE and not self.loss.stop_gradient and self.loss.unroll_steps > 0
-        return error, self.explanations() if explain else []
+            )
+            return Finding("wrong", float("inf"), [words])
+        origins = [Origin(self.f, [fake]) for fake in fakes]
+        size = max(Line(o).products(o.gradients).norm().item() for o in origins)
+        found = [self._along(origin, size) for origin in origins]
+        worst = max(found, key=lambda f: (ORDER.index(f.verdict), f.error))
+        if worst.verdict == "right" and not any(bool(g.any()) for g in gradients):
+            return unclear(
+                "f_K does not change with the fakes here, as where D's units are dead. Check with "
+                "other parameters of D"
+            )
+        if worst.verdict != "right" and self.mode.rounding:
+            names = ", ".join(sorted(self.mode.rounding))
+            return unclear(
+                f"the check computes in float64, but {names} of D or the objective return a "
+                "coarser type. Check with code that keeps the precision of its input"
+            )
+        explain = not self.loss.stop_gradient and self.loss.unroll_steps > 0
+        if worst.verdict == "wrong" and explain:
+            return worst._replace(words=self.explanations())
+        return worst
+
+    def _along(self, origin: Origin, size: float) -> Finding:
+        """Return the worst finding along random directions, more of them if some say nothing."""
+        found: list[Finding] = []
+        for _ in range(2 * DIRECTIONS):
+            found.append(compare(Line(origin), size))
+            told = [f for f in found if f.verdict != "inconclusive"]
+            if len(told) == DIRECTIONS:
+                break
+        return max(told or found, key=lambda f: (ORDER.index(f.verdict), f.error))
 
     def explanations(self) -> list[str]:
         """Differentiate the parts of one look-ahead step on their own."""
         loss, (fake, real) = self.loss, (self.minibatches or [self.batch])[0]
         with preserved(*loss._parts):
             game, point = loss._start(None)
-            theta = {name: p.requires_grad_() for name, p in point.parameters.items()}
+            theta = leaves(point.parameters, game.moving)
+            names = [name for name, p in theta.items() if p.requires_grad]
 
             def d_loss() -> Tensor:
-                objective, d = loss.objective, game.discriminator
-                value, _ = d(
-                    lambda d: objective.discriminator_loss(d, fake, real), theta, point.buffers
+                self.replay()
+                value, _ = game.discriminator(
+                    lambda d: loss.objective.discriminator_loss(d, fake, real), theta, point.buffers
                 )
                 return value
 
-            layers = probe_layers(loss.discriminator, d_loss, _second_derivative_error)
-            value = d_loss()
-        found = torch.autograd.grad(value, list(theta.values()), allow_unused=True)
-        pairs = zip(theta, found, strict=True)
-        gradients = {name: g.requires_grad_() for name, g in pairs if g is not None}
+            def found() -> dict[str, Tensor]:
+                moving = [theta[name] for name in names]
+                pairs = zip(
+                    names, torch.autograd.grad(d_loss(), moving, allow_unused=True), strict=True
+                )
+                return {name: g for name, g in pairs if g is not None}
+
+            layers = probe_layers(loss.discriminator, d_loss, self._second_derivative)
+            # Gradients are moved as the fakes move them: one that is zero for every batch stays so.
+            gradients = {name: g.requires_grad_() for name, g in found().items()}
+            fakes = [t for t in tensors(fake) if t.is_floating_point()]
+            with Line(Origin(d_loss, fakes)).at(STEPS[0]):
+                motions = {n: (g - gradients[n]).detach() / STEPS[0] for n, g in found().items()}
         own, optimizer = game.discriminator.parameters, game.optimizer
+        weights = {name: torch.randn_like(p) for name, p in theta.items()}
 
-        def moved(project: bool) -> Callable[[], Tensor]:
-            def norm() -> Tensor:
-                state = optimizer.initial_state
-                new, _ = optimizer.step(theta, gradients, state, optimizer.settings)
-                new = dict(loss.project(new)) if project and loss.project is not None else new
-                return torch.cat([p.flatten() for p in new.values()]).square().sum()
+        def hooked(name: str, gradient: Tensor) -> Tensor:
+            return (after_hooks(own[name], gradient, name) * weights[name]).sum()
 
-            return norm
+        def transformed() -> dict[str, Tensor]:
+            change = loss.transform_gradients
+            return gradients if change is None else dict(change(dict(gradients)))
 
-        wrong = innermost([name for name, error in layers.items() if error > TOLERANCE])
+        def clipped() -> Tensor:
+            return torch.stack([(g * weights[n]).sum() for n, g in transformed().items()]).sum()
+
+        def updated(project: bool) -> Tensor:
+            state = optimizer.initial_state
+            new, _ = optimizer.step(theta, transformed(), state, optimizer.settings)
+            new = dict(loss.project(new)) if project and loss.project is not None else new
+            return torch.stack([(p * weights[n]).sum() for n, p in new.items()]).sum()
+
+        def wrong(function: Callable[[], Tensor], names: Iterable[str]) -> bool:
+            origin = Origin(function, [gradients[n] for n in names])
+            return compare(Line(origin, [motions[n] for n in names])).verdict == "wrong"
+
         suspicions = [
-            f"wrong second derivative of layer {name} (relative error {layers[name]:.1e})"
-            for name in wrong
+            f"wrong second derivative of layer {name} (relative error {layers[name].error:.1e})"
+            for name in innermost(
+                [n for n, finding in layers.items() if finding.verdict == "wrong"]
+            )
         ]
         for name, gradient in gradients.items():
-
-            def norm(name: str = name, g: Tensor = gradient) -> Tensor:
-                return after_hooks(own[name], g, name).square().sum()
-
-            if _scalar_error(norm, [gradient]) > TOLERANCE:
+            if own[name]._backward_hooks and wrong(partial(hooked, name, gradient), [name]):
                 suspicions.append(
                     f"wrong derivative of the gradient hook of {name!r} (does it clip, detached?)"
                 )
-        if _scalar_error(moved(project=False), list(gradients.values())) > TOLERANCE:
+        if wrong(clipped, gradients):
+            suspicions.append("wrong derivative of transform_gradients= (does it detach?)")
+        elif wrong(partial(updated, False), gradients):
             suspicions.append(
                 "wrong derivative of the optimizer's update (does it clip, detached?)"
             )
-        elif _scalar_error(moved(project=True), list(gradients.values())) > TOLERANCE:
+        elif wrong(partial(updated, True), gradients):
             suspicions.append("wrong derivative of project= (does it detach?)")
         return suspicions
 
+    def _second_derivative(
+        self, layer: Callable[[], Any], inputs: list[Tensor], parameters: list[Tensor]
+    ) -> Finding:
+        points = inputs + parameters
+        state = every_random_state(self.device)
+        weights: list[Tensor] = []
 
-def _second_derivative_error(
-    layer: Callable[[], Any], inputs: list[Tensor], parameters: list[Tensor]
-) -> float:
-    points = inputs + parameters
-    state = random_state(points[0].device)
-    weights: list[Tensor] = []
+        def gradient_along_weights() -> Tensor:
+            set_every_random_state(state, self.device)
+                outputs = [t for t in tensors(layer()) if t.requires_grad]
+            value = torch.stack([(t + t.square()).sum() for t in outputs]).sum()
+            found = torch.autograd.grad(value, points, create_graph=True, materialize_grads=True)
+            if not weights:
+                weights.extend(map(torch.randn_like, found))
+            return torch.stack([(g * w).sum() for g, w in zip(found, weights, strict=True)]).sum()
 
-    def gradient_along_itself() -> Tensor:
-        set_random_state(state, points[0].device)
-        outputs = [t for t in tensors(layer()) if t.requires_grad]
-        value = torch.stack([(t + t.square()).sum() for t in outputs]).sum()
-        gradients = torch.autograd.grad(value, points, create_graph=True, materialize_grads=True)
-        if not weights:
-            weights.extend(map(torch.randn_like, gradients))
-        return torch.stack([(g * w).sum() for g, w in zip(gradients, weights, strict=True)]).sum()
-
-    return _scalar_error(gradient_along_itself, points)
-
-
-def _scalar_error(function: Callable[[], Tensor], points: Sequence[Tensor]) -> float:
-    gradients = torch.autograd.grad(function(), points, allow_unused=True, materialize_grads=True)
-    size = torch.cat([g.flatten() for g in gradients]).norm().item()
-    return _directional_error(lambda: function().item(), points, gradients, size)
-
-
-def _directional_error(
-    function: Callable[[], float],
-    points: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    size: float,
-) -> float:
-    """Return |central difference - derivative| / size along a random direction."""
-    directions = [torch.randn_like(p) * (p.detach().square().mean().sqrt() or 1.0) for p in points]
-    scale = torch.cat([d.flatten() for d in directions]).square().mean().sqrt().item()
-    derivative = sum((g * d).sum().item() for g, d in zip(gradients, directions, strict=True))
-    errors = []
-    for h in STEPS:
-        values = []
-        for sign in (1, -1):
-            saved = [p.detach().clone() for p in points]
-            for p, d in zip(points, directions, strict=True):
-                p.data.add_(d, alpha=sign * h)
-            values.append(function())
-            for p, s in zip(points, saved, strict=True):
-                p.data.copy_(s)
-        difference = (values[0] - values[1]) / (2 * h)
-        gap, noise = abs(difference - derivative), ROUND_OFF * max(map(abs, values)) / h
-        magnitude = max(size * scale, abs(difference), 1e-300)
-        if gap <= noise and noise > TOLERANCE * magnitude:
-            continue  # a wrong derivative would drown in round-off, too
-        errors.append(max(gap - noise, 0.0) / magnitude)
-        if errors[-1] < TOLERANCE / 10:
-            break
-    return min(errors, default=0.0)
+        finding = compare(Line(Origin(gradient_along_weights, points)))
+        set_every_random_state(state, self.device)
+        return finding

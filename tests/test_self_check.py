@@ -1,0 +1,331 @@
+"""``check_gradients`` accuses no innocent: its verdicts, what it names, and code of one type."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import unroll
+from tests.settings import DEVICE
+from tests.snapshot import changes, snapshot
+from tests.verification.planted import Game, Wrong, mlp
+from tests.verification.self_check import answer, cases, failures
+from unroll._diagnostics.differences import COARSE, ROUNDED, Line, Origin, compare
+
+Loss = unroll.UnrolledGeneratorLoss
+CRITERION = nn.BCEWithLogitsLoss()
+
+
+def batch(samples: int = 8) -> Tensor:
+    return torch.randn(samples, 3, device=DEVICE)
+
+
+def sgd(d: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(d.parameters(), lr=0.1)
+
+
+def adam(d: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(d.parameters(), lr=1e-2)
+
+
+def trained(d: nn.Module) -> torch.optim.Optimizer:
+    optimizer = adam(d)
+    for _ in range(3):
+        optimizer.zero_grad()
+        torch.autograd.backward(unroll.Minimax().discriminator_loss(d, batch(), batch()))
+        optimizer.step()
+    return optimizer
+
+
+def checked(d: nn.Module, optimizer: Any, game: Any, **options: Any) -> unroll.GradientReport:
+    loss = Loss(d, optimizer, game, **{"unroll_steps": 3, **options})
+    return unroll.check_gradients(loss, batch(), batch())
+
+
+# One slope against its differences.
+
+
+class _Claimed(torch.autograd.Function):
+    """A function with any slope that it is told to have."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0] * ctx.saved_tensors[0], None, None
+
+
+def verdict(
+    f: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor], x: float = 0.7
+) -> tuple[str, list[str]]:
+    """Return what is said of a function and its slope, at a point and in a direction of 1."""
+    point = torch.tensor([x], dtype=torch.float64, requires_grad=True)
+
+    def function() -> Tensor:
+        at = point.detach()
+        return _Claimed.apply(point, f(at), slope(at)).sum()  # type: ignore[no-any-return]
+
+    found = compare(Line(Origin(function, [point]), [torch.ones_like(point)]))
+    return found.verdict, found.words
+
+
+def _sign_like(x: Tensor) -> Tensor:
+    """A fresh Adam's first step, for a gradient that is small here."""
+    return (x - 0.7 + 2e-6) / ((x - 0.7 + 2e-6).abs() + 1e-5)
+
+
+def _sign_like_slope(x: Tensor) -> Tensor:
+    return 1e-5 / ((x - 0.7 + 2e-6).abs() + 1e-5).square()
+
+
+def _coarse(x: Tensor) -> Tensor:
+    return 1e3 + x.float().double()
+
+
+SLOPES: dict[str, tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "smooth": ("right", torch.sin, torch.cos),
+    "smooth, off by 1e-7": ("right", torch.sin, lambda x: x.cos() * (1 + 1e-7)),
+    "smooth, off by 1e-4": ("wrong", torch.sin, lambda x: x.cos() * (1 + 1e-4)),
+    "sign-like": ("right", _sign_like, _sign_like_slope),
+    "sign-like, off by 1e-2": ("wrong", _sign_like, lambda x: 1.01 * _sign_like_slope(x)),
+    "a kink here": ("inconclusive", lambda x: (x - 0.7).abs(), lambda x: 1 + 0 * x),
+    "a kink near": (
+        "right", lambda x: x + (x - 0.7 - 1e-6).relu(), lambda x: 1 + (x > 0.7 + 1e-6).double()
+    ),
+    "a kink near, wrong": ("wrong", lambda x: x + (x - 0.7 - 1e-6).relu(), lambda x: 2 + 0 * x),
+    "a step finer than all": (
+        "inconclusive",
+        lambda x: x + 1e-10 * (x - 0.7) / ((x - 0.7).abs() + 1e-13),
+        lambda x: 1 + 1e-23 / ((x - 0.7).abs() + 1e-13).square(),
+    ),
+    "rounded to float32": ("inconclusive", _coarse, lambda x: 1 + 0 * x),
+    "constant": ("right", lambda x: 1 + 0 * x, lambda x: 0 * x),
+    "constant, a slope of 1": ("wrong", lambda x: 1 + 0 * x, lambda x: 1 + 0 * x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_a_slope_against_its_differences(name: str) -> None:
+    wanted, f, slope = SLOPES[name]
+    found, words = verdict(f, slope)
+    assert found == wanted
+    reasons = {"a kink here": COARSE, "a step finer than all": COARSE}
+    assert words == ([reasons.get(name, ROUNDED)] if found == "inconclusive" else [])
+
+
+# Innocents.
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_fresh_adam_is_right(seed: int) -> None:
+    torch.manual_seed(seed)
+    d = nn.Sequential(
+        nn.Conv2d(3, 8, 4, 2, 1), nn.LeakyReLU(0.2),
+        nn.Conv2d(8, 16, 4, 2, 1), nn.BatchNorm2d(16), nn.LeakyReLU(0.2),
+        nn.Flatten(), nn.Linear(256, 1),
+    ).to(DEVICE)  # fmt: skip
+    loss = Loss(d, torch.optim.Adam(d.parameters(), 1e-3), unroll_steps=3)
+    images = torch.randn(2, 8, 3, 16, 16, device=DEVICE)
+    report = unroll.check_gradients(loss, images[0], images[1])
+    assert report.verdict == "right", report
+    assert report.relative_error < 1e-5
+
+
+@pytest.mark.parametrize("build", [sgd, adam, trained])
+def test_a_bias_without_a_gradient_is_right(build: Any) -> None:
+    """Of the head of every Wasserstein and relativistic game."""
+    for game in (unroll.Wasserstein(), unroll.RelativisticPairing()):
+        d = mlp(nn.ReLU(inplace=True))
+        assert checked(d, build(d), game).verdict == "right"
+
+
+class Relativistic:
+    """Its only fault is the detach."""
+
+    def discriminator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+        return F.softplus(d(fake) - d(real)).mean()
+
+    def generator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+        return F.softplus(d(real).detach() - d(fake)).mean()
+
+
+@pytest.mark.parametrize("build", [sgd, trained])
+@pytest.mark.parametrize(
+    "make",
+    [
+        mlp,
+        lambda: mlp(nn.ReLU(inplace=True)),
+    ],
+    ids=["tanh", "in-place ReLU"],
+)
+def test_only_the_objective_is_named(make: Callable[[], nn.Module], build: Any) -> None:
+    d = make()
+    report = checked(d, build(d), Relativistic())
+    assert report.verdict == "wrong"
+    assert report.suspicions == ("the objective: its own operations have a wrong derivative",)
+
+
+def test_only_the_guilty_layer_is_named() -> None:
+    d = mlp(nn.ReLU(inplace=True), nn.Linear(8, 8), Wrong(), nn.LeakyReLU(inplace=True))
+    report = checked(d, sgd(d), unroll.Wasserstein())
+    assert report.verdict == "wrong"
+    assert [s.split(" (rel")[0] for s in report.suspicions] == [
+        "wrong second derivative of layer 3 (Wrong)"
+    ]
+
+
+# Code that was written for float32.
+
+
+class Casting(nn.Module):
+    """It casts, asserts a type and names types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.register_buffer("scale", torch.full((3,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.get_buffer("scale")
+        assert scale.dtype == torch.float32
+        x = x.float() * scale.to(torch.float32)
+        shift = torch.zeros(len(x), 3, dtype=torch.float32, device=x.device)
+        output: Tensor = self.layer(x.to(x.dtype) + shift).tanh()
+        return output
+
+
+ONES = torch.ones(8, 1, device=DEVICE)
+WEIGHTS = torch.full((3, 1), 0.3, device=DEVICE)
+
+
+def _labels() -> Any:
+    zeros, average = torch.zeros(8, 1, device=DEVICE), torch.zeros((), device=DEVICE)
+
+    def discriminator_loss(d: Any, fake: Any, real: Any, ones: Tensor = 0.9 * ONES) -> Tensor:
+        average.mul_(0.9).add_(fake.detach().mean())
+        on_both = CRITERION(d(real), ones) + CRITERION(d(fake), zeros)
+        loss: Tensor = on_both + average.clone() * (fake @ WEIGHTS).square().mean() * d(fake).mean()
+        return loss
+
+    game = Game(discriminator_loss=discriminator_loss)
+    game.generator_loss = lambda d, fake, _: CRITERION(d(fake), ONES)
+    return game, average
+
+
+def test_code_of_one_type_runs_in_double() -> None:
+    d = Casting().to(DEVICE)
+    assert checked(d, adam(d), unroll.Minimax()).relative_error < 1e-6
+    assert checked(d, adam(d), unroll.Minimax()).verdict == "right"
+
+
+def test_closures_globals_and_defaults_are_read_in_double_and_left_alone() -> None:
+    d, (game, average) = mlp(), _labels()
+    before = snapshot(d, [average, ONES, WEIGHTS])
+    report = checked(d, adam(d), game)
+    assert report.verdict == "right", report
+    assert report.relative_error < 1e-6
+    assert not changes(before, d, [average, ONES, WEIGHTS])
+
+
+class _ThroughNumpy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        return torch.from_numpy(x.cpu().numpy().astype(np.float32)).to(x.device)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
+        return gradients[0]
+
+
+def test_what_rounds_all_the_same_is_named() -> None:
+    d, game = mlp(), unroll.Minimax()
+    rounding = Game(
+        generator_loss=lambda d, fake, real: (
+            1e3 + _ThroughNumpy.apply(1e3 + game.generator_loss(d, fake, real))
+        )
+    )
+    report = checked(d, sgd(d), rounding)
+    assert report.verdict == "inconclusive"
+    assert "_ThroughNumpyBackward of D or the objective return a coarser" in report.suspicions[0]
+
+
+def test_code_that_fails_in_double_alone_is_an_error_that_says_so() -> None:
+    d = mlp()
+
+    def generator_loss(d: Any, fake: Tensor, _: Any) -> Tensor:
+        if fake.cpu().detach().numpy().dtype != np.float32:
+            raise RuntimeError("a kernel for float32 only")
+        loss: Tensor = d(fake).mean()
+        return loss
+
+    with pytest.raises(TypeError, match=r"loss: .*in float64.*a kernel for float32 only.*Let it"):
+        checked(d, sgd(d), Game(generator_loss=generator_loss))
+
+
+# Random numbers, and what cannot be told.
+
+
+class Drawing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x * (1 + random.random()) + np.random.rand()).tanh()
+        return output
+
+
+def test_random_numbers_of_numpy_and_python_are_replayed() -> None:
+    d = Drawing().to(DEVICE)
+    before = random.getstate(), repr(np.random.get_state())
+    assert checked(d, sgd(d), unroll.Minimax()).verdict == "right"
+    assert (random.getstate(), repr(np.random.get_state())) == before
+
+
+def test_a_gradient_that_is_zero_tells_nothing() -> None:
+    d = mlp(nn.ReLU())
+    with torch.no_grad():
+        d.get_parameter("0.bias").fill_(-100.0)
+    report = checked(d, sgd(d), unroll.Hinge())
+    assert report.verdict == "inconclusive"
+    assert "f_K does not change with the fakes" in report.suspicions[0]
+
+
+# The command.
+
+SAMPLE = [
+    ("right", "tanh", "SGD", "gradients"),
+    ("right", "BatchNorm1d", "trained Adam", "step"),
+    ("wrong", "half the loss", "fresh Adam", "step"),
+    ("wrong", "a detached norm in a projection", "trained Adam", "gradients"),
+]
+
+
+def test_a_sample_of_the_command() -> None:
+    assert set(SAMPLE) <= set(cases())
+    rows = [answer(case) for case in SAMPLE]
+    assert not failures(rows)
+    assert [row["verdict"] for row in rows] == ["right", "right", "wrong", "wrong"]
+
+
+def test_the_command_fails_where_a_check_does() -> None:
+    row = answer(SAMPLE[0])
+    for change, text in (
+        ({"verdict": "wrong"}, "tanh, SGD"),
+        ({"verdict": "inconclusive", "words": "why"}, "tanh, SGD"),
+        ({"verdict": "wrong", "optimizer": "fresh Adam", "words": "why"}, "fresh Adam"),
+        ({"verdict": "inconclusive", "optimizer": "fresh Adam"}, "fresh Adam"),
+        ({"verdict": "inconclusive", "optimizer": "trained Adam", "words": "why"}, "0 of 1"),
+        ({"expected": "wrong"}, "tanh, SGD"),
+        ({"expected": "wrong", "verdict": "wrong", "named": "False"}, "tanh, SGD"),
+    ):
+        (found,) = failures([row | change])
+        assert text in found

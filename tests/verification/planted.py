@@ -1,0 +1,402 @@
+"""Planted faults, each with the self-check that can see it and the words that name its cause."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchopt
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchopt.base import GradientTransformation
+
+import unroll
+from tests.players import called
+from tests.settings import DEVICE
+
+Loss = unroll.UnrolledGeneratorLoss
+Step = Callable[[Any, Any], object]
+GAME = unroll.Criterion(nn.BCEWithLogitsLoss())
+PENALISED = GAME + unroll.R1(1.0)
+
+
+def mlp(*middle: nn.Module) -> nn.Module:
+    """Return a small D, in float32."""
+    layers = middle or (nn.Tanh(),)
+    return nn.Sequential(nn.Linear(3, 8), *layers, nn.Linear(8, 1)).to(DEVICE)
+
+
+class Built:
+    """D, its optimizer, the look-ahead's loss and the loop's step; a fault changes some of them."""
+
+    def __init__(self, build: Callable[[Any], torch.optim.Optimizer], d: nn.Module) -> None:
+        self.build, self.d = build, d
+        self.optimizer: Any = build(d.parameters())
+        self.game: Any = GAME
+        self.options: dict[str, Any] = {}
+        self.before: Callable[[], object] = lambda: None  # the optimizer's step
+        self.after: Callable[[], object] = lambda: None
+        self.d_loss: Callable[[Any, Any], Tensor] = self.own
+        self.step: Step = self.whole
+
+    def own(self, fake: Any, real: Any) -> Tensor:
+        """Return the objective's loss of D."""
+        loss: Tensor = self.game.discriminator_loss(called(self.d), fake, real)
+        return loss
+
+    def whole(self, fake: Any, real: Any) -> None:
+        """Take the loop's step."""
+        self.optimizer.zero_grad()
+        torch.autograd.backward(self.d_loss(fake, real))
+        self.before()
+        self.optimizer.step()
+        self.after()
+
+    def loss(self, steps: int = 3) -> Loss:
+        """Return the loss of the look-ahead."""
+        return Loss(self.d, self.optimizer, self.game, unroll_steps=steps, **self.options)
+
+
+# What the loop does otherwise than the look-ahead: check_step.
+
+
+def half(b: Built) -> None:
+    b.d_loss = lambda fake, real: 0.5 * b.own(fake, real)
+
+
+def clipped_norm(b: Built) -> None:
+    b.before = lambda: nn.utils.clip_grad_norm_(b.d.parameters(), 0.05)
+
+
+def clipped_value(b: Built) -> None:
+    b.before = lambda: nn.utils.clip_grad_value_(b.d.parameters(), 0.02)
+
+
+def clipped_weights(b: Built) -> None:
+    def clip() -> None:
+        for p in b.d.parameters():
+            p.data.clamp_(-0.2, 0.2)
+
+    b.after = clip
+
+
+def normalised_weights(b: Built) -> None:
+    def normalise() -> None:
+        with torch.no_grad():
+            b.d.get_parameter("0.weight").div_(b.d.get_parameter("0.weight").norm())
+
+    b.after = normalise
+
+
+def more_penalty(b: Built) -> None:
+    b.d_loss = lambda fake, real: PENALISED.discriminator_loss(b.d, fake, real)
+
+
+def no_penalty(b: Built) -> None:
+    b.game = PENALISED
+    b.d_loss = lambda fake, real: GAME.discriminator_loss(b.d, fake, real)
+
+
+def weaker_penalty(b: Built) -> None:
+    b.game = GAME + unroll.R1(0.1)
+    b.d_loss = lambda fake, real: PENALISED.discriminator_loss(b.d, fake, real)
+
+
+def second_optimizer(b: Built) -> None:
+    named = dict(b.d.named_parameters())
+    b.optimizer = b.build([p for n, p in named.items() if "weight" in n])
+    other = b.build([p for n, p in named.items() if "bias" in n])
+    b.after = other.step
+
+
+def frozen(b: Built) -> None:
+    def step(fake: Any, real: Any) -> None:
+        b.d.get_submodule("0").requires_grad_(False)
+        b.whole(fake, real)
+        b.d.get_submodule("0").requires_grad_(True)
+
+    b.step = step
+
+
+def smoothed(b: Built) -> None:
+    game = unroll.Criterion(nn.BCEWithLogitsLoss(), real_label=0.9)
+    b.d_loss = lambda fake, real: game.discriminator_loss(b.d, fake, real)
+
+
+def no_zero_grad(b: Built) -> None:
+    def step(fake: Any, real: Any) -> None:
+        torch.autograd.backward(b.own(fake, real))
+        b.optimizer.step()
+
+    torch.autograd.backward(b.own(torch.randn(8, 3), torch.randn(8, 3)))  # of G's step
+    b.step = step
+
+
+def two_steps(b: Built) -> None:
+    def step(fake: Any, real: Any) -> None:
+        b.whole(fake, real)
+        b.whole(fake, real)
+
+    b.step = step
+
+
+def no_step(b: Built) -> None:
+    b.step = lambda fake, real: torch.autograd.backward(b.own(fake, real))
+
+
+def sign(b: Built) -> None:
+    b.d_loss = lambda fake, real: -b.own(fake, real)
+
+
+def swapped(b: Built) -> None:
+    b.d_loss = lambda fake, real: b.own(real, fake)
+
+
+def scheduler(b: Built) -> None:
+    b.after = torch.optim.lr_scheduler.ExponentialLR(b.optimizer, 0.9).step
+
+
+def accumulated(b: Built) -> None:
+    """Two halves of the batch without a division: twice the gradient."""
+
+    def step(fake: Any, real: Any) -> None:
+        b.optimizer.zero_grad()
+        for f, r in zip(fake.chunk(2), real.chunk(2), strict=True):
+            torch.autograd.backward(b.own(f, r))
+        b.optimizer.step()
+
+    b.step = step
+
+
+def joint_batch(b: Built) -> None:
+    b.d = mlp(nn.BatchNorm1d(8), nn.Tanh())
+    b.optimizer = b.build(b.d.parameters())
+
+    def d_loss(fake: Any, real: Any) -> Tensor:
+        on_real, on_fake = b.d(torch.cat([real, fake])).chunk(2)
+        return GAME._against(on_real, 1.0) + GAME._against(on_fake, 0.0)
+
+    b.d_loss = d_loss
+
+
+def other_game(b: Built) -> None:
+    b.d_loss = lambda fake, real: unroll.Hinge().discriminator_loss(b.d, fake, real)
+
+
+def real_half_only(b: Built) -> None:
+    b.d_loss = lambda fake, real: GAME._against(b.d(real), 1.0) + 0.0 * b.d(fake).sum()
+
+
+def decayed(b: Built) -> None:
+    def decay() -> None:
+        with torch.no_grad():
+            for p in b.d.parameters():
+                p.mul_(0.99)
+
+    b.after = decay
+
+
+def centralised(b: Built) -> None:
+    def centre() -> None:
+        grad = b.d.get_parameter("0.weight").grad
+        assert grad is not None
+        grad.sub_(grad.mean(1, keepdim=True))
+
+    b.before = centre
+
+
+# What makes the gradient wrong: check_gradients.
+
+
+class HalfTanh(torch.autograd.Function):
+    """Tanh whose second derivative is lost, as in many hand-written kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return tanh(x)."""
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Return the first derivative, as a constant."""
+        x: Tensor = ctx.saved_tensors[0]
+        return gradients[0] * (1 - x.detach().tanh() ** 2)
+
+
+class Wrong(nn.Module):
+    """A layer of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return tanh(x)."""
+        y: Tensor = HalfTanh.apply(x)
+        return y
+
+
+class Game:
+    """The game with one method replaced."""
+
+    def __init__(self, **methods: Callable[..., Tensor]) -> None:
+        self.discriminator_loss = methods.get("discriminator_loss", GAME.discriminator_loss)
+        self.generator_loss = methods.get("generator_loss", GAME.generator_loss)
+
+
+def _fed(change: Callable[[Tensor], Tensor]) -> Callable[[Built], None]:
+    def plant(b: Built) -> None:
+        b.game = Game(
+            discriminator_loss=lambda d, fake, real: GAME.discriminator_loss(d, change(fake), real)
+        )
+
+    return plant
+
+
+def _with_d(make: Callable[[], nn.Module]) -> Callable[[Built], None]:
+    def plant(b: Built) -> None:
+        b.d = make().to(DEVICE)
+        b.optimizer = b.build(b.d.parameters())
+
+    return plant
+
+
+def _transformed(detach: bool) -> GradientTransformation:
+    def update(updates: Any, state: Any, **_: Any) -> Any:
+        norm = torch.stack([g.square().sum() for g in updates]).sum().sqrt()
+        norm = norm.detach() if detach else norm
+        return tuple(g * (0.05 / norm) for g in updates), state
+
+    return GradientTransformation(lambda _: (), update)
+
+
+def detaching_transformation(b: Built) -> None:
+    adam = isinstance(b.optimizer, torch.optim.Adam)
+    rule: Any = torchopt.adam(0.01) if adam else torchopt.sgd(0.1)
+    b.optimizer = torchopt.Optimizer(b.d.parameters(), torchopt.chain(_transformed(True), rule))
+
+
+def detaching_hook(b: Built) -> None:
+    b.d.get_parameter("0.weight").register_hook(lambda g: g * (0.05 / g.norm().detach()))
+
+
+def detaching_projection(b: Built) -> None:
+    b.options["project"] = lambda theta: {k: p / p.norm().detach() for k, p in theta.items()}
+
+
+def closed_over_module(b: Built) -> None:
+    b.game = Game(discriminator_loss=lambda _, fake, real: GAME.discriminator_loss(b.d, fake, real))
+
+
+def wrong_objective(b: Built) -> None:
+    b.game = Game(
+        discriminator_loss=lambda d, fake, real: (
+            HalfTanh.apply(d(fake)).mean() - HalfTanh.apply(d(real)).mean()
+        )
+    )
+
+
+def detached_reals(b: Built) -> None:
+    def generator_loss(d: Any, fake: Any, real: Any) -> Tensor:
+        return F.softplus(d(real).detach() - d(fake)).mean()
+
+    def discriminator_loss(d: Any, fake: Any, real: Any) -> Tensor:
+        return F.softplus(d(fake) - d(real)).mean()
+
+    b.game = Game(generator_loss=generator_loss, discriminator_loss=discriminator_loss)
+
+
+def changing_backward_hook(b: Built) -> None:
+    b.d.get_submodule("1").register_full_backward_hook(lambda *a: (1.5 * a[1][0],))
+
+
+def infinite_slope(b: Built) -> None:
+    b.game = Game(generator_loss=lambda _, fake, __: (fake - fake.detach()).square().sum().sqrt())
+
+
+class DetachedGate(nn.Module):
+    """A gate that is computed without a gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x times the detached gate."""
+        return x * x.detach().sigmoid()
+
+
+class Listed(nn.Module):
+    """Layers in a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = [nn.Linear(3, 8), nn.Linear(8, 8)], nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits."""
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        output: Tensor = self.head(x)
+        return output
+
+
+def unregistered(b: Built) -> None:
+    d = Listed()
+    b.d = d
+    b.optimizer = b.build([*d.parameters(), *(p for m in d.blocks for p in m.parameters())])
+
+
+Fault = tuple[str, Callable[[Built], None], str]  # the check, what plants it, words to be found
+FAULTS: dict[str, Fault] = {
+    "half the loss": ("step", half, "weight=0.5"),
+    "clipping by norm": ("step", clipped_norm, "clips the gradients by norm"),
+    "clipping by value": ("step", clipped_value, "clips the gradients by value"),
+    "weight clipping": ("step", clipped_weights, "project="),
+    "weight normalisation": ("step", normalised_weights, "project="),
+    "a penalty that the objective lacks": ("step", more_penalty, r"unroll\.R1\(1\)"),
+    "a penalty that the loop lacks": ("step", no_penalty, "no R1"),
+    "another factor of the penalty": ("step", weaker_penalty, "R1 with factor 10"),
+    "a second optimizer": ("step", second_optimizer, "move in the loop alone|another optimizer"),
+    "a frozen layer": ("step", frozen, "in the look-ahead alone"),
+    "label smoothing": ("step", smoothed, r"real_label=0\.9"),
+    "no zero_grad": ("step", no_zero_grad, "zero_grad"),
+    "two steps of D": ("step", two_steps, "takes 2 steps"),
+    "no step of the optimizer": ("step", no_step, "takes no step of the optimizer"),
+    "the opposite sign": ("step", sign, "opposite sign"),
+    "swapped batches": ("step", swapped, "swapped"),
+    "a scheduler in the step": ("step", scheduler, "Step the scheduler outside"),
+    "accumulation without a division": ("step", accumulated, "2 times the objective"),
+    "real and fake in one batch": ("step", joint_batch, "in one batch through BatchNorm"),
+    "another game": ("step", other_game, "is another than the objective's"),
+    "one term of the loss": ("step", real_half_only, "is another than the objective's"),
+    "weight decay by hand": ("step", decayed, "project="),
+    "gradient centralisation": ("step", centralised, "is another than the objective's"),
+    "detached fakes": ("gradients", _fed(lambda x: x.detach()), "detaches the fakes"),
+    "fakes through .data": ("gradients", _fed(lambda x: x.clone().data), "detaches the fakes"),
+    "fakes through lists": (
+        "gradients", _fed(lambda x: torch.tensor(x.tolist(), dtype=x.dtype)), "detaches the fakes"
+    ),
+    "a wrong double backward": (
+        "gradients", _with_d(lambda: mlp(Wrong())), r"second derivative of layer 1 \(Wrong\)"
+    ),
+    "a wrong double backward, deep": (
+        "gradients", _with_d(lambda: mlp(nn.Sequential(nn.Linear(8, 8), Wrong()))),
+        r"second derivative of layer 1\.1 \(Wrong\)",
+    ),
+    "a wrong double backward behind in-place layers": (
+        "gradients",
+        _with_d(lambda: mlp(nn.ReLU(inplace=True), nn.Linear(8, 8), Wrong())),
+        r"second derivative of layer 3 \(Wrong\)",
+    ),
+    "a detached gate": (
+        "gradients", _with_d(lambda: mlp(DetachedGate())), r"layer 1 \(DetachedGate\)"
+    ),
+    "a detached norm in a transformation": (
+        "gradients", detaching_transformation, "the optimizer's update"
+    ),
+    "a detached norm in a hook": ("gradients", detaching_hook, r"gradient hook of '0\.weight'"),
+    "a detached norm in a projection": ("gradients", detaching_projection, "of project="),
+    "an objective that calls the module": (
+        "gradients", closed_over_module, "calls the discriminator module itself"
+    ),
+    "an objective with a wrong function": ("gradients", wrong_objective, "^the objective"),
+    "detached reals": ("gradients", detached_reals, "^the objective"),
+    "a backward hook that changes gradients": (
+        "gradients", changing_backward_hook, r"layer 1 \(Tanh\)"
+    ),
+    "an infinite slope": ("gradients", infinite_slope, "not finite"),
+    "unregistered layers": ("gradients", unregistered, "Register them"),
+}  # fmt: skip
