@@ -298,7 +298,7 @@ class DifferenceCheck:
 
         def gradient_along_weights() -> Tensor:
             set_every_random_state(state, self.device)
-                outputs = [t for t in tensors(layer()) if t.requires_grad]
+            outputs = [t for t in tensors(layer()) if t.requires_grad]
             value = torch.stack([(t + t.square()).sum() for t in outputs]).sum()
             found = torch.autograd.grad(value, points, create_graph=True, materialize_grads=True)
             if not weights:
