@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -365,7 +365,7 @@ class Record:
             draft.replace(self.path)
 
 
-def _torch(row: Row) -> list[int]:
+def _torch(row: Mapping[str, Any]) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", row["torch"])[:3]]
 
 
