@@ -162,7 +162,8 @@ class Conditional(nn.Module):
         self.net, self.labels = nn.Linear(3, 8), nn.Embedding(10, 8)
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        return (self.net(x) * self.labels(label)).sum(1)
+        output: Tensor = (self.net(x) * self.labels(label)).sum(1)
+        return output
 
 
 class OwnGame:
@@ -315,10 +316,15 @@ def test_k_0_is_checked_by_one_step() -> None:
     loss = Loss(d, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=0)
     calls: list[bool] = []
     one = plain(loss)
-    right(loss, lambda fake, real: (calls.append(True), one(fake, real)))
+
+    def counted(fake: Any, real: Any) -> None:
+        calls.append(True)
+        one(fake, real)
+
+    right(loss, counted)
     assert len(calls) == 1
     loss.unroll_steps = 3
-    right(loss, lambda fake, real: (calls.append(True), one(fake, real)))
+    right(loss, counted)
     assert len(calls) == 4
 
 
@@ -374,7 +380,9 @@ def generators() -> list[Any]:
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_everything_is_given_back_bit_for_bit(fresh: bool, fails: bool) -> None:
-    d = net(nn.BatchNorm1d(8), nn.Dropout(0.5), parametrizations.spectral_norm(nn.Linear(8, 8)))
+    d: Any = net(
+        nn.BatchNorm1d(8), nn.Dropout(0.5), parametrizations.spectral_norm(nn.Linear(8, 8))
+    )
     d.to(DEVICE)
     g = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).to(DEVICE)
     optimizer = torch.optim.Adam(d.parameters(), 1e-3)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import unroll
 from tests.games import OBJECTIVES
 from tests.settings import DEVICE
-from tests.test_check_step import Conditional, Loss, OwnGame, batch, net, plain
+from tests.test_check_step import Conditional, OwnGame, batch, net, plain
+from unroll import UnrolledGeneratorLoss as Loss
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -42,7 +43,7 @@ def test_fakes_are_detached_and_real_samples_are_not() -> None:
         assert not loss.discriminator_loss(fake, real).requires_grad
 
 
-class Wrapper(nn.parallel.DataParallel):
+class Wrapper(nn.DataParallel[Any]):
     """Counts its calls, as DistributedDataParallel acts on them."""
 
     calls = 0
@@ -57,7 +58,7 @@ def test_d_is_called_in_its_wrapper_in_a_training_forward() -> None:
     d = net(nn.BatchNorm1d(8), nn.Dropout(0.5), nn.LeakyReLU(0.2)).to(DEVICE)
     wrapped = Wrapper(d)
     loss = Loss(wrapped, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=1)
-    twin = copy.deepcopy(d)
+    twin: Any = copy.deepcopy(d)
     fake, real = batch(), batch()
     torch.manual_seed(0)
     value = loss.discriminator_loss(fake, real)
@@ -69,13 +70,13 @@ def test_d_is_called_in_its_wrapper_in_a_training_forward() -> None:
     assert wrapped.calls == 2
     for name, buffer in twin.named_buffers():
         assert torch.equal(buffer, d.get_buffer(name))
-    assert int(d[1].num_batches_tracked) == 2
+    assert d.get_buffer("1.num_batches_tracked").item() == 2
 
 
 @pytest.mark.parametrize("mapping", [False, True])
 def test_batches_unpack(mapping: bool) -> None:
     """Also where a shipped objective or a penalty gets the module itself."""
-    d = Conditional().to(DEVICE)
+    d: Any = Conditional().to(DEVICE)
     label = torch.randint(10, (12,), device=DEVICE)
     x, y = batch(), batch()
     fake, real = ({"x": t, "label": label} if mapping else (t, label) for t in (x, y))

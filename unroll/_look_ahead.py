@@ -12,10 +12,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unroll._autograd_fixes import inner_gradients
-from unroll._functional import Batch, Functional, Pair, map_tensors, tensors, views
+from unroll._functional import (
+    Batch,
+    Functional,
+    FunctionalDiscriminator,
+    Pair,
+    map_tensors,
+    tensors,
+    views,
+)
 from unroll._objectives import Objective
 from unroll._optimizers import InnerOptimizer
 from unroll._validation import (
@@ -112,6 +120,17 @@ def generator_value(discriminator: Functional, objective: Objective) -> Value:
         return f
 
     return value
+
+
+def training_loss(
+    wrapper: nn.Module, module: nn.Module, objective: Objective, pair: Pair
+) -> Tensor:
+    """Return D's loss at theta_D itself, by a training forward in its wrapper, fakes detached."""
+    fake, real = differentiable(map_tensors(Tensor.detach, pair[0])), pair[1]
+    d = FunctionalDiscriminator(wrapper, module)
+    loss = objective.discriminator_loss(d, fake, real)
+    check_scalar(loss, "discriminator_loss")
+    return loss
 
 
 def without_graph(step: Step) -> Step:

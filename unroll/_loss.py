@@ -10,27 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from unroll._autograd_fixes import recomputation_refused
-from unroll._functional import (
-    Batch,
-    Functional,
-    FunctionalDiscriminator,
-    Pair,
-    map_tensors,
-    outside_compiled_code,
-    preserved,
-    tensors,
-)
+from unroll._functional import Batch, Functional, Pair, outside_compiled_code, preserved, tensors
 from unroll._inspection import Inspection, warn_of_gradient_hooks
 from unroll._look_ahead import (
     Game,
     Point,
     Value,
-    differentiable,
     generator_value,
     inner_step,
     look_ahead,
     start,
     surrogate,
+    training_loss,
     without_graph,
 )
 from unroll._modes.checkpointed import checkpointed
@@ -44,7 +35,6 @@ from unroll._unrolled_discriminator import UnrolledDiscriminator, unrolled
 from unroll._validation import (
     Mapped,
     assignable,
-    check_scalar,
     checked_arguments,
     checked_steps,
     drawn,
@@ -251,11 +241,7 @@ class UnrolledGeneratorLoss(nn.Module):
         does, remain the loop's business. A loss that is not 0-d is a TypeError or ValueError.
         """
         self._moving.see(dict(self.discriminator.named_parameters()))
-        d = FunctionalDiscriminator(self._given, self.discriminator)
-        fake = differentiable(map_tensors(Tensor.detach, fake))
-        loss = self.objective.discriminator_loss(d, fake, real)
-        check_scalar(loss, "discriminator_loss")
-        return loss
+        return training_loss(self._given, self.discriminator, self.objective, (fake, real))
 
     def _points(
         self, batch: Pair, pairs: Sequence[Pair], optimizer_state: Any = None
