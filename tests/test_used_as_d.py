@@ -185,3 +185,23 @@ def test_a_compiled_objective_that_uses_more_of_d_falls_back() -> None:
     with pytest.warns(UserWarning, match="compile: the look-ahead runs uncompiled"):
         compiled = loss(fake, real)
     torch.testing.assert_close(plain, compiled)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"checkpoint": True}, {"average": True}, {"stop_gradient": True}], ids=str
+)
+def test_the_losses_of_d_on_the_way_come_with_the_call(options: dict[str, Any]) -> None:
+    d, real, fake = Featured(), randn(5, 3), randn(5, 3).requires_grad_()
+    optimizer = torch.optim.SGD(d.parameters(), 0.1)
+    loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=3, **options)
+    assert loss.discriminator_losses.shape == (0,)
+    loss(fake, real).backward()
+    assert torch.equal(loss.discriminator_losses, loss.unroll(fake, real).losses)
+    assert loss.discriminator_losses.shape == (3,)
+    assert not loss.discriminator_losses.requires_grad
+    torch.testing.assert_close(
+        loss.discriminator_losses[0], loss.discriminator_loss(fake, real).detach()
+    )
+    loss.unroll_steps = 0
+    loss(fake, real)
+    assert loss.discriminator_losses.shape == (0,)

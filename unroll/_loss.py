@@ -82,12 +82,11 @@ class UnrolledGeneratorLoss(nn.Module):
             ``transform_gradients``, but of parameters. Default: none.
         sync: Average D's gradients over all ranks of ``torch.distributed`` in every step: one game
             over the global batch (for means over samples and equal batches; BatchNorm stays that of
-            a rank). Wrap G in DistributedDataParallel, too. Default None: where D is.
+            a rank). Default None: where D is wrapped in DistributedDataParallel; wrap G, too.
 
     Raises:
-        TypeError: The optimizer, the discriminator, ``unroll_steps`` or ``sync`` is of an
-            unsupported type.
-        ValueError: ``unroll_steps`` is negative, the optimizer holds no parameter of D or cannot be
+        TypeError: An argument is of an unsupported type.
+        ValueError: K is negative, the optimizer holds no parameter of D or cannot be
             differentiated, or ``sync`` is True without a process group.
 
     Example:
@@ -115,9 +114,7 @@ class UnrolledGeneratorLoss(nn.Module):
         sync: bool | None = None,
     ) -> None:
         super().__init__()
-        module = checked_arguments(
-            discriminator, objective, transform_gradients=transform_gradients, project=project
-        )
+        module = checked_arguments(discriminator, objective, transform_gradients, project)
         warn_of_gradient_hooks(module)
         parts = module, summands(objective)
         averages, group = resolved_sync(discriminator, sync)
@@ -139,6 +136,7 @@ class UnrolledGeneratorLoss(nn.Module):
             _parts=parts,
             _inspection=Inspection(parts, stop_gradient, checkpoint, average),
             _moving=Moving(),
+            _losses=[],
         )
         self._start(None)
 
@@ -158,6 +156,7 @@ class UnrolledGeneratorLoss(nn.Module):
     _parts: tuple[nn.Module, list[Objective]]  # what is preserved: D, summands of the objective
     _inspection: Inspection
     _moving: Moving
+    _losses: list[Tensor]
 
     def __setattr__(self, name: str, value: object) -> None:
         """Assign K, or what ``nn.Module`` and its tools keep on a module; refuse the rest."""
@@ -210,16 +209,11 @@ class UnrolledGeneratorLoss(nn.Module):
     ) -> UnrolledDiscriminator:
         """Return the discriminator after K steps (Eq. 6-7), without touching the real one.
 
-        Args:
-            fake: As for :meth:`forward`, but it may be detached; the result then consists of
-                constants.
-            real: Real samples, in the same form.
-            minibatches: As for :meth:`forward`.
-            optimizer_state: As for :meth:`forward`.
+        The arguments are those of :meth:`forward`, but ``fake`` may be detached: the result then
+        consists of constants. ``average`` does not matter.
 
         Returns:
-            D at theta_D^K, with its parameters, buffers, optimizer state and losses. ``average``
-            does not matter.
+            D at theta_D^K, with its parameters, buffers, optimizer state and losses.
 
         Raises:
             ValueError: As :meth:`forward`, except for detached fakes.
@@ -243,6 +237,11 @@ class UnrolledGeneratorLoss(nn.Module):
         self._moving.see(dict(self.discriminator.named_parameters()))
         return training_loss(self._given, self.discriminator, self.objective, (fake, real))
 
+    @property
+    def discriminator_losses(self) -> Tensor:
+        """D's loss before each step of the last call of :meth:`forward`: ``(K,)``, detached."""
+        return torch.stack(self._losses) if self._losses else torch.empty(0)
+
     def _points(
         self, batch: Pair, pairs: Sequence[Pair], optimizer_state: Any = None
     ) -> tuple[Sequence[Point], Value]:
@@ -250,7 +249,8 @@ class UnrolledGeneratorLoss(nn.Module):
         if not pairs and optimizer_state is None:
             return self._no_step(batch)
         game, point = self._start(optimizer_state)
-        points, _ = self._steps(game, point, batch, pairs, every=self.average)
+        points, losses = self._steps(game, point, batch, pairs, every=self.average)
+        vars(self).update(_losses=losses)
         value = generator_value(game.discriminator, self.objective)
         if self.average and self.checkpoint:
             value = checkpointed(torch.enable_grad()(value), *self._parts)
@@ -284,6 +284,7 @@ class UnrolledGeneratorLoss(nn.Module):
 
     def _no_step(self, batch: Pair) -> tuple[Sequence[Point], Value]:
         """Return theta_D^0 and f, the ordinary generator loss, which needs no optimizer."""
+        vars(self).update(_losses=[])
         d = Functional(self.discriminator)
         point, value = start(d), generator_value(d, self.objective)
         if torch.is_grad_enabled() and self._inspection.recomputes(d, value, point, batch):

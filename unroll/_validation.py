@@ -23,12 +23,14 @@ from unroll._supported import checked_discriminator
 Mapped = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
 
-def checked_arguments(discriminator: object, objective: Any, **functions: object) -> nn.Module:
+def checked_arguments(
+    discriminator: object, objective: Any, transform_gradients: object, project: object
+) -> nn.Module:
     """Return the user's own module inside all wrappers, after a look at what goes with it."""
     module = checked_discriminator(discriminator)
     _check_objective(objective)
-    for argument, function in functions.items():
-        _check_mapped(argument, function)
+    _check_mapped("transform_gradients", transform_gradients)
+    _check_mapped("project", project)
     return module
 
 
