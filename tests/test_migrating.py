@@ -1,4 +1,4 @@
-"""docs/migrating.md: both sides of its diffs run, and give the gradients that the text says."""
+"""docs/migrating.md, docs/frameworks.md: both sides of its diffs run, and give the gradients that the text says."""
 
 import re
 import sys
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tests.oracles import relative_error
 
-PAGE = (Path(__file__).parents[1] / "docs" / "migrating.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = "\n".join((DOCS / f"{name}.md").read_text() for name in ("migrating", "frameworks"))
 SETUP = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
 PLAIN = "A plain GAN loop"
 RESTORED = "A look-ahead by copy and restore"
@@ -107,7 +108,7 @@ def difference(one: Names, other: Names) -> float:
     return float(max((a - b).norm() / b.norm() for a, b in pairs))
 
 
-def test_all_diffs_of_the_page_are_run_here() -> None:
+def test_all_diffs_of_the_pages_are_run_here() -> None:
     names = [PLAIN, RESTORED, HIGHER, META, LIGHTNING, ACCELERATE, ACCUMULATION, MIXED]
     assert list(DIFFS) == names
 
