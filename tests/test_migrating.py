@@ -1,4 +1,4 @@
-"""docs/migrating.md, docs/frameworks.md: both sides of its diffs run, and give the gradients that the text says."""
+"""The diffs of the docs: both sides run, and give the gradients that the text says."""
 
 import re
 import sys
