@@ -28,7 +28,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["results"]
+exclude_patterns: list[str] = []
 suppress_warnings = ["myst.header"]
 
 # Names of this package must resolve; those of others have no inventory here.
