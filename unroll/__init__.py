@@ -3,9 +3,11 @@
 from unroll._diagnostics.check_gradients import GradientReport, check_gradients
 from unroll._diagnostics.check_step import StepReport, check_step
 from unroll._diagnostics.gradient_terms import gradient_terms
+from unroll._functional import Batch
 from unroll._loss import UnrolledGeneratorLoss
 from unroll._objectives import (
     Criterion,
+    Discriminator,
     Hinge,
     LeastSquares,
     Losses,
@@ -25,9 +27,11 @@ __version__ = "0.1.0"
 __all__ = [
     "R1",
     "R2",
+    "Batch",
     "ClipGradNorm",
     "ClipGradValue",
     "Criterion",
+    "Discriminator",
     "GradientPenalty",
     "GradientReport",
     "Hinge",

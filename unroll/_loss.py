@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -140,6 +140,7 @@ class UnrolledGeneratorLoss(nn.Module):
         )
         self._start(None)
 
+    __call__: Callable[..., Tensor]  # nn.Module's says Any
     discriminator: nn.Module
     optimizer: Any
     objective: Objective
