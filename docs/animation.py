@@ -1,4 +1,4 @@
-"""Write the animation of the start page, in a third of the bytes that `examples/mog.py` needs for it.
+"""Write the animation of the start page: that of `examples/mog.py` in fewer colours.
 
 python examples/mog.py && python docs/animation.py
 """
