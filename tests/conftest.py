@@ -9,6 +9,10 @@ import torch
 
 import unroll
 
+QUICK = (  # files that together see a value, a gradient and a refusal of everything in two minutes
+    "by_hand closed_forms errors import in_place loss moving nan objectives projections site state "
+    "transformations transforms types unregistered used_as_d"
+)
 LEFT_OUT = pytest.StashKey[int]()  # tests that no worker ran
 collect_ignore = ["benchmarks/jax_worker.py"]  # runs in an environment of its own, with JAX
 
@@ -32,10 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the networks of the tests are too small to share
     config.addinivalue_line("markers", "data: reads the data sets in the folder named UNROLL_DATA")
     config.addinivalue_line("markers", "generated: has Inductor generate code, which takes a while")
+    config.addinivalue_line("markers", "quick: the first to run, under two minutes on two cores")
     config.addinivalue_line("markers", "plain: counts evaluations, which --checkpoint changes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in QUICK.split():
+            item.add_marker("quick")
     unwanted = set[str]()
     if not os.environ.get("UNROLL_DATA"):
         unwanted.add("data")
