@@ -1,4 +1,4 @@
-"""Cases of users' code that a second review found: wrong in silence, or a raw error, once."""
+"""What users do in D, in objectives, transformations and hooks: right, or refused by name."""
 
 import copy
 import gc

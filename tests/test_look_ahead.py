@@ -1,4 +1,4 @@
-"""What a review of the look-ahead's steps found; strict xfails are not right yet."""
+"""The steps of the look-ahead: what repeats itself, what is given back, what all ranks do alike."""
 
 import copy
 import random

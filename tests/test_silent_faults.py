@@ -1,4 +1,4 @@
-"""Cases that a review found: each was silently wrong, or a raw error, once."""
+"""Faults that are silent elsewhere: each gives the right number here, or an error that says so."""
 
 import copy
 import gc
