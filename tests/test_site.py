@@ -9,8 +9,8 @@ import unroll
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-URLS = dict(re.findall(r'^(\w+) = "(https://.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
-SITE, SOURCE = URLS["Documentation"], URLS["Source"]
+PROJECT = (ROOT / "pyproject.toml").read_text()
+SITE, SOURCE = (re.findall(f'{name} = "(.*)"', PROJECT)[0] for name in ("Documentation", "Source"))
 RAW = SOURCE.replace("github.com", "raw.githubusercontent.com") + "/main/"
 
 
