@@ -191,34 +191,6 @@ def test_late_metrics_are_means_over_the_last_third(monkeypatch: pytest.MonkeyPa
     assert [row["seed"] for row in found] == [0, 1]
 
 
-def test_the_steps_that_a_seed_needs_are_those_from_which_on_it_is_stable(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    claims = example("lab.pages.claims", monkeypatch)
-    page = example("lab.pages.second_gradient", monkeypatch)
-    kl = {"0": (1, 1, 0, 0), "1": (0, 1, 0, 0), "2": (1, 1, 0, 1), "3": (0, 0, 0, 0)}
-    runs = [
-        {
-            "generator_steps": "5",
-            "stop_gradient": "True",
-            "average": "False",
-            "unroll_steps": str(k),
-            "seed": seed,
-            "late_reverse_kl_all": str(value),
-        }
-        for seed, values in kl.items()
-        for k, value in zip((1, 3, 5, 10), values, strict=True)
-    ]
-    ratio = page.Ratio(claims.Records(runs), "5")
-    assert ratio.ran("first") == [1, 3, 5, 10]
-    assert ratio.needed("first", [1, 3, 5, 10]) == [5.0, 5.0, 20.0, 1.0]
-    assert ratio.needed("first", [1, 3]) == [6.0, 6.0, 6.0, 1.0]
-    assert ratio.ran("both") == []
-    assert ratio.faster("first", "both") == []
-    (comparison,) = ratio.stable_at(("first", 5), ("first", 3))
-    assert (comparison.larger, comparison.smaller) == ([1.0] * 4, [0.0, 0.0, 0.0, 1.0])
-
-
 @pytest.mark.parametrize(
     ("script", "flag", "value"),
     [

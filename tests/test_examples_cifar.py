@@ -418,33 +418,3 @@ def test_distances_are_of_pairs_of_different_images(monkeypatch: pytest.MonkeyPa
     assert abs(distances.wasserstein(found, found + 1.5) - 1.5) < 1e-5
     edges, densities = distances.histograms([found, found + 1], bins=10)
     assert all(abs((density * np.diff(edges)).sum() - 1) < 1e-9 for density in densities)
-
-
-def test_the_page_says_what_was_scaled_down_and_judges(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = example("lab.pages.diversity", monkeypatch)
-    records = importlib.import_module("lab.records")
-    first = {"preset": "small", "data": "two", "images": 8, "size": 0.25, "pairs": 300,
-             "batch_size": 4, "targets": 4, "starts": 3, "steps": 5}  # fmt: skip
-    errors = {0: 0.2, 10: 0.1}
-    found = [
-        {**first, "unroll_steps": k, "seed": s, "image": i, "mse": mse + s / 100 + i / 1000}
-        for k, mse in errors.items()
-        for s in range(3)
-        for i in range(4)
-    ]
-    records.write(tmp_path / "cifar10_inversion.csv", found)
-    text = " ".join(page.inversion(tmp_path).split())
-    assert "its samples are noise yet" in text
-    assert text.count("**too early to say**") == 2
-    records.write(tmp_path / "cifar10_inversion.csv", [row | {"pairs": 1000} for row in found])
-    text = page.inversion(tmp_path)
-    paragraph = " ".join(text.split())
-    assert "too early" not in paragraph
-    assert "1,000 pairs of updates for 50,000" in paragraph
-    assert "a part of CIFAR-10's images" in paragraph
-    assert "| 10 | 0.1115 ± 0.0058 | 0.0279 ± 0.0014 | 100.0 ± 0.0 |" in text
-    verdicts = [line.rpartition("|")[0].rpartition("| ")[2].strip() for line in text.splitlines()
-                if "reconstruct better than none" in line]  # fmt: skip
-    assert verdicts == ["**holds**", "**holds**"]

@@ -230,25 +230,3 @@ def test_a_checkpoint_of_another_configuration_is_refused(
     with pytest.raises(SystemExit):
         example.main()
     assert "generator_lr" in capsys.readouterr().err
-
-
-def test_the_section_judges_each_size_by_the_better_of_5_and_10(tmp_path: Path) -> None:
-    records, page = module("lab.records"), module("lab.pages.colored")
-    assert page.colored_mnist(tmp_path) == ""
-    shared = {"preset": "small", "base": "1/8", "pairs": 9, "batch_size": 4, "samples": 30}
-    shared |= {"generator_lr": 1e-3, "discriminator_lr": 1e-3, "js_floor": 0.02}
-    shared |= {"js_single_colour": 0.5, "discarded": 0.1, "discarded_data": 0.0}
-    shared |= {"colour_variance": 0.9, "seconds_a_pair": 0.1, "data_seconds_a_pair": 0.001}
-    divergences = {("1", 0): 0.3, ("1", 5): 0.35, ("1", 10): 0.1, ("1/4", 0): 0.2, ("1/4", 5): 0.4}
-    rows = [
-        {"size": x, "unroll_steps": k, "seed": s, "js_divergence": js + s / 1000, **shared}
-        for (x, k), js in divergences.items()
-        for s in (0, 1, 2, 2)  # a seed that was run twice counts once
-    ]
-    records.write(tmp_path / "colored_mnist.csv", [r | {"images_a_second": 40} for r in rows])
-    text = page.colored_mnist(tmp_path)
-    verdicts = [line for line in text.splitlines() if "the better of" in line and "|" in line]
-    assert "X = 1/4" in verdicts[0]
-    assert "does not hold" in verdicts[0]
-    assert "K=0 against 10: 0.301" in verdicts[1]
-    assert "| 3 | **holds** |" in verdicts[1]

@@ -188,48 +188,6 @@ def main(script: str, arguments: list[object], monkeypatch: pytest.MonkeyPatch) 
     example(script).main()
 
 
-def test_the_command_line_prints_and_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fake = write(tmp_path / "fake", random_images(30, 1))
-    real = write(tmp_path / "real" / "test", random_images(40, 2)).parent
-    record = tmp_path / "evaluate.csv"
-    given = [fake, real, "--features", network(tmp_path), "--size", 8, "--samples", 35]
-    for _ in range(2):  # the same once more is not a new row
-        main("evaluate", [*given, "--record", record], monkeypatch)
-    printed = capsys.readouterr().out
-    assert "F_1/8" in printed
-    assert printed.count("has these numbers already") == 1
-    other = write(tmp_path / "elsewhere" / "fake", random_images(30, 3))  # of the same name
-    main("evaluate", [other, *given[1:], "--record", record], monkeypatch)
-    with record.open(newline="") as file:
-        row, second = csv.DictReader(file)
-    assert (row["fake"], second["fake"]) == ("fake", "fake")
-    assert row["fid"] != second["fid"]
-    assert (row["fake"], row["real"]) == ("fake", "real/test")
-    assert (row["fake_images"], row["real_images"]) == ("30", "35")
-    assert "| fake | real/test | 30 / 35 |" in example("lab.pages.evaluate").evaluate(tmp_path)
-
-
-def test_the_page_averages_over_the_seeds_of_the_models_of_cifar10(tmp_path: Path) -> None:
-    page, records = example("lab.pages.evaluate"), example("lab.records")
-    shared = {"real": "x/test", "features": "some", "fake_images": 1000, "real_images": 1000}
-    shared |= dict.fromkeys(page.METRICS, 0.5)
-    known = [{"fake": "airplane", "seed": 0, **shared, "fid": 9.0}]
-    models = [
-        {"fake": f"K{k}-seed{seed}", "seed": 0, **shared, "fid": fid + seed / 10}
-        for k, fid in ((0, 3.0), (10, 2.0))
-        for seed in range(3)
-    ]
-    records.write(tmp_path / "evaluate.csv", [*known, *models])
-    text = page.evaluate(tmp_path)
-    assert "| airplane | x/test | 1,000 / 1,000 | 9.000 |" in text
-    assert "| 10 | 3 | 2.100 ± 0.058 |" in text
-    (judged,) = (line for line in text.splitlines() if "more like the data" in line)
-    assert "FID, K=0 against 10: 3.100 ± 0.058 against 2.100" in judged
-    assert "**partly**" in judged
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -209,39 +209,3 @@ def test_a_missing_classifier_is_named(
     with pytest.raises(SystemExit):
         example.main()
     assert "--classifier must be a trained classifier" in capsys.readouterr().err
-
-
-def test_the_section_is_written_from_the_record(example: Any, tmp_path: Path) -> None:
-    records, page = map(importlib.import_module, ("lab.records", "lab.pages.gan_mnist"))
-    assert page.gan_mnist(tmp_path) == ""
-    numbers = ("classes", "classes_of_a_percent", "class_entropy", "variance", "seconds_a_pair")
-    means = ("d_gradient", "d_update", "d_on_real", "d_on_fake", "d_on_pattern", "learned")
-    rows = [
-        {
-            "preset": "small",
-            "optimizer": name,
-            "unroll_steps": k,
-            "seed": seed,
-            "pairs": 9,
-            "lr": rate,
-            "samples": 30,
-            "evaluate_every": 3,
-            "classifier_accuracy": 99.4,
-            **dict.fromkeys(numbers, 1 + (name == "Adam") + k + seed / 100),
-            **dict.fromkeys((f"mean_{n}" for n in means), 1 + (name == "Adam")),
-            "taken_for_real": 0.5,
-            "images_a_second": 100,
-        }
-        for name, (rate, _, _) in example.OPTIMIZERS.items()
-        for k in (0, 5)
-        for seed in range(3)
-    ]
-    records.write(tmp_path / "gan_mnist.csv", rows)
-    lines = page.gan_mnist(tmp_path).splitlines()
-    verdicts = {line.split(" | ")[0].strip("| "): line for line in lines if "**" in line}
-    assert (
-        "**holds**"
-        in verdicts["looking ahead spreads the samples of SGD at a hundred times that rate"]
-    )
-    assert "**holds**" in verdicts["under SGD, D's gradients are weaker"]
-    assert "**not seen**" in verdicts["under SGD, D takes the pattern for real more often"]

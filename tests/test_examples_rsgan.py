@@ -1,6 +1,5 @@
 """RS-GAN on images: its networks, its games, resuming, and what is refused."""
 
-import csv
 import importlib
 import math
 import re
@@ -172,44 +171,6 @@ def test_a_run_that_leaves_the_finite_numbers_stops_and_keeps_its_checkpoint(
 def main(arguments: list[object], monkeypatch: pytest.MonkeyPatch, script: str = "rsgan") -> None:
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     example(script).main()
-
-
-def test_the_command_line_records_draws_and_its_checkpoints_are_evaluated(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("torch_fidelity")
-    record, out = tmp_path / "rsgan.csv", tmp_path / "out"
-    (tmp_path / "network.py").write_text(NETWORK)
-    network = "--features", f"{tmp_path / 'network.py'}:build"
-    short = ("--batch-size", 2, "--samples", 8, "--iterations", 1, "--workers", 1)
-    common = ["--data-root", data, "--unroll-steps", 0, *short, *network, "--out", out]
-    main([*common, "--record", record], monkeypatch)
-    with record.open(newline="") as file:
-        found = list(csv.DictReader(file))
-    assert [row["game"] for row in found] == ["JS", "Rp"]
-    assert {row["data"] for row in found} == {"data, 6 images"}
-    assert {row["player_updates"] for row in found} == {"2"}
-    assert all(float(row["fid"]) > 0 for row in found)
-    assert "nan" not in {found[0]["recall"], found[0]["f_8"], found[0]["d_loss"]}
-    for name in ("rsgan_small.png", "rsgan_small_curves.png", "metrics.csv"):
-        assert (out / name).stat().st_size > 0
-
-    section = example("lab.pages.rsgan").rsgan(tmp_path)
-    assert "| JS | 0 | 1 |" in section
-    assert "too early to say" in section
-    assert example("lab.pages.rsgan").rsgan(tmp_path / "nowhere") == ""
-
-    with pytest.raises(SystemExit):
-        main(common, monkeypatch)
-    assert "--resume" in capsys.readouterr().err
-    main([*common, "--resume", "--record", record], monkeypatch)  # nothing is left to do
-    with record.open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 2
-
-    checkpoint = sorted((out / "checkpoints").iterdir())[0]
-    given = [checkpoint, data, *network, "--samples", 8]
-    main(given, monkeypatch, "evaluate")
-    assert "small-dcgan-quarter-JS-K0-seed0" in capsys.readouterr().out
 
 
 def test_the_sampler_draws_from_the_averaged_generator_where_there_is_one(

@@ -13,7 +13,7 @@ from lab import records, runs
 from lab.data import colors, digits
 from lab.data.pixels import as_bytes, as_floats
 from lab.figures import pictures, plots
-from lab.pages.claims import moments
+from lab.verdicts import moments
 
 TABLE = {
     "js_divergence": "JS, nats",

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lab.figures.plots import save
-from lab.pages.claims import moments
+from lab.verdicts import moments
 
 Point = tuple[float, Sequence[float]]  # seconds, and the metric of every seed
 

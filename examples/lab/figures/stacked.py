@@ -6,28 +6,24 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from lab.figures.plots import save
-from lab.pages.claims import moments
-from lab.pages.stacked import STEPS, evaluations
+from lab.verdicts import moments, read
 
 
 def curves(record: Path, path: Path) -> None:
     """Draw modes and reverse KL against pairs from the record: a panel a size and metric."""
-    every = evaluations(record).pick(preset="small", networks="E")
-    sizes = [size for (size,) in every.settings("size")]
+    every = read(record).query("preset == 'small' and networks == 'E'")
+    sizes = sorted(every["size"].unique())
     figure, axes = plt.subplots(
         2, len(sizes), figsize=(3.6 * len(sizes) + 0.6, 4.6), sharex=True, sharey="row",
         squeeze=False, layout="constrained",
     )  # fmt: skip
     for row, metric in zip(axes, ("curve_modes", "curve_reverse_kl"), strict=True):
         for ax, size in zip(row, sizes, strict=True):
-            for number, k in enumerate(STEPS):
-                own = every.pick(size=size, unroll_steps=k)
-                x = sorted({int(r["pairs"]) for r in own.rows})
-                if not x:
-                    continue
-                points = [moments(own.pick(pairs=pairs).values(metric)) for pairs in x]
+            for number, (k, own) in enumerate(every[every["size"] == size].groupby("unroll_steps")):
+                points = own.groupby("pairs")[metric].apply(moments)
                 y, errors = zip(*points, strict=True)
-                ax.errorbar(x, y, errors, fmt=".-", color=f"C{number}", label=f"K = {k}")
+                label = f"K = {k}"
+                ax.errorbar(points.index, y, errors, fmt=".-", color=f"C{number}", label=label)
             ax.spines[["top", "right"]].set_visible(False)
     for ax, size in zip(axes[0], sizes, strict=True):
         ax.set_title(f"D = {Fraction(size)}")
