@@ -20,38 +20,42 @@ another network. Which numbers can be compared with published ones:
                                               around samples shrink as counts grow
 """
 
-import argparse
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from lab import cli, records, runs
+import tyro
+from lab import records, runs, study
 from lab.data import image_folder
 from lab.metrics import features, image_metrics
 from lab.metrics.samples import Sampler, subset
 from torch import Tensor
 
-EXPERIMENT = "evaluate"
 CIFAR = "cifar10"
 RULE = "--sampler must be the name of a function, as in rsgan:sampler or file.py:name"
+KEY = ("fake", "fake_hash", "real", "features", "real_images", "size", "seed", "revision")
 
 
 @dataclass(frozen=True)
 class Config:
     """What is compared with what, and by which features."""
 
-    fake: str
-    real: str
-    split: str = "test"
-    fake_split: str = "train"
-    features: str = "inception"
-    sampler: str = "rsgan:sampler"
-    samples: int = 10_000
-    size: int = 32
-    seed: int = 0
-    device: str = "cpu"
+    fake: tyro.conf.Positional[str]  # a folder of generated images, or a checkpoint
+    real: tyro.conf.Positional[str]  # a folder of images, or cifar10
+    split: Literal["train", "test"] = "test"  # of REAL, where it has both
+    fake_split: Literal["train", "test"] = "train"  # of FAKE, where it has both
+    features: str = "inception"  # or a checkpoint of image_classifier.py, or file.py:name
+    sampler: str = "rsgan:sampler"  # the function that opens a checkpoint: see lab.metrics.samples
+    samples: int = 10_000  # images of each side, or all where there are fewer
+    size: int = 32  # pixels a side
+    seed: int = 0  # of samples, subsets and clusters
+    device: str = "cpu"  # cpu, cuda, mps
+    record: bool = False  # append a row to the record
+    records: Path = records.RESULTS  # the folder of the records
 
 
 def read(where: str, split: str, config: Config, option: str) -> tuple[str, Tensor]:
@@ -96,7 +100,7 @@ def evaluate(config: Config) -> dict[str, str | int | float]:
         )
     found = image_metrics.measure(network(fake), network(real), seed=config.seed)
     return {
-        "experiment": EXPERIMENT,
+        "experiment": "evaluate",
         "fake": fake_name,
         "real": real_name,
         "features": network.name,
@@ -112,82 +116,26 @@ def evaluate(config: Config) -> dict[str, str | int | float]:
     }
 
 
-def arguments() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = cli.parser(__doc__)
-    add = parser.add_argument
-    add("fake", metavar="FAKE", help="a folder of generated images, or a checkpoint")
-    add("real", metavar="REAL", help=f"a folder of images, or {CIFAR}")
-    add(
-        "--split",
-        choices=image_folder.SPLITS,
-        default="test",
-        help="of REAL, where it has both (default: %(default)s)",
-    )
-    add(
-        "--fake-split",
-        choices=image_folder.SPLITS,
-        default="train",
-        help="of FAKE, where it has both (default: %(default)s)",
-    )
-    add(
-        "--features",
-        default="inception",
-        metavar="NETWORK",
-        help="inception (default; fetched by torch-fidelity), a checkpoint of image_classifier.py, "
-        "or package.module:name or file.py:name, a function that returns a module: images in "
-        "[-1, 1] to features, or to a pair of features and logits",
-    )
-    add(
-        "--sampler",
-        default="rsgan:sampler",
-        metavar="NAME",
-        help="of the function that opens a checkpoint: given its path and a device, it returns a "
-        "function of a count and a torch.Generator that makes images of bytes "
-        "(default: %(default)s)",
-    )
-    add(
-        "--samples",
-        type=cli.positive,
-        default=10_000,
-        metavar="N",
-        help="images of each side, or all where there are fewer (default: 10,000)",
-    )
-    add("--size", type=cli.positive, default=32, metavar="SIDE", help="default: %(default)s")
-    add("--seed", type=int, default=0, help="of samples, subsets and clusters (default: 0)")
-    add("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
-    add(
-        "--record",
-        type=Path,
-        nargs="?",
-        const=records.RESULTS / f"{EXPERIMENT}.csv",
-        metavar="FILE",
-        help=f"append a row to FILE (default: docs/results/{EXPERIMENT}.csv)",
-    )
-    return parser
-
-
-def main() -> None:
-    """Measure what the command line asks for, print it and record it."""
-    parser = arguments()
-    args = parser.parse_args()
-    given = {name: value for name, value in vars(args).items() if name != "record"}
+def main(arguments: Sequence[str] | None = None) -> None:
+    flags = (tyro.conf.FlagCreatePairsOff,)
+    config = tyro.cli(Config, description=__doc__, args=arguments, config=flags)
     try:
-        torch.empty(0, device=args.device)
-        if args.record is not None:
-            cli.check_writable("--record", args.record.parent)
-        row = evaluate(Config(**given))
+        if config.samples < 1 or config.size < 1:
+            raise ValueError(f"--samples and --size must be positive, got {config}")
+        torch.empty(0, device=config.device)
+        if config.record:
+            study.check_writable("--records", config.records)
+        row = evaluate(config)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        parser.error(str(error))
+        study.refuse(error)
     for name in ("fake", "real", "features", "fake_images", "real_images"):
         print(f"{name.replace('_', ' '):16}{row[name]}")
     for name, label in image_metrics.METRICS.items():
         value = row[name]
         print(f"{label:16}{'n/a' if math.isnan(value) else f'{value:.4f}'}")
-    if args.record is not None:
-        key = ("fake", "fake_hash", "real", "features", "real_images", "size", "seed", "revision")
-        if not records.append(args.record, row, key=key):
-            print(f"{args.record} has these numbers already")
+    path = config.records / "evaluate.csv"
+    if config.record and not records.append(path, row, key=KEY):
+        print(f"{path} has these numbers already")
 
 
 if __name__ == "__main__":

@@ -18,25 +18,25 @@ The last two test another explanation: with an eps far above the variance of its
 does not normalise, and what the noise does to the samples fades from layer to layer. Adam can do
 something about it, whose steps do not shrink with the gradients.
 
-    python examples/gan_mnist.py                     the arms, K=0 and K=5, at a small scale
+    python examples/gan_mnist.py                     the arms, K = 0 and 5, at a small scale
     python examples/gan_mnist.py --preset paper      that README's 200 epochs
     python examples/gan_mnist.py --generate runs/gan_mnist/checkpoints/Adam-K0-seed0.pt
 """
 
-import argparse
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lab import cli, records, runs
+from lab import records, study
 from lab.data import digits
 from lab.data.pixels import as_bytes
-from lab.figures import gan_mnist
+from lab.figures import images, pictures
 from lab.metrics import classifier, coverage
 from lab.trace import Trace
 from torch import Tensor, nn
@@ -53,48 +53,42 @@ OPTIMIZERS = {  # learning rate, momentum and BatchNorm's eps; all but the first
     "SGD-fast-eps": (0.02, 0.0, 1e-5),
     "momentum-eps": (0.002, 0.9, 1e-5),
 }
+EXPLANATION = {
+    "d_gradient": "norm of D's gradient",
+    "d_update": "norm of D's update",
+    "d_on_real": "D(data)",
+    "d_on_fake": "D(samples)",
+    "d_on_pattern": "D(pattern)",
+    "learned": "fall of D(pattern)",
+}
+CURVES = EXPLANATION | {"variance": "variance / data's", "class_entropy": "entropy of the digits"}
 
 
 @dataclass(frozen=True)
-class Config:
-    """One run. The defaults are that README's; "ours" marks a choice where it is silent."""
+class Config(study.OneModel):
+    """One run, that README's. "Ours" marks a choice where it is silent."""
 
-    preset: str = "paper"
-    classifier: str = ""  # the hash of what counts the classes
-    classifier_accuracy: float = 0.0  # percent of the test digits
-    optimizer: str = "Adam"
-    lr: float = 2e-4  # of both networks
+    classifier: str = ""
+    classifier_accuracy: float = 0.0
+    optimizer: Literal[tuple(OPTIMIZERS)] = "Adam"  # of both networks, see above
+    learning_rate: float | None = None  # of both networks, if not the optimizer's own
     momentum: float = 0.0
-    beta1: float = 0.5
+    beta1: float = 0.5  # Adam's
     batch_norm_eps: float = EPS
-    unroll_steps: int = 0  # ours
-    noise_size: int = 100
-    samples: int = 10_000  # ours, behind every metric
-    evaluate_every: int = 9370
-    device: str = "cpu"
-    seed: int = 0
+    unroll_steps: int = 0  # K, look-ahead steps of D in G's loss (ours)
+    noise_size: int = 100  # of the generator's input
+    samples: int = 10_000  # behind every metric (ours)
+    evaluate_every: int = 9370  # pairs
     pairs: int = 187_400  # 200 epochs of 937 batches
     batch_size: int = 64  # drawn from all of the data, where that README goes through it by epochs
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot be trained."""
-        cli.check(self, pairs="iterations", lr="lr")
-
     @property
     def label(self) -> str:
-        """Return the name of the setting in figures."""
         return f"{self.optimizer}, K = {self.unroll_steps}"
 
-    def checkpoint(self, folder: Path) -> Path:
-        """Return where the run is kept."""
-        name = f"{self.optimizer}-K{self.unroll_steps}-seed{self.seed}.pt"
-        return folder / "checkpoints" / name
 
-
-PRESETS = {
-    "small": Config("small", pairs=1000, evaluate_every=250),
-    "paper": Config("paper"),
-}
+PAPER = Config()
+PRESETS = {"small": replace(PAPER, preset="small", pairs=1000, evaluate_every=250), "paper": PAPER}
 
 
 def generator_of(noise_size: int, eps: float) -> nn.Sequential:
@@ -115,25 +109,16 @@ def discriminator_of() -> nn.Sequential:
 def optimizer_of(config: Config, network: nn.Module) -> torch.optim.Optimizer:
     """Return what trains a network."""
     if config.optimizer == "Adam":
-        return torch.optim.Adam(network.parameters(), config.lr, (config.beta1, 0.999))
-    return torch.optim.SGD(network.parameters(), config.lr, config.momentum)
+        return torch.optim.Adam(network.parameters(), config.learning_rate, (config.beta1, 0.999))
+    return torch.optim.SGD(network.parameters(), config.learning_rate, config.momentum)
 
 
-def train(
-    config: Config,
-    line: int,
-    *,
-    folder: Path,
-    resume: bool,
-    data_root: Path | None = None,
-    classifier_file: Path | None = None,
-) -> Config:
-    """Train one GAN; what comes of it is in its checkpoint."""
+def train(config: Config, options: classifier.Options, line: int) -> None:
     torch.set_num_threads(1)  # a process a core
     torch.manual_seed(config.seed)
     rng = torch.Generator(config.device).manual_seed(config.seed)
-    data = digits.mnist(data_root).to(config.device)
-    judge = classifier.load(classifier_file, config.device)
+    data = digits.mnist(options.data_root).to(config.device)
+    judge = classifier.load(options.classifier, config.device)
     generator = generator_of(config.noise_size, config.batch_norm_eps).to(config.device)
     discriminator = discriminator_of().to(config.device)
     g_optimizer, d_optimizer = (optimizer_of(config, net) for net in (generator, discriminator))
@@ -159,8 +144,8 @@ def train(
         if before is not None:
             learned = before["d_on_pattern"] - discriminator(seen[before["pairs"]]).item()
         trace.kept[pairs] = pattern.clone()
-        images = fake.view(-1, 1, 28, 28) * 2 - 1
-        labels = classifier.classify(judge, images)
+        samples = fake.view(-1, 1, 28, 28) * 2 - 1
+        labels = classifier.classify(judge, samples)
         of_a_percent = coverage.counts(labels, digits.CLASSES) >= config.samples / 100
         start = before["pairs"] if before is not None else 0
         row = {
@@ -175,30 +160,18 @@ def train(
             "learned": learned,
             "seconds_a_pair": trace.median("seconds"),
         }
-        return row, as_bytes(images[:49]).cpu()
-
-    parts: dict[str, runs.Stateful] = {"g": generator, "d": discriminator, "trace": trace}
-    parts |= {"g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
-    iterations = runs.iterate(
-        config.checkpoint(folder),
-        asdict(config),
-        parts,
-        rng,
-        evaluate,
-        length=config.pairs,
-        every=config.evaluate_every,
-        resume=resume,
-        bar={"desc": f"{config.label} seed {config.seed}", "position": line, "unit": "pair"},
-    )
+        return row, as_bytes(samples[:49]).cpu()
 
     game = unroll.Criterion(nn.BCELoss())
     unrolled = unroll.UnrolledGeneratorLoss(
         discriminator, d_optimizer, game, unroll_steps=config.unroll_steps
     )
-    for _ in iterations:
+    parts = {"g": generator, "d": discriminator, "trace": trace}
+    parts |= {"g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
+    for _ in study.pairs(config, options, line, parts, rng, evaluate):
         began = time.process_time()
-        images = real()
-        d_loss = game.discriminator_loss(discriminator, generator(noise()).detach(), images)
+        batch = real()
+        d_loss = game.discriminator_loss(discriminator, generator(noise()).detach(), batch)
         d_optimizer.zero_grad()
         d_loss.backward()
         d_gradient = get_total_norm([p.grad for p in discriminator.parameters()])
@@ -206,97 +179,91 @@ def train(
         d_optimizer.step()
         d_update = (parameters_to_vector(discriminator.parameters()).detach() - before).norm()
 
-        g_loss = unrolled(generator(noise()), images)
-        g_optimizer.zero_grad()
-        g_loss.backward()
-        g_optimizer.step()
+        g_loss = unrolled(generator(noise()), batch)
+        study.step(g_optimizer, g_loss)
         spent = time.process_time() - began
         of_d = {"d_loss": d_loss, "d_gradient": d_gradient, "d_update": d_update}
         trace.add(**of_d, g_loss=g_loss, seconds=spent)
-    return config
 
 
-def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what is kept of a run: settings, last metrics, and means over its evaluations."""
+def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
     last, trained = log["history"][-1], log["history"][1:]
-    means = {
-        f"mean_{c}": sum(row[c] for row in trained) / len(trained) for c in gan_mnist.EXPLANATION
-    }
+    means = {f"mean_{c}": sum(row[c] for row in trained) / len(trained) for c in EXPLANATION}
     fooled = sum(row["d_on_pattern"] > 0.5 for row in trained) / len(trained)
-    result = {"player_updates": 2 * config.pairs, **last, **means, "taken_for_real": fooled}
+    result = {**last, **means, "taken_for_real": fooled}
     result["images_a_second"] = config.batch_size / last["seconds_a_pair"]
-    return [records.row("gan_mnist", config, result, log)]
+    row = records.row(record, config, result, log)
+    return [{{"learning_rate": "lr"}.get(name, name): value for name, value in row.items()}]
 
 
-def arguments() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = cli.parser(__doc__)
-    add = parser.add_argument_group("the method").add_argument
-    add(
-        "--optimizers",
-        nargs="+",
-        choices=OPTIMIZERS,
-        default=list(OPTIMIZERS),
-        help="of both networks (default: all)",
-    )
-    cli.add_unroll_steps(add, 0, 5)
-    add = parser.add_argument_group("the experiment").add_argument
-    add(
-        "--preset",
-        choices=PRESETS,
-        default="small",
-        help=f"paper: that README's 200 epochs, 187,400 pairs. small (default): "
-        f"{PRESETS['small'].pairs:,} pairs, all else the same",
-    )
-    add("--lr", type=float, metavar="ETA", help="for all optimizers (default: each its own)")
-    cli.add_iterations(add)
-    add("--evaluate-every", type=cli.positive, metavar="PAIRS", help="default: the preset's")
-    add("--samples", type=cli.positive, metavar="N", help="behind every metric (default: 10000)")
-    add(
-        "--generate",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="train nothing: write 49 samples of this run into --out, one a file and in a grid",
-    )
-    digits.add_data_flag(parser)
-    classifier.add_classifier_flag(parser)
-    cli.add_run_flags(parser, "gan_mnist", figures=True)
-    return parser
+def report(
+    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
+) -> str:
+    table = "classes_of_a_percent", "class_entropy", "variance", "d_gradient", "d_update"
+    how = {"curves": CURVES, "table": table, "ideal": {"d_on_pattern": 0.5, "variance": 1.0}}
+    histories = images.report("gan_mnist_samples", configs, logs, options, **how)
+    return study.sentence(histories, "variance", "has {} of the data's variance")
 
 
-def build(given: Mapping[str, Any]) -> list[Config]:
-    """Return the runs that the command line asks for."""
-    facts = classifier.facts(given.get("classifier"))
-    judge = {"classifier": facts["hash"], "classifier_accuracy": facts["test_accuracy"]}
-    base = replace(cli.chosen(given, PRESETS), **judge)
-    configs = []
-    for seed in range(given["seed"], given["seed"] + given["seeds"]):
-        for k in dict.fromkeys(given["steps"]):
-            for name in dict.fromkeys(given["optimizers"]):
-                rate, momentum, eps = OPTIMIZERS[name]
-                arm = {"optimizer": name, "lr": given.get("lr", rate), "momentum": momentum}
-                own = {"batch_norm_eps": eps, "unroll_steps": k, "seed": seed}
-                configs.append(replace(base, **arm, **own))
-    return configs
+@dataclass(frozen=True)
+class Options(classifier.Options):
+    """Samples of a finished run, the files and the runs."""
+
+    generate: Path | None = None  # train nothing: write 49 samples of this checkpoint into --out
 
 
-def main() -> None:
-    """Train what the command line asks for, record it and draw it; or generate."""
-    parser = arguments()
-    args = parser.parse_args()
+def arms(configs: Sequence[Config], options: Options) -> list[Config]:
+    if options.generate is not None:
+        print(f"Samples are in {generate(options.generate, options.out, options.first_seed)}/.")
+        sys.exit()
+    known = classifier.prepared(options)
+    judge = {"classifier": known["hash"], "classifier_accuracy": known["test_accuracy"]}
+    return [own(replace(config, **judge)) for config in configs]
+
+
+def own(config: Config) -> Config:
+    """Return settings with what makes an optimizer that one."""
+    rate, momentum, eps = OPTIMIZERS[config.optimizer]
+    rate = config.learning_rate or rate
+    return replace(config, learning_rate=rate, momentum=momentum, batch_norm_eps=eps)
+
+
+def generate(checkpoint: Path, folder: Path, seed: int, count: int = 49) -> Path:
+    """Write new samples of a trained generator, one a file and all in a grid."""
     try:
-        if args.generate is not None:
-            folder = gan_mnist.generate(args.generate, args.out, generator_of, args.seed)
-            print(f"Samples are in {folder}/")
-            return
-        digits.mnist(args.data_root)
-        classifier.load(args.classifier)
-    except (OSError, RuntimeError, ValueError) as error:
-        parser.error(str(error))
-    task = partial(train, data_root=args.data_root, classifier_file=args.classifier)
-    configs = cli.carry_out(parser, args, build, task, record_rows, keep=True)
-    gan_mnist.report(args.out, args.figures or args.out, configs)
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        settings = content["settings"]
+        generator = generator_of(settings["noise_size"], settings["batch_norm_eps"]).eval()
+        generator.load_state_dict(content["parts"]["g"])
+    except Exception as error:  # pickle, zip and torch have one each
+        raise ValueError(
+            f"--generate must be a checkpoint of gan_mnist.py, {checkpoint} is none ({error}): "
+            "they are in the folder checkpoints/ of --out"
+        ) from error
+    target = folder / "generated" / checkpoint.stem
+    if target.exists():
+        raise ValueError(f"--out must not hold these samples already, there is {target}")
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        samples = generator(torch.randn(count, settings["noise_size"], generator=rng))
+    samples = samples.view(-1, 1, 28, 28) * 2 - 1
+    for number, image in enumerate(samples):
+        pictures.write(target / f"{number:02}.png", image[None], columns=1)
+    pictures.write(target / "grid.png", samples, columns=7)
+    return target
 
 
+main = partial(
+    study.main,
+    __doc__,
+    PRESETS,
+    train,
+    report,
+    "gan_mnist",
+    {"optimizer": tuple(OPTIMIZERS), "unroll_steps": (0, 5)},
+    options=Options(),
+    arms=arms,
+    rows=rows,
+)
 if __name__ == "__main__":
     main()

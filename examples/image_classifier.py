@@ -10,7 +10,6 @@ features rank generators; they are comparable with nothing that was computed by 
     python examples/evaluate.py FAKE REAL --features runs/image_classifier/checkpoints/FILE.pt
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,34 +18,40 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from lab import cli, runs
+from lab import study
 from lab.data import image_folder
 from lab.metrics.features import Classifier, Extractor, classes, fingerprint
 from torch import Tensor
 
-EXPERIMENT = "image_classifier"
 SHIFT = 4  # pixels at most, of an augmented image
 WARM_UP = 0.2  # of the training
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(study.OneModel):
     """A training: SGD with momentum and a learning rate that rises and falls linearly."""
 
     unroll_steps: ClassVar[int] = 0  # there is no game
-    width: int = 24
-    epochs: int = 8
-    batch_size: int = 128
-    peak_lr: float = 0.15
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    seed: int = 0
-    device: str = "cpu"
+    grows: ClassVar[str] = ""  # the rate falls to the end
+    evaluate_every: ClassVar[int] = 1
+    width: int = 24  # channels of the first layer
+    epochs: int = 8  # passes over the training images
+    batch_size: int = 128  # of every update
+    peak_lr: float = 0.15  # the highest learning rate
+    momentum: float = 0.9  # Nesterov's
+    weight_decay: float = 5e-4  # of all parameters
     data: str = ""
 
-    def checkpoint(self, folder: Path) -> Path:
-        """Return where the classifier is kept."""
-        return folder / "checkpoints" / f"width{self.width}-seed{self.seed}.pt"
+    @property
+    def label(self) -> str:
+        return f"width{self.width}"
+
+
+@dataclass(frozen=True)
+class Options(study.Options):
+    """The images, and the runs."""
+
+    data_root: Path | None = None  # folders train and test, with one for each class; else CIFAR-10
 
 
 def augmented(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -58,50 +63,31 @@ def augmented(images: Tensor, rng: torch.Generator) -> Tensor:
     return padded[:, :, up : up + height, left : left + width]
 
 
-def train(config: Config, line: int, *, folder: Path, resume: bool, root: Path | None) -> Config:
-    """Train the classifier; what comes of it is in its checkpoint."""
+def train(config: Config, options: Options, line: int) -> None:
     torch.set_num_threads(1)
-    data, test = (image_folder.load(root, split=split) for split in ("train", "test"))
+    data, test = (image_folder.load(options.data_root, split=s) for s in image_folder.SPLITS)
     pixels, labels = (part.to(config.device) for part in (data.pixels, data.labels))
     torch.manual_seed(config.seed)
     rng = torch.Generator(config.device).manual_seed(config.seed)
     network = Classifier(len(data.classes), config.width).to(config.device)
-    optimizer = torch.optim.SGD(
-        network.parameters(),
-        config.peak_lr,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=True,
-    )
+    how = {"weight_decay": config.weight_decay, "nesterov": True}
+    optimizer = torch.optim.SGD(network.parameters(), config.peak_lr, config.momentum, **how)
 
     def evaluate(_: int, __: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
-        extractor = Extractor("classifier", network.eval(), config.device)
-        guesses = classes(extractor(test.pixels))
+        guesses = classes(Extractor("classifier", network.eval(), config.device)(test.pixels))
         network.train()
-        right = (guesses == test.labels).double().mean().item()
         return {
             "data": data.name,
             "train_images": len(data.labels),
             "test_images": len(test.labels),
-            "test_accuracy": 100 * right,
+            "test_accuracy": 100 * (guesses == test.labels).double().mean().item(),
             "weights": fingerprint(network),
         }, None
 
-    epochs = runs.iterate(
-        config.checkpoint(folder),
-        asdict(config),
-        {"net": network, "sgd": optimizer},
-        rng,
-        evaluate,
-        length=config.epochs,
-        every=1,
-        resume=resume,
-        bar={"desc": f"classifier of {data.name}", "position": line, "unit": "epoch"},
-        counts="epochs",
-    )
-    for epoch in epochs:
-        order = torch.randperm(len(labels), generator=rng, device=rng.device)
-        batches = order.split(config.batch_size)
+    parts = {"net": network, "sgd": optimizer}
+    for epoch in study.pairs(config, options, line, parts, rng, evaluate):
+        batches = torch.randperm(len(labels), generator=rng, device=rng.device)
+        batches = batches.split(config.batch_size)
         for step, chosen in enumerate(batches):
             done = (epoch - 1 + (step + 0.5) / len(batches)) / config.epochs
             rate = config.peak_lr * min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
@@ -111,55 +97,44 @@ def train(config: Config, line: int, *, folder: Path, resume: bool, root: Path |
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return config
 
 
-def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what is kept of a finished training."""
-    last = log["history"][-1]
-    return [{"experiment": EXPERIMENT} | asdict(config) | last | log["provenance"]]
+def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
+    row = {"experiment": record} | asdict(config) | log["history"][-1]
+    del row["preset"]
+    return [row | log["provenance"]]
 
 
-def arguments() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = cli.parser(__doc__)
-    add = parser.add_argument_group("the classifier").add_argument
-    add(
-        "--data-root",
-        type=Path,
-        metavar="FOLDER",
-        help="train and test folders, with a folder of images for each class (default: CIFAR-10)",
+def report(configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: Options) -> str:
+    return "\n".join(
+        f"{config.checkpoint(options.out)}: {log['history'][-1]['test_accuracy']:.1f} % of "
+        f"{log['history'][-1]['test_images']:,} test images"
+        for config, log in zip(configs, logs, strict=True)
     )
-    add("--width", type=cli.positive, help="channels of the first layer (default: 24)")
-    add("--epochs", type=cli.positive, help="passes over the training images (default: 8)")
-    add("--batch-size", type=cli.positive, metavar="N", help="default: 128")
-    cli.add_run_flags(parser, EXPERIMENT)
-    return parser
 
 
-def build(given: Mapping[str, Any]) -> list[Config]:
-    """Return the settings that the command line asks for."""
-    known = {name: value for name, value in given.items() if name in Config.__match_args__}
-    train, test = (image_folder.load(given.get("data_root"), split=s) for s in image_folder.SPLITS)
-    if torch.equal(train.pixels, test.pixels):
+def arms(configs: Sequence[Config], options: Options) -> list[Config]:
+    data, test = (image_folder.load(options.data_root, split=s) for s in image_folder.SPLITS)
+    if torch.equal(data.pixels, test.pixels):
         raise ValueError(
-            f"--data-root must have test images apart, {given['data_root']} has no folder test: "
+            f"--data-root must have test images apart, {options.data_root} has no folder test: "
             "put some of the images there, and the others in train"
         )
-    first = Config(**known, data=f"{train.name}, {len(train.pixels):,} images")
-    return [replace(first, seed=first.seed + number) for number in range(given["seeds"])]
+    name = f"{data.name}, {len(data.pixels):,} images"
+    return [replace(config, data=name) for config in configs]
 
 
-def main() -> None:
-    """Train it, and say how good it is."""
-    parser = arguments()
-    args = parser.parse_args()
-    task = partial(train, root=args.data_root)
-    for config in cli.carry_out(parser, args, build, task, record_rows, length="", keep=True):
-        file = config.checkpoint(args.out)
-        last = runs.read_log(file)["history"][-1]
-        print(f"{file}: {last['test_accuracy']:.1f} % of {last['test_images']:,} test images")
-
-
+main = partial(
+    study.main,
+    __doc__,
+    {"default": Config("default")},
+    train,
+    report,
+    "image_classifier",
+    {},
+    options=Options(),
+    arms=arms,
+    rows=rows,
+)
 if __name__ == "__main__":
     main()

@@ -5,20 +5,19 @@ Adversarial Networks" (ICLR 2017, https://arxiv.org/abs/1611.02163): G's loss is
 ensemble of N discriminators of the past, the last N, or one in every so many. Does looking back do
 what looking ahead does? The paper: no, and longer delays make the game less stable.
 
-    python examples/mog_history.py                              Figs. App.1 and App.2, three seeds
-    python examples/mog_history.py --members 5 --delays 100     one of their rows
+    python examples/mog_history.py                              both figures, three models each
+    python examples/mog_history.py --members 1 5 --delays 100   some of their rows
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from lab import appendix, cli, planar, runs, seeds
-from lab.appendix import QUICK
+from lab import planar, seeds, study
+from lab.data.mixtures import Mixture, ring
+from lab.networks.perceptrons import Scale
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import softplus
@@ -29,41 +28,31 @@ DELAYED = 5  # members of the ensembles with a delay, Fig. App.2
 
 
 @dataclass(frozen=True)
-class Config(appendix.Settings):
-    """Runs of one setting, the seeds side by side.
+class Config(study.SideBySide):
+    """The settings: Appendix A's. "Ours" marks a choice where the paper is silent."""
 
-    With `live`, the newest member is D as it is; else it is D as it was when last sampled.
-    """
-
-    members: int = 1
-    delay: int = 1
-    live: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be trained."""
-        super().__post_init__()
-        for name in ("members", "delay"):
-            if getattr(self, name) <= 0:
-                flag = name.replace("delay", "delays")
-                raise ValueError(f"--{flag} must be positive, got {getattr(self, name)}")
+    unroll_steps: int = 0  # look-ahead steps of D in G's loss, without an ensemble
+    generator_steps: int = 1  # updates of G a pair
+    learning_rate: float = 1e-4  # Adam's, of both players
+    samples: int = 2500  # behind every metric
+    evaluate_every: int = 250  # pairs
+    members: int = 1  # N; 1 is the standard GAN
+    delay: int = 1  # updates of D from one member to the next
+    live: bool = True  # whether the newest member is D as it is, and not as last sampled (ours)
+    pairs: int = 25_000  # of an update of D and one of G
+    batch_size: int = 512  # ours
 
     @property
     def label(self) -> str:
-        """Return the name of the setting in figures."""
         if self.unroll_steps:
             return f"K = {self.unroll_steps}"
         if self.delay == 1:
             return f"N = {self.members}"
         return f"delay {self.delay}" + ", sampled" * (not self.live)
 
-    def checkpoint(self, folder: Path) -> Path:
-        """Return where the runs are kept."""
-        arm = f"K{self.unroll_steps}-N{self.members}-delay{self.delay}"
-        arm += "-sampled" * (not self.live)
-        return folder / "checkpoints" / f"{arm}-seeds{self.first_seed}+{self.seeds}.pt"
 
-
-PRESETS = {"quick": Config(**QUICK), "paper": Config()}
+QUICK = {"learning_rate": 1e-3, "batch_size": 256, "pairs": 3500, "evaluate_every": 50}
+PRESETS = {"quick": Config("quick", **QUICK), "paper": Config()}
 
 
 class Ensemble(nn.Module):
@@ -99,142 +88,105 @@ class Ensemble(nn.Module):
         self.updates += 1
 
     def __len__(self) -> int:
-        """Return how many members there are already."""
         return min(-(-int(self.updates) // self.delay), self.size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return all members' logits of every seed's samples, `(members * seeds, 1, samples)`."""
         past = {n: self.get_buffer(n.replace(".", "_"))[: len(self)] for n in self.names}
         side_by_side = {name: stack.flatten(0, 1) for name, stack in past.items()}
-        (discriminator,) = self.discriminator
-        return functional_call(discriminator, side_by_side, x.repeat(len(self), 1, 1))
+        return functional_call(self.discriminator[0], side_by_side, x.repeat(len(self), 1, 1))
 
 
-def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
-    """Train the GANs of all seeds; what comes of them is in their checkpoint."""
-    players = appendix.players(config)
-    ensemble = Ensemble(
-        players.discriminator, members=config.members, delay=config.delay, live=config.live
+def data(config: Config) -> Mixture:
+    return ring(8, radius=2.0, deviation=0.02, device=config.device)
+
+
+def train(config: Config, options: study.Options, line: int) -> None:
+    torch.set_num_threads(1)  # the networks are tiny
+    rngs = seeds.generators(config)
+    mixture = data(config)
+    layers = partial(seeds.perceptrons, activation="relu", rngs=rngs, gain=0.8)
+    generator = layers([256, 128, 128, 2])
+    discriminator = nn.Sequential(Scale(0.25), *layers([2, 128, 1]))
+    g_optimizer, d_optimizer = (
+        torch.optim.Adam(network.parameters(), config.learning_rate, (0.5, 0.999))
+        for network in (generator, discriminator)
     )
+    ensemble = Ensemble(discriminator, members=config.members, delay=config.delay, live=config.live)
+
+    def noise(count: int = config.batch_size) -> Tensor:
+        return rngs.normal(count, 256).mT.contiguous()
+
+    def real() -> Tensor:
+        return rngs.draw(lambda rng: mixture.sample(config.batch_size, rng).T)
+
+    game = seeds.SideBySide(unroll.Minimax(), config.seeds)
     unrolled = unroll.UnrolledGeneratorLoss(
-        players.discriminator, players.d_optimizer, players.game, unroll_steps=config.unroll_steps
+        discriminator, d_optimizer, game, unroll_steps=config.unroll_steps
     )
-    iterations = players.iterate(
-        folder,
-        resume=resume,
-        label=config.label,
-        line=line,
-        evaluate=partial(appendix.look, players),
-        ensemble=ensemble,
-    )
-    for _ in iterations:
-        players.train_discriminator()
+    evaluate = planar.evaluation(generator, noise(config.samples), mixture, window=planar.WINDOW)
+    parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    parts |= {"ensemble": ensemble}
+    for _ in study.pairs(config, options, line, parts, rngs, evaluate):
+        fake = generator(noise()).detach()
+        study.step(d_optimizer, game.discriminator_loss(discriminator, fake, real()))
         ensemble.follow()
-        fake, real = players.fake(), players.real()
+
+        fake, images = generator(noise()), real()
         if config.unroll_steps:
-            players.follow(unrolled(fake, real))
-        else:  # f, but for its real-data term, which is constant in theta_G here
-            players.follow(-config.seeds * softplus(ensemble(fake)).mean())
-    return config
+            study.step(g_optimizer, unrolled(fake, images))
+        else:  # f, without its real-data term, which is constant in theta_G here
+            study.step(g_optimizer, -config.seeds * softplus(ensemble(fake)).mean())
 
 
-def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what is kept of finished runs."""
-    return appendix.record_rows("mog_history", config, log)
-
-
-def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
-    """Write the time series and the figures, and print the tables."""
-    folder = args.figures or args.out
-    logs = {c: runs.read_log(c.checkpoint(args.out)) for c in configs}
-    fifth = {c: log for c, log in logs.items() if c.members == DELAYED}
+def report(
+    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
+) -> str:
+    runs = list(zip(configs, logs, strict=True))
     figures = {
-        "ensembles": {c.label: log for c, log in logs.items() if c.delay == 1},
-        "delays": {f"delay {c.delay}": log for c, log in fifth.items() if c.live},
-        "sampled": {
-            f"delay {c.delay}": log for c, log in fifth.items() if c.delay == 1 or not c.live
-        },
+        "ensembles": [(c, log) for c, log in runs if c.delay == 1],
+        "delays": [(c, log) for c, log in runs if c.members == DELAYED and c.live],
+        "sampled": [(c, log) for c, log in runs if c.members == DELAYED and not c.live],
     }
-    first = configs[0]
+    how = {"table": (*planar.TABLE, "percent_outside")}
     for name, shown in figures.items():
         if shown:
-            planar.report(
-                f"mog_history_{name}",
-                shown,
-                appendix.mixture(),
-                folder=folder,
-                seed=first.first_seed,
-                caption=f"preset {first.preset}",
-            )
-    named = {c.label: log for c, log in logs.items()}
-    seeds.write_series(args.out, named, first.first_seed)
-    cli.written(args, folder)
+            own = zip(*shown, strict=True)
+            planar.report_by(lambda _: f"mog_history_{name}", data, *own, options, **how)  # noqa: B023
+    return study.sentence(study.histories(configs, logs), "modes", "holds {} of 8 modes")
 
 
-def arguments() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = cli.parser(__doc__)
-    add = parser.add_argument_group("the method").add_argument
-    add(
-        "--members",
-        dest="sizes",
-        type=int,
-        nargs="*",
-        default=[1, 5, 20, 50],
-        metavar="N",
-        help="sizes of the ensembles of the last N discriminators; 1 is the standard GAN "
-        "(default: 1 5 20 50)",
-    )
-    add(
-        "--delays",
-        type=int,
-        nargs="*",
-        default=[10, 100, 500],
-        metavar="STEPS",
-        help=f"updates of D from one of {DELAYED} members to the next (default: 10 100 500)",
-    )
-    add(
-        "--newest",
-        nargs="+",
-        choices=("live", "sampled"),
-        default=("live", "sampled"),
-        help="the newest member of an ensemble with a delay: D as it is, or as it was when last "
-        "sampled; the paper does not say (default: both)",
-    )
-    text = "look-ahead steps of D in the generator's loss, without an ensemble, to compare with"
-    cli.add_unroll_steps(add, 10, nargs="*", text=text)
-    add = parser.add_argument_group("the experiment").add_argument
-    add(
-        "--preset",
-        choices=PRESETS,
-        default="quick",
-        help="paper: Appendix A. quick (default), as in mog.py: both learning rates 1e-3 for 1e-4, "
-        "batches of 256 for 512 and 3,500 pairs for 25,000",
-    )
-    cli.add_iterations(add)
-    cli.add_run_flags(parser, "mog_history", seeds=3, figures=True)
-    return parser
+@dataclass(frozen=True)
+class Options(study.Options):
+    """The ensembles, and the runs."""
+
+    seeds: int = 3  # models of each setting
+    delays: tuple[int, ...] = (10, 100, 500)  # of ensembles of 5, Fig. App.2
+    ahead: tuple[int, ...] = (10,)  # look-ahead steps without an ensemble, to compare with
 
 
-def build(given: Mapping[str, Any]) -> list[Config]:
-    """Return the settings that the command line asks for."""
-    base = cli.chosen(given, PRESETS)
-    arms: list[dict[str, Any]] = [{"members": size} for size in given["sizes"]]
-    arms += [
-        {"members": DELAYED, "delay": delay, "live": newest == "live" or delay == 1}
-        for newest in given["newest"]
-        for delay in given["delays"]
+def arms(configs: Sequence[Config], options: Options) -> list[Config]:
+    first = configs[0]
+    delayed = [
+        replace(first, members=DELAYED, delay=delay, live=live)
+        for live in (True, False)
+        for delay in options.delays
     ]
-    arms += [{"unroll_steps": k} for k in given["steps"]]
-    return list(dict.fromkeys(replace(base, **arm) for arm in arms))
+    ahead = [replace(first, members=1, unroll_steps=k) for k in options.ahead]
+    return [*configs, *delayed, *ahead]
 
 
-def main() -> None:
-    """Train what the command line asks for, record it and draw it."""
-    parser = arguments()
-    args = parser.parse_args()
-    report(args, cli.carry_out(parser, args, build, train, record_rows))
-
-
+main = partial(
+    study.main,
+    __doc__,
+    PRESETS,
+    train,
+    report,
+    "mog_history",
+    {"members": (1, 5, 20, 50)},
+    options=Options(),
+    arms=arms,
+    rows=planar.late_rows,
+)
 if __name__ == "__main__":
     main()

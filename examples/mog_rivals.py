@@ -20,21 +20,19 @@ of the others, and what makes it that method from its own paper or code:
 The rest of the optimizer is Adam with betas (0.5, 0.999). With K > 0 the generator's loss is the
 method's own at the discriminator K steps ahead, whose loss has the method's penalties.
 
-    python examples/mog_rivals.py                       all methods, K=0 and K=5, 1,500 updates of G
-    python examples/mog_rivals.py --methods GAN PacGAN2 --data ring
+    python examples/mog_rivals.py                       all methods, K = 0 and 5, 1,500 updates of G
+    python examples/mog_rivals.py --method GAN PacGAN2 --data ring
 """
 
-import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lab import cli, planar, records, runs, seeds
-from lab.data.mixtures import CEILING, TABLE, Mixture, grid, ring
+from lab import planar, seeds, study
+from lab.data.mixtures import Mixture, grid, ring
 from lab.figures import costs, plots
 from lab.networks.perceptrons import Scale
 from torch import Tensor, nn
@@ -68,44 +66,31 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class Config:
-    """Runs of one setting, the seeds side by side."""
+class Config(study.SideBySide):
+    """The settings: Appendix A of the unrolled paper, with two hidden layers in D, too."""
 
-    preset: str = "full"
-    data: str = "ring"
-    method: str = "GAN"
-    unroll_steps: int = 0
-    learning_rate: float = 1e-4  # of both players
-    noise_size: int = 256
+    data: Literal["ring", "grid"] = "ring"  # the paper's ring, or the grid of VEEGAN and PacGAN
+    method: Literal[tuple(METHODS)] = "GAN"  # see above
+    unroll_steps: int = 0  # K, look-ahead steps of D in G's loss; 0 is the method alone
+    learning_rate: float = 1e-4  # Adam's, of both players
+    noise_size: int = 256  # of the generator's input
     width: int = 128  # of two hidden ReLU layers in either network
     input_scale: float = 0.25  # of D
-    samples: int = 2500
-    evaluate_every: int = 500
-    device: str = "cpu"
+    samples: int = 2500  # behind every metric
+    evaluate_every: int = 500  # updates of G
     pairs: int = 25_000  # updates of G
     batch_size: int = 512
-    first_seed: int = 0
-    seeds: int = 10
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be trained."""
-        cli.check(self, pairs="iterations", learning_rate="learning-rate")
 
     @property
     def label(self) -> str:
-        """Return the name of the setting."""
-        return f"{self.method}, K = {self.unroll_steps}"
-
-    def checkpoint(self, folder: Path) -> Path:
-        """Return where the runs are kept."""
-        setting = f"{self.data}-{self.method.replace(' ', '-')}-K{self.unroll_steps}"
-        name = f"{setting}-lr{self.learning_rate:g}-seeds{self.first_seed}+{self.seeds}.pt"
-        return folder / "checkpoints" / name
+        return f"{self.data}, {self.method}, K = {self.unroll_steps}"
 
 
+FULL = Config("full")
 PRESETS = {
-    "quick": Config(
-        "quick",
+    "quick": replace(
+        FULL,
+        preset="quick",
         learning_rate=1e-3,
         noise_size=64,
         width=64,
@@ -113,12 +98,12 @@ PRESETS = {
         pairs=1500,
         batch_size=128,
     ),
-    "full": Config("full"),
+    "full": FULL,
 }
 
 
 def mixture_of(config: Config) -> Mixture:
-    """Return the paper's ring of eight, or the grid of VEEGAN and PacGAN."""
+    """Return the data."""
     if config.data == "grid":
         return grid(radius=4.0, deviation=0.05, device=config.device)
     return ring(radius=2.0, deviation=0.02, device=config.device)
@@ -141,56 +126,57 @@ class Discriminators(nn.Module):
         self.layers = nn.Sequential(Scale(config.input_scale), layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
         logits: Tensor = self.layers(x.reshape(self.shape).mT)
         return logits.flatten()
 
 
-def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
-    """Train the GANs of all seeds; what comes of them is in their checkpoint."""
+def train(config: Config, options: study.Options, line: int) -> None:
     torch.set_num_threads(1)  # the networks are tiny
     method = METHODS[config.method]
     rngs = seeds.generators(config)
-    players = planar.Players(
-        config,
-        rngs,
-        mixture_of(config),
-        partial(rngs.normal, config.noise_size),
-        seeds.perceptrons([config.noise_size, config.width, config.width, 2], "relu", rngs),
-        Discriminators(config, method.packing, rngs),
-        method.game,
-        rates=(config.learning_rate, config.learning_rate),
-        betas=method.betas,
+    mixture, width = mixture_of(config), config.width
+    generator = seeds.perceptrons([config.noise_size, width, width, 2], "relu", rngs)
+    discriminator = Discriminators(config, method.packing, rngs)
+    g_optimizer, d_optimizer = (
+        torch.optim.Adam(network.parameters(), config.learning_rate, method.betas)
+        for network in (generator, discriminator)
     )
-    players.batch_size *= method.packing
-    players.updates = 1 + method.discriminator_steps
+    batch_size = config.batch_size * method.packing
 
-    def pair() -> Iterator[Tensor]:
+    def batches() -> Iterator[Tensor]:
         """Return generated samples and data, the first seed's first."""
-        return (x.mT.flatten(0, 1) for x in (players.fake(), players.real()))
+        fake = generator(rngs.normal(config.noise_size, batch_size))
+        real = rngs.draw(lambda rng: mixture.sample(batch_size, rng).T)
+        return (x.mT.flatten(0, 1) for x in (fake, real))
 
+    updates = 1 + method.discriminator_steps
+    held_out = rngs.normal(config.noise_size, config.samples)
+    look = planar.evaluation(generator, held_out, mixture, updates=updates)
     ticked = time.process_time()
 
     def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
         nonlocal ticked
         spent, ticked = time.process_time() - ticked, time.process_time()
-        row, snapshot = players.evaluate(pairs, earlier)
+        row, snapshot = look(pairs, earlier)
         before = earlier[-1]["cpu_seconds"] if earlier else 0.0
         return row | {"cpu_seconds": round(before + spent, 1)}, snapshot
 
+    game = seeds.SideBySide(method.game, config.seeds)
     unrolled = unroll.UnrolledGeneratorLoss(
-        players.discriminator, players.d_optimizer, players.game, unroll_steps=config.unroll_steps
+        discriminator, d_optimizer, game, unroll_steps=config.unroll_steps
     )
-    label = f"{config.data}, {config.label}"
-    iterations = players.iterate(folder, resume=resume, label=label, line=line, evaluate=evaluate)
-    for iteration in iterations:
+    parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    for iteration in study.pairs(config, options, line, parts, rngs, evaluate):
         torch.manual_seed(iteration)  # GradientPenalty's points: the same in a resumed run
         for _ in range(method.discriminator_steps):
-            players.train_discriminator(*pair())
+            fake, real = batches()
+            study.step(d_optimizer, game.discriminator_loss(discriminator, fake.detach(), real))
 
-        weight = method.gradient_norm
-        players.follow(regularised(unrolled, *pair(), weight) if weight else unrolled(*pair()))
-    return config
+        if method.gradient_norm:
+            g_loss = regularised(unrolled, *batches(), method.gradient_norm)
+        else:
+            g_loss = unrolled(*batches())
+        study.step(g_optimizer, g_loss)
 
 
 def regularised(
@@ -205,97 +191,48 @@ def regularised(
     return loss + weight * sum(gradient.square().sum() for gradient in gradients)
 
 
-record_rows = partial(seeds.record_rows, "mog_rivals")
-
-
-def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
-    """Write the time series and the figures, and print the tables."""
-    folder = args.figures or args.out
-    everything, panels = {}, {}
+def report(
+    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
+) -> str:
+    folder, first = options.figures or options.out, configs[0]
+    histories, kept = study.histories(configs, logs), study.first_logs(configs, logs)
+    study.table(histories, *planar.TABLE, "cpu_seconds")
+    panels = {}
     for data in dict.fromkeys(config.data for config in configs):
         own = [config for config in configs if config.data == data]
-        logs = {c.label: runs.read_log(c.checkpoint(args.out)) for c in own}
-        histories = {label: seeds.histories(log) for label, log in logs.items()}
-        print(f"\nThe {data}; perfect samples have {CEILING:.2f} % high quality (HQ).\n")
-        print(records.table(histories, {**TABLE, "cpu_seconds": "CPU seconds"}))
-        everything |= {f"{data}, {label}": log for label, log in logs.items()}
-        lines: dict[str, list[Any]] = {config.method: [] for config in own}
+        methods = list(dict.fromkeys(config.method for config in own))
+        points: dict[str, list[Any]] = {method: [] for method in methods}
+        samples: dict[str, list[Tensor]] = {}
         for config in own:
             last = [history[-1] for history in histories[config.label]]
-            lines[config.method].append((last[0]["cpu_seconds"], [row["modes"] for row in last]))
-        panels[f"the {data}"] = lines
-        draw(folder / f"mog_rivals_{data}.png", own, logs)
-    seconds = f"CPU seconds of {configs[0].seeds} seeds"
+            points[config.method].append((last[0]["cpu_seconds"], [row["modes"] for row in last]))
+            shown = samples.setdefault(f"K = {config.unroll_steps}", [])
+            shown.append(kept[config.label]["snapshots"][-1][0])
+        panels[f"the {data}"], mixture = points, mixture_of(own[0])
+        plots.heat_maps(
+            folder / f"mog_rivals_{data}.png",
+            samples,
+            [method.replace(" ", "\n") for method in methods],
+            mixture.sample(first.samples, torch.Generator().manual_seed(first.first_seed)),
+            extent=1.25 * mixture.means.abs().max().item(),
+            caption=f"after {first.pairs:,} updates of G (preset {first.preset}, "
+            f"seed {first.first_seed})",
+        )
+    seconds = f"CPU seconds of {first.seeds} seeds"
     path = folder / "mog_rivals_costs.png"
     costs.chart(path, panels, seconds=seconds, metric="modes covered", hollow=True)
-    seeds.write_series(args.out, everything, configs[0].first_seed)
-    cli.written(args, folder)
+    return study.sentence(histories, "modes", "covers {} modes")
 
 
-def draw(path: Path, configs: Sequence[Config], logs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw the first seed's samples at the end, a row a K and a column a method."""
-    first, mixture = configs[0], mixture_of(configs[0])
-    methods = list(dict.fromkeys(config.method for config in configs))
-
-    def samples(method: str, k: int) -> Tensor:
-        label = replace(first, method=method, unroll_steps=k).label
-        last: Tensor = logs[label]["snapshots"][-1][0]
-        return last
-
-    plots.heat_maps(
-        path,
-        {
-            f"K = {k}": [samples(method, k) for method in methods]
-            for k in dict.fromkeys(config.unroll_steps for config in configs)
-        },
-        [method.replace(" ", "\n") for method in methods],
-        mixture.sample(first.samples, torch.Generator().manual_seed(first.first_seed)),
-        extent=1.25 * mixture.means.abs().max().item(),
-        caption=f"after {first.pairs:,} updates of G (preset {first.preset}, "
-        f"seed {first.first_seed})",
-    )
-
-
-def arguments() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = cli.parser(__doc__)
-    add = parser.add_argument_group("the method").add_argument
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
-    text = "look-ahead steps of D in the generator's loss; 0 is the method alone"
-    cli.add_unroll_steps(add, 0, 5, text=text)
-    add = parser.add_argument_group("the experiment").add_argument
-    add("--data", dest="mixtures", nargs="+", choices=("ring", "grid"), default=["ring", "grid"])
-    add(
-        "--preset",
-        choices=PRESETS,
-        default="quick",
-        help="full: the widths, learning rates, batches and length of the unrolled paper's "
-        "Appendix A. quick (default): 64 units a layer for 128, batches of 128 for 512, learning "
-        "rates of 1e-3 for 1e-4, 1,500 updates of G for 25,000",
-    )
-    add("--learning-rate", type=float, metavar="ETA", help="of both players")
-    cli.add_iterations(add, "updates of G", metavar="N")
-    cli.add_run_flags(parser, "mog_rivals", seeds=10, figures=True)
-    return parser
-
-
-def build(given: Mapping[str, Any]) -> list[Config]:
-    """Return the settings that the command line asks for."""
-    base = cli.chosen(given, PRESETS)
-    return [
-        replace(base, data=data, method=method, unroll_steps=k)
-        for data in given["mixtures"]
-        for k in given["steps"]
-        for method in given["methods"]
-    ]
-
-
-def main() -> None:
-    """Train what the command line asks for, record it and draw it."""
-    parser = arguments()
-    args = parser.parse_args()
-    report(args, cli.carry_out(parser, args, build, train, record_rows))
-
-
+main = partial(
+    study.main,
+    __doc__,
+    PRESETS,
+    train,
+    report,
+    "mog_rivals",
+    {"data": ("ring", "grid"), "method": tuple(METHODS), "unroll_steps": (0, 5)},
+    options=study.Options(seeds=10),
+)
 if __name__ == "__main__":
     main()

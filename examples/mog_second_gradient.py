@@ -6,22 +6,20 @@ Adversarial Networks" (ICLR 2017, https://arxiv.org/abs/1611.02163): the whole g
 and with five generator steps per discriminator step. The size of the second term, against the
 first, is measured over training.
 
-    python examples/mog_second_gradient.py                          everything, five seeds
+    python examples/mog_second_gradient.py                          everything, five models each
     python examples/mog_second_gradient.py --unroll-steps 3 --generator-steps 1
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lab import appendix, cli, records, runs, seeds
-from lab.data.mixtures import TABLE
-from lab.figures import plots
-from torch import Tensor
+from lab import planar, seeds, study
+from lab.data.mixtures import Mixture, ring
+from lab.networks.perceptrons import Scale
+from torch import Tensor, nn
 
 import unroll
 
@@ -30,7 +28,6 @@ GRADIENTS = {
     "first": {"stop_gradient": True},
     "averaged": {"stop_gradient": True, "average": True},
 }
-NAMES = {"full": "both terms", "first": "first term", "averaged": "first term, averaged"}
 CURVES = {
     "modes": "modes captured",
     "percent_outside": "samples outside the figures (%)",
@@ -40,60 +37,83 @@ CURVES = {
 
 
 @dataclass(frozen=True)
-class Config(appendix.Settings):
-    """Runs of one setting, the seeds side by side. `pairs` are of one D update and its G's."""
+class Config(study.SideBySide):
+    """The settings: Appendix A's. "Ours" marks a choice where the paper is silent."""
 
+    unroll_steps: int = 0  # K, look-ahead steps of D in G's loss
+    generator_steps: int = 1  # updates of G for each of D; 5 keeps D out of equilibrium
+    learning_rate: float = 1e-4  # Adam's, of both players
+    samples: int = 2500  # behind every metric
+    evaluate_every: int = 250  # pairs
     stop_gradient: bool = False
     average: bool = False
-    seeds: int = 5
+    pairs: int = 25_000  # with more G steps, fewer: the same number of updates in all
+    batch_size: int = 512  # ours
 
     @property
     def gradient(self) -> str:
-        """Return the name of the gradient that G follows."""
         return "averaged" if self.average else "first" if self.stop_gradient else "full"
 
-    def checkpoint(self, folder: Path) -> Path:
-        """Return where the runs are kept."""
-        arm = f"{self.gradient}-K{self.unroll_steps}-{self.generator_steps}to1"
-        return folder / "checkpoints" / f"{arm}-seeds{self.first_seed}+{self.seeds}.pt"
+    @property
+    def label(self) -> str:
+        return f"{self.generator_steps}:1, {self.gradient}, K = {self.unroll_steps}"
 
 
-PRESETS = {
-    "quick": Config("quick", learning_rate=2e-3, batch_size=128, pairs=1200, evaluate_every=30),
-    "paper": Config(),
-}
+QUICK = {"learning_rate": 2e-3, "batch_size": 128, "pairs": 1200, "evaluate_every": 30}
+PRESETS = {"quick": Config("quick", **QUICK), "paper": Config()}
 
 
-def train(config: Config, line: int, *, folder: Path, resume: bool) -> Config:
-    """Train the GANs of all seeds; what comes of them is in their checkpoint."""
-    players = appendix.players(config)
-    generator, size = players.generator, config.batch_size
+def data(config: Config) -> Mixture:
+    return ring(8, radius=2.0, deviation=0.02, device=config.device)
+
+
+def train(config: Config, options: study.Options, line: int) -> None:
+    torch.set_num_threads(1)  # the networks are tiny
+    rngs = seeds.generators(config)
+    mixture = data(config)
+    layers = partial(seeds.perceptrons, activation="relu", rngs=rngs, gain=0.8)
+    generator = layers([256, 128, 128, 2])
+    discriminator = nn.Sequential(Scale(0.25), *layers([2, 128, 1]))
+    g_optimizer, d_optimizer = (
+        torch.optim.Adam(network.parameters(), config.learning_rate, (0.5, 0.999))
+        for network in (generator, discriminator)
+    )
+
+    def noise(count: int = config.batch_size) -> Tensor:
+        return rngs.normal(count, 256).mT.contiguous()
+
+    def real(rngs: seeds.Generators = rngs) -> Tensor:
+        return rngs.draw(lambda rng: mixture.sample(config.batch_size, rng).T)
+
+    game = seeds.SideBySide(unroll.Minimax(), config.seeds)
     look_ahead = partial(
         unroll.UnrolledGeneratorLoss,
-        players.discriminator,
-        players.d_optimizer,
-        players.game,
+        discriminator,
+        d_optimizer,
+        game,
         unroll_steps=config.unroll_steps,
     )
     unrolled = look_ahead(stop_gradient=config.stop_gradient, average=config.average)
-    whole = look_ahead()
-    held_out = players.held_out[..., :size], players.real(seeds.generators(config))
+    whole, held_out = look_ahead(), noise(config.samples)
+    a_batch = held_out[..., : config.batch_size], real(seeds.generators(config))
+    updates = 1 + config.generator_steps
+    look = planar.evaluation(generator, held_out, mixture, updates=updates, window=planar.WINDOW)
 
-    def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
-        row, snapshot = appendix.look(players, pairs, earlier)
-        z, real = held_out
-        terms = unroll.gradient_terms(whole, generator(z), real, generator.parameters())
+    def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Tensor]:
+        row, snapshot = look(pairs, earlier)
+        z, images = a_batch
+        terms = unroll.gradient_terms(whole, generator(z), images, generator.parameters())
         first, second = map(norms, terms)
         for each, ratio in zip(row["each"], (second / first).tolist(), strict=True):
             each["second_term"] = ratio
         return row, snapshot
 
-    label = f"{config.gradient} K={config.unroll_steps} {config.generator_steps}:1"
-    for _ in players.iterate(folder, resume=resume, label=label, line=line, evaluate=evaluate):
-        players.train_discriminator()
+    parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    for _ in study.pairs(config, options, line, parts, rngs, evaluate):
+        fake = generator(noise()).detach()
+        study.step(d_optimizer, game.discriminator_loss(discriminator, fake, real()))
         for _ in range(config.generator_steps):
-            players.follow(unrolled(players.fake(), players.real()))
-    return config
+            study.step(g_optimizer, unrolled(generator(noise()), real()))
 
 
 def norms(gradients: Sequence[Tensor]) -> Tensor:
@@ -101,114 +121,52 @@ def norms(gradients: Sequence[Tensor]) -> Tensor:
     return torch.cat([gradient.flatten(1) for gradient in gradients], 1).norm(dim=1)
 
 
-def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what is kept of finished runs."""
-    return appendix.record_rows("mog_second_gradient", config, log, ["second_term"])
+def report(
+    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
+) -> str:
+    def name(config: Config) -> str:
+        return f"mog_second_gradient_{config.generator_steps}_{config.gradient}"
+
+    how = {"curves": CURVES, "table": (*planar.TABLE, "second_term")}
+    return planar.report_by(name, data, configs, logs, options, **how)
 
 
-def report(args: argparse.Namespace, configs: Sequence[Config]) -> None:
-    """Write the time series and the figures, and print the tables."""
-    folder = args.figures or args.out
-    logs = {c: runs.read_log(c.checkpoint(args.out)) for c in configs}
-    first = configs[0]
-    everything = {}
-    for steps, gradient in dict.fromkeys((c.generator_steps, c.gradient) for c in configs):
-        arms = {
-            f"K = {c.unroll_steps}": log
-            for c, log in logs.items()
-            if (c.generator_steps, c.gradient) == (steps, gradient)
-        }
-        everything |= {f"{steps}:1, {gradient}, {label}": log for label, log in arms.items()}
-        histories = {label: seeds.histories(log) for label, log in arms.items()}
-        print(f"\n{NAMES[gradient]}, {steps} G steps per D step, preset {first.preset}\n")
-        print(records.table(histories, TABLE | {"second_term": "second / first"}))
+@dataclass(frozen=True)
+class Options(study.Options):
+    """The gradients, and the runs."""
 
-        name = f"mog_second_gradient_{steps}_{gradient}"
-        updates = [row["player_updates"] for row in next(iter(histories.values()))[0]]
-        columns = sorted({round(i * (len(updates) - 1) / 6) for i in range(7)})
-        plots.heat_maps(
-            folder / f"{name}.png",
-            {label: [log["snapshots"][i][0] for i in columns] for label, log in arms.items()},
-            [f"{updates[i]:,}" for i in columns],
-            appendix.mixture().sample(first.samples, torch.Generator().manual_seed(0)),
-            extent=appendix.WINDOW,
-            caption=f"updates of G and D ({NAMES[gradient]}, {steps} G steps per D step, "
-            f"seed {first.first_seed})",
-        )
-        ideal = {"modes": appendix.MODES}
-        plots.curves(
-            folder / f"{name}_curves.png", histories, CURVES, x="player_updates", ideal=ideal
-        )
-    seeds.write_series(args.out, everything, first.first_seed)
-    cli.written(args, folder)
+    seeds: int = 5  # models of each setting
+    gradients: tuple[Literal["full", "first", "averaged"], ...] = ("full", "first", "averaged")
 
 
-def arguments() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = cli.parser(__doc__)
-    add = parser.add_argument_group("the method").add_argument
-    text = "look-ahead steps of D in the generator's loss"
-    cli.add_unroll_steps(add, 1, 3, 5, 10, 20, text=text)
-    add(
-        "--gradients",
-        nargs="+",
-        choices=GRADIENTS,
-        default=list(GRADIENTS),
-        help="full: both terms of Eq. 12. first: the first alone, of f_K. averaged: the first "
-        "alone, of the mean of f_1..f_K (default: all)",
-    )
-    add(
-        "--generator-steps",
-        dest="ratios",
-        type=cli.positive,
-        nargs="+",
-        default=[1, 5],
-        metavar="N",
-        help="updates of G per update of D; 5 keeps D out of equilibrium (default: 1 5)",
-    )
-    add = parser.add_argument_group("the experiment").add_argument
-    add(
-        "--preset",
-        choices=PRESETS,
-        default="quick",
-        help="paper: Appendix A, 50,000 updates. quick (default): 2,400 updates at twenty times "
-        "its learning rates, batches of 128 for 512",
-    )
-    add("--learning-rate", type=float, metavar="ETA", help="of both players")
-    text = "of one D and one G update; with more G updates, the same number of updates in all"
-    cli.add_iterations(add, text)
-    cli.add_run_flags(parser, "mog_second_gradient", seeds=5, figures=True)
-    return parser
+def arms(configs: Sequence[Config], options: Options) -> list[Config]:
 
-
-def build(given: Mapping[str, Any]) -> list[Config]:
-    """Return the settings that the command line asks for."""
-    base = cli.chosen(given, PRESETS)
-
-    def as_many_updates(pairs: int, steps: int) -> int:
-        return max(2 * pairs // (1 + steps), 1) if pairs > 0 else pairs
+    def as_many(pairs: int, steps: int) -> int:
+        return max(2 * pairs // (1 + steps), 1)
 
     return [
         replace(
-            base,
-            unroll_steps=k,
-            generator_steps=steps,
-            pairs=as_many_updates(base.pairs, steps),
-            evaluate_every=as_many_updates(base.evaluate_every, steps),
+            config,
+            pairs=as_many(config.pairs, config.generator_steps),
+            evaluate_every=as_many(config.evaluate_every, config.generator_steps),
             **GRADIENTS[gradient],
         )
-        for steps in given["ratios"]
-        for gradient in given["gradients"]
-        for k in given["steps"]
+        for gradient in options.gradients
+        for config in configs
     ]
 
 
-def main() -> None:
-    """Train what the command line asks for, record it and draw it."""
-    parser = arguments()
-    args = parser.parse_args()
-    report(args, cli.carry_out(parser, args, build, train, record_rows))
-
-
+main = partial(
+    study.main,
+    __doc__,
+    PRESETS,
+    train,
+    report,
+    "mog_second_gradient",
+    {"unroll_steps": (1, 3, 5, 10, 20), "generator_steps": (1, 5)},
+    options=Options(),
+    arms=arms,
+    rows=partial(planar.late_rows, also=["second_term"]),
+)
 if __name__ == "__main__":
     main()

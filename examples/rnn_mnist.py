@@ -2,98 +2,77 @@
 
 Section 3.2, Fig. 3 and Appendix C of Metz, Poole, Pfau and Sohl-Dickstein, "Unrolled Generative
 Adversarial Networks" (ICLR 2017, https://arxiv.org/abs/1611.02163): a recurrent generator against a
-convolutional discriminator. Its claims: without unrolling (K=0) the generator quickly collapses and
-"rotates through a sequence of single modes"; with K=20 it "disperses and appears to cover the whole
-data distribution".
+convolutional discriminator. Its claims: without unrolling (K = 0) the generator quickly collapses
+and "rotates through a sequence of single modes"; with K = 20 it "disperses and appears to cover the
+whole data distribution".
 
-    python examples/train_classifier.py                 once: what tells digits apart
-    python examples/rnn_mnist.py                        K=0 and K=20, preset small
+    python examples/rnn_mnist.py                        K = 0 and 20 at a small scale
     python examples/rnn_mnist.py --preset paper         Appendix C, for a GPU or patience
 """
 
-import argparse
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lab import cli, records, runs
+from lab import records, study
 from lab.data import digits
 from lab.data.mixtures import rotation
 from lab.data.pixels import as_bytes
-from lab.figures import rnn
+from lab.figures import images
 from lab.metrics import classifier, coverage
 from lab.networks import lstm
 from torch import Tensor
 
 import unroll
 
-SHOWN = 16  # samples of each evaluation that are kept for the figure
 GAMES = {"minimax": unroll.Minimax(), "non-saturating": unroll.NonSaturating()}
-
-
-@dataclass(frozen=True)
-class Config:
-    """One run. The defaults are Appendix C; "ours" marks a choice where the paper is silent."""
-
-    preset: str = "paper"
-    unroll_steps: int = 20
-    game: str = (
-        "non-saturating"  # Appendix C's -L_G and -L_D: both are printed with their signs off
-    )
-    learning_rate: float = 1e-4
-    beta1: float = 0.5
-    noise_size: int = 256
-    width: int = 256
-    initial_state: str = "both"  # of the LSTM: its hidden state, its cell or both (ours)
-    compile: bool = False
-    samples: int = 10_000  # behind every metric (ours)
-    classifier: str = ""  # the hash of what counts them
-    classifier_accuracy: float = 0.0  # percent of the test digits
-    evaluate_every: int = 1500
-    record_every: int = 15_000
-    device: str = "cpu"
-    seed: int = 0
-    pairs: int = 75_000  # of updates, D first (ours); 150k updates of either
-    batch_size: int = 64  # ours
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be trained."""
-        cli.check(self, pairs="iterations", learning_rate="learning-rate")
-
-    def checkpoint(self, folder: Path) -> Path:
-        """Return where the run is kept."""
-        name = f"{self.preset}-K{self.unroll_steps}-seed{self.seed}.pt"
-        return folder / "checkpoints" / name
-
-
-PRESETS = {
-    "small": Config(
-        "small",
-        learning_rate=1e-3,
-        samples=128,
-        evaluate_every=10,
-        record_every=50,
-        pairs=200,
-        batch_size=16,
-    ),
-    "paper": Config("paper"),
+CURVES = {
+    "classes": "digits covered",
+    "class_entropy": "entropy of the digits",
+    "spread": "variance, of the data's",
+    "largest_mode": "digit that most are",
 }
 
 
-def train(
-    config: Config,
-    line: int,
-    *,
-    folder: Path,
-    resume: bool,
-    data_root: Path | None,
-    classifier_file: Path | None,
-) -> Config:
-    """Train one GAN; what comes of it is in its checkpoint."""
+@dataclass(frozen=True)
+class Config(study.OneModel):
+    """One run: Appendix C. "Ours" marks a choice where the paper is silent."""
+
+    unroll_steps: int = 20  # K, look-ahead steps of D in G's loss
+    # Appendix C's -L_G and -L_D: both are printed with their signs off
+    game: Literal["minimax", "non-saturating"] = "non-saturating"  # as Appendix C's L_G
+    learning_rate: float = 1e-4  # Adam's, of both players
+    beta1: float = 0.5  # Adam's
+    noise_size: int = 256  # of the generator's input
+    width: int = 256  # of the LSTM and the layer before it
+    initial_state: Literal["both", "hidden", "cell"] = "both"  # what the noise becomes (ours)
+    compile: bool = False  # compile the look-ahead step and its adjoint
+    samples: int = 10_000  # behind every metric (ours)
+    classifier: str = ""
+    classifier_accuracy: float = 0.0
+    evaluate_every: int = 1500  # pairs
+    record_every: int = 15_000  # pairs
+    pairs: int = 75_000  # of updates, D first (ours); 150k updates of either
+    batch_size: int = 64  # ours
+
+
+PAPER = Config()
+SMALL = {"samples": 128, "evaluate_every": 10, "record_every": 50, "pairs": 200, "batch_size": 16}
+PRESETS = {"small": replace(PAPER, preset="small", learning_rate=1e-3, **SMALL), "paper": PAPER}
+
+
+@dataclass(frozen=True)
+class Options(classifier.Options):
+    """The length of K = 0, the files and the runs."""
+
+    standard_pairs: int | None = None  # at K = 0, to compare at equal time too; else as many
+
+
+def train(config: Config, options: Options, line: int) -> None:
     torch.set_num_threads(1)  # the networks are small
     weights = torch.Generator().manual_seed(config.seed)
     generator = lstm.Generator(config.noise_size, config.width, config.initial_state, weights)
@@ -102,8 +81,8 @@ def train(
     betas = (config.beta1, 0.999)
     g_optimizer = torch.optim.Adam(generator.parameters(), config.learning_rate, betas)
     d_optimizer = torch.optim.Adam(d.parameters(), config.learning_rate, betas)
-    data = digits.mnist(data_root).to(config.device)
-    counter = classifier.load(classifier_file, config.device)
+    data = digits.mnist(options.data_root).to(config.device)
+    counter = classifier.load(options.classifier, config.device)
     variance = data.at(torch.arange(config.samples, device=config.device)).var(0).sum()
     rng = torch.Generator(config.device).manual_seed(config.seed)
 
@@ -130,117 +109,60 @@ def train(
         }
         row |= rotation([*earlier, row]) | {"cpu_seconds": round(before + spent, 2)}
         ticked = time.process_time()
-        return row, as_bytes(samples[:SHOWN]).cpu()
-
-    iterations = runs.iterate(
-        config.checkpoint(folder),
-        asdict(config),
-        {"g": generator, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer},
-        rng,
-        evaluate,
-        length=config.pairs,
-        every=config.evaluate_every,
-        resume=resume,
-        bar={
-            "desc": f"K={config.unroll_steps} seed {config.seed}",
-            "position": line,
-            "unit": "pair",
-        },
-    )
+        return row, as_bytes(samples[:16]).cpu()
 
     game = GAMES[config.game]
     unrolled = unroll.UnrolledGeneratorLoss(
         d, d_optimizer, game, unroll_steps=config.unroll_steps, compile=config.compile
     )
-    for _ in iterations:
+    parts = {"g": generator, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    for _ in study.pairs(config, options, line, parts, rng, evaluate):
         real = data.sample(config.batch_size, rng)
         d_loss = game.discriminator_loss(d, generator(noise()).detach(), real)
-        d_optimizer.zero_grad()
-        d_loss.backward()
-        d_optimizer.step()
+        study.step(d_optimizer, d_loss)
 
         g_loss = unrolled(generator(noise()), data.sample(config.batch_size, rng))
-        g_optimizer.zero_grad()
-        g_loss.backward()
-        g_optimizer.step()
-    return config
+        study.step(g_optimizer, g_loss)
 
 
-def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what is kept of a finished run: a row for every `record_every` pairs."""
-    rows = []
-    for result in log["history"]:
-        pairs = result["pairs"]
-        if not pairs or (pairs % config.record_every and pairs != config.pairs):
-            continue
-        rows.append(records.row("rnn_mnist", config, result, log))
-    return rows
+def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
+    own = [row for row in log["history"] if row["pairs"]]
+    last = own[-1]["pairs"]
+    kept = [row for row in own if row["pairs"] % config.record_every == 0 or row["pairs"] == last]
+    return [records.row(record, config, row, log) for row in kept]
 
 
-def arguments() -> argparse.ArgumentParser:
-    """Return the command line, explained in the paper's terms."""
-    parser = cli.parser(__doc__)
-    add = parser.add_argument_group("the method").add_argument
-    cli.add_unroll_steps(add, 0, 20)
-    add("--game", choices=GAMES, help="default: non-saturating, as Appendix C's L_G")
-    add(
-        "--initial-state",
-        choices=lstm.STATES,
-        help="what of the LSTM's state the noise becomes (default: both); the paper does not say",
-    )
-    add("--compile", action="store_true", help="compile the look-ahead step and its adjoint")
-    add = parser.add_argument_group("the experiment").add_argument
-    add(
-        "--preset",
-        choices=PRESETS,
-        default="small",
-        help="paper: Appendix C, 75,000 pairs of updates. small (default): the same networks, with "
-        "batches of 16 for 64, 200 pairs and learning rates of 1e-3 for 1e-4",
-    )
-    add("--learning-rate", type=float, metavar="ETA", help="Adam's, for both")
-    add("--batch-size", type=cli.positive, metavar="N", help="default: the preset's")
-    cli.add_iterations(add, "of one D and one G update; the paper counts single ones")
-    add(
-        "--standard-iterations",
-        dest="standard",
-        type=int,
-        metavar="PAIRS",
-        help="the same at K=0, to compare at equal time too (default: as many)",
-    )
-    add("--samples", type=cli.positive, metavar="N", help="behind every metric")
-    add("--evaluate-every", type=cli.positive, metavar="PAIRS", help="default: the preset's")
-    add("--record-every", type=cli.positive, metavar="PAIRS", help="default: the preset's")
-    classifier.add_classifier_flag(parser)
-    digits.add_data_flag(parser)
-    cli.add_run_flags(parser, "rnn_mnist", figures=True)
-    return parser
+def report(
+    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
+) -> str:
+    table = "classes", "class_entropy", "spread", "largest_mode_changes", "rotations", "cpu_seconds"
+    ideal = {"classes": 10.0, "class_entropy": math.log(10), "spread": 1.0}
+    how = {"curves": CURVES, "table": table, "ideal": ideal}
+    histories = images.report("rnn_mnist", configs, logs, options, **how)
+    return study.sentence(histories, "classes", "draws {} of 10 digits")
 
 
-def build(given: Mapping[str, Any]) -> list[Config]:
-    """Return the runs that the command line asks for; what they need must be there."""
-    root, file = given.get("data_root"), given.get("classifier")
-    digits.mnist(root)
-    classifier.load(file)
-    facts = classifier.facts(file)
-    judge = {"classifier": facts["hash"], "classifier_accuracy": facts["test_accuracy"]}
-    base = replace(cli.chosen(given, PRESETS), **judge)
-    standard = given.get("standard", base.pairs)
-    first = given["seed"]
+def arms(configs: Sequence[Config], options: Options) -> list[Config]:
+    known = classifier.prepared(options)
+    judge = {"classifier": known["hash"], "classifier_accuracy": known["test_accuracy"]}
+    standard = options.standard_pairs
     return [
-        replace(base, unroll_steps=k, seed=seed, pairs=base.pairs if k else standard)
-        for k in dict.fromkeys(given["steps"])
-        for seed in range(first, first + given["seeds"])
+        replace(c, **judge, pairs=c.pairs if c.unroll_steps else standard or c.pairs)
+        for c in configs
     ]
 
 
-def main() -> None:
-    """Train what the command line asks for, record it and draw it."""
-    parser = arguments()
-    args = parser.parse_args()
-    task = partial(train, data_root=args.data_root, classifier_file=args.classifier)
-    configs = cli.carry_out(parser, args, build, task, record_rows, keep=True)
-    rnn.report(args.out, args.figures or args.out, configs)
-
-
+main = partial(
+    study.main,
+    __doc__,
+    PRESETS,
+    train,
+    report,
+    "rnn_mnist",
+    {"unroll_steps": (0, 20)},
+    options=Options(),
+    arms=arms,
+    rows=rows,
+)
 if __name__ == "__main__":
     main()

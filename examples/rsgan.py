@@ -12,83 +12,75 @@ D in the generator's loss.
 
 An iteration ("pair") is one G update, then one D update (five with the ResNets), as in their code.
 
-    python examples/rsgan.py --preset cifar --games JS Rp --unroll-steps 0 1
-    python examples/rsgan.py --preset small --data-root FOLDER --features CLASSIFIER.pt --record
+    python examples/rsgan.py --preset cifar --game JS Rp --unroll-steps 0 1
+    python examples/rsgan.py --data-root FOLDER --measure CLASSIFIER.pt --record
 """
 
-import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lab import cli, runs
+from lab import records, study
 from lab.data import image_folder, stl10
 from lab.data.pixels import as_bytes
-from lab.figures.images import report
+from lab.figures.images import report as draw
 from lab.metrics import features, image_metrics
 from lab.metrics.samples import AT_ONCE, Sampler, sample, subset
-from lab.networks.resnets import NOISE, WIDTHS, networks
+from lab.networks.resnets import NOISE, networks
 from lab.updates import update
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import unroll
 
-EXPERIMENT = "rsgan"
 GAMES: dict[str, unroll.Objective] = {
     "JS": unroll.NonSaturating(),  # what their vanillaGAN.py trains
     "Rp": unroll.RelativisticPairing(),
 }
 DITHER = 1 / 128  # the authors add uniform noise of one grey level to the real images
-SHOWN = 16
 
 
 @dataclass(frozen=True)
-class Config:
-    """A run. The defaults are those of the authors' first command: SN-DCGAN on CIFAR-10."""
+class Config(study.OneModel):
+    """One run: the authors' first command, SN-DCGAN on CIFAR-10."""
 
-    preset: str = "cifar"
-    game: str = "JS"
-    unroll_steps: int = 0
-    structure: str = "dcgan"
-    width: str = "regular"
-    image_size: int = 32
-    batch_size: int = 64
-    generator_lr: float = 5e-4
-    discriminator_lr: float = 2e-4
-    beta1: float = 0.5
-    beta2: float = 0.999
-    discriminator_steps: int = 1
-    decay_from: int = 50_000
-    decay_until: int = 100_000
-    ema: float = 0.0  # of G's weights, 0.9999 in their code's option; 0: none
-    samples: int = 10_000
+    game: Literal["JS", "Rp"] = "JS"  # JS: the original GAN; Rp: their RS-GAN
+    unroll_steps: int = 0  # K, look-ahead steps of D in G's loss
+    structure: Literal["dcgan", "resnet"] = "dcgan"  # of both networks
+    width: Literal["regular", "half", "quarter", "bottleneck"] = "regular"  # of both networks
+    image_size: int = 32  # 32 or 48
+    batch_size: int = 64  # of every update
+    generator_learning_rate: float = 5e-4  # Adam's
+    discriminator_learning_rate: float = 2e-4  # Adam's
+    beta1: float = 0.5  # Adam's
+    beta2: float = 0.999  # Adam's
+    discriminator_steps: int = 1  # updates of D for each of G
+    decay_from: int = 50_000  # pairs after which both rates fall
+    decay_until: int = 100_000  # pairs after which they are 0
+    ema: float = 0.0  # average G's weights, 0.9999 in their code's option; 0: none
+    samples: int = 10_000  # behind every metric
     data: str = ""
     features: str = ""
-    evaluate_every: int = 10_000
-    seed: int = 0
-    device: str = "cpu"
-    pairs: int = 100_000
+    evaluate_every: int = 10_000  # pairs
+    pairs: int = 100_000  # of an update of G, and those of D that go with it
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained."""
-        cli.check(self, pairs="iterations")
+        super().__post_init__()
         if not 0 <= self.ema < 1:
             raise ValueError(f"--ema must be at least 0 and less than 1, got {self.ema}")
 
     @property
     def label(self) -> str:
-        """Return the name of the setting in figures."""
         return f"{self.game}, K = {self.unroll_steps}"
 
-    def checkpoint(self, folder: Path) -> Path:
-        """Return where the run is kept."""
+    @property
+    def name(self) -> str:
         name = f"{self.preset}-{self.structure}-{self.width}-{self.game}-K{self.unroll_steps}"
-        return folder / "checkpoints" / f"{name}-seed{self.seed}.pt"
+        return f"{name}-seed{self.seed}"
 
     def rate(self, pair: int) -> float:
         """Return the factor of both learning rates: 1, then a line to 0."""
@@ -96,16 +88,24 @@ class Config:
         return min(max(left, 0.0), 1.0)
 
 
+CIFAR = Config("cifar")
 RESNET: dict[str, Any] = {"structure": "resnet", "discriminator_steps": 5}
-CIFAR = Config()
 CIFAR_RESNET = replace(
-    CIFAR, preset="cifar-resnet", generator_lr=1.5e-3, beta1=0.0, beta2=0.9, **RESNET
+    CIFAR, preset="cifar-resnet", generator_learning_rate=1.5e-3, beta1=0.0, beta2=0.9, **RESNET
 )
 STL = replace(CIFAR, preset="stl10", image_size=48)
-STL_RESNET = replace(STL, preset="stl10-resnet", generator_lr=1e-3, **RESNET)
+STL_RESNET = replace(STL, preset="stl10-resnet", generator_learning_rate=1e-3, **RESNET)
 LENGTH = {"pairs": 600, "evaluate_every": 100, "samples": 1000}
 SMALL = replace(CIFAR, preset="small", width="quarter", batch_size=16, **LENGTH)
-PRESETS = {c.preset: c for c in (CIFAR, CIFAR_RESNET, STL, STL_RESNET, SMALL)}
+PRESETS = {c.preset: c for c in (SMALL, CIFAR, CIFAR_RESNET, STL, STL_RESNET)}
+
+
+@dataclass(frozen=True)
+class Options(study.Options):
+    """The images and what measures them, and the runs."""
+
+    data_root: Path | None = None  # images; metrics are against test, or else all
+    measure: str | None = None  # features behind the metrics: inception, a checkpoint, file.py:name
 
 
 def sampler(checkpoint: Path, device: str = "cpu") -> Sampler:
@@ -117,9 +117,8 @@ def sampler(checkpoint: Path, device: str = "cpu") -> Sampler:
     trained.load_state_dict(content["parts"]["ema" if config.ema else "g"])
 
     def make(count: int, rng: torch.Generator) -> Tensor:
-        return as_bytes(
-            sample(trained, torch.randn(count, NOISE, generator=rng, device=rng.device))
-        )
+        noise = torch.randn(count, NOISE, generator=rng, device=rng.device)
+        return as_bytes(sample(trained, noise))
 
     return make
 
@@ -132,25 +131,22 @@ def images(preset: str, root: Path | None, split: str, size: int) -> image_folde
     return image_folder.load(root, split=split, size=size)
 
 
-def train(
-    config: Config, line: int, *, folder: Path, resume: bool, root: Path | None, network: str | None
-) -> Config:
-    """Train one GAN; what comes of it is in its checkpoint."""
+def train(config: Config, options: Options, line: int) -> None:
     torch.set_num_threads(1)
-    pixels = images(config.preset, root, "train", config.image_size).pixels.to(config.device)
+    of_data = partial(images, config.preset, options.data_root, size=config.image_size)
+    pixels = of_data("train").pixels.to(config.device)
     torch.manual_seed(config.seed)
     rng = torch.Generator(config.device).manual_seed(config.seed)
     generator, discriminator = (
         net.to(config.device) for net in networks(config.structure, config.image_size, config.width)
     )
     betas = config.beta1, config.beta2
-    g_optimizer = torch.optim.Adam(generator.parameters(), config.generator_lr, betas)
-    d_optimizer = torch.optim.Adam(discriminator.parameters(), config.discriminator_lr, betas)
+    rates = config.generator_learning_rate, config.discriminator_learning_rate
+    g_optimizer = torch.optim.Adam(generator.parameters(), rates[0], betas)
+    d_optimizer = torch.optim.Adam(discriminator.parameters(), rates[1], betas)
     averaged = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    parts: dict[str, runs.Stateful] = {"g": generator, "d": discriminator}
-    parts |= {"g_adam": g_optimizer, "d_adam": d_optimizer} | (
-        {"ema": averaged} if config.ema else {}
-    )
+    parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    parts |= {"ema": averaged} if config.ema else {}
     game = GAMES[config.game]
 
     def noise(count: int = config.batch_size) -> Tensor:
@@ -165,8 +161,7 @@ def train(
 
     @cache
     def reference(extractor: features.Extractor) -> features.Embedding:
-        test = images(config.preset, root, "test", config.image_size).pixels
-        return extractor(subset(test, config.samples))
+        return extractor(subset(of_data("test").pixels, config.samples))
 
     @torch.no_grad()
     def evaluate(pairs: int, _: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
@@ -179,30 +174,19 @@ def train(
             "g_loss": game.generator_loss(discriminator, *sides).item(),
         }
         discriminator.train()
-        if network is None or pairs == 0:
-            return row | dict.fromkeys(image_metrics.METRICS, math.nan), as_bytes(fake[:SHOWN])
-        extractor = features.load(network, config.device)
-        found = image_metrics.measure(extractor(as_bytes(fake)), reference(extractor))
-        return row | found, as_bytes(fake[:SHOWN])
+        shown = as_bytes(fake[:16])
+        if options.measure is None or pairs == 0:
+            return row | dict.fromkeys(image_metrics.METRICS, math.nan), shown
+        extractor = features.load(options.measure, config.device)
+        return row | image_metrics.measure(extractor(as_bytes(fake)), reference(extractor)), shown
 
-    path, run = config.checkpoint(folder), f"{config.label}, seed {config.seed}"
-    iterations = runs.iterate(
-        path,
-        asdict(config),
-        parts,
-        rng,
-        evaluate,
-        length=config.pairs,
-        every=config.evaluate_every,
-        resume=resume,
-        bar={"desc": run, "position": line, "unit": "pair"},
-    )
     unrolled = unroll.UnrolledGeneratorLoss(
         discriminator, d_optimizer, game, unroll_steps=config.unroll_steps
     )
-    for pair in iterations:
-        g_optimizer.param_groups[0]["lr"] = config.rate(pair) * config.generator_lr
-        d_optimizer.param_groups[0]["lr"] = config.rate(pair) * config.discriminator_lr
+    path, run = config.checkpoint(options.out), f"{config.label}, seed {config.seed}"
+    for pair in study.pairs(config, options, line, parts, rng, evaluate):
+        for optimizer, rate in zip((g_optimizer, d_optimizer), rates, strict=True):
+            optimizer.param_groups[0]["lr"] = config.rate(pair) * rate
 
         g_loss = unrolled(generator(noise()), real())
         update(g_optimizer, g_loss, f"G at pair {pair} of {run}", path)
@@ -212,83 +196,53 @@ def train(
         for _ in range(config.discriminator_steps):
             d_loss = game.discriminator_loss(discriminator, generator(noise()).detach(), real())
             update(d_optimizer, d_loss, f"D at pair {pair} of {run}", path)
-    return config
 
 
-def record_rows(config: Config, log: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what is kept of a finished run."""
-    row = {"experiment": EXPERIMENT} | asdict(config) | log["history"][-1]
+def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
+    row = {"experiment": record} | records.renamed(asdict(config)) | log["history"][-1]
     return [row | log["provenance"]]
 
 
-def arguments() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = cli.parser(__doc__)
-    add = parser.add_argument_group("the method").add_argument
-    add("--games", nargs="+", choices=GAMES, default=["JS", "Rp"], help="default: JS Rp")
-    cli.add_unroll_steps(add, 0, 1)
-    add = parser.add_argument_group("the experiment").add_argument
-    add("--preset", choices=PRESETS, default="small", help="default: small")
-    add("--width", choices=WIDTHS, help="of the networks (default: the preset's)")
-    add("--image-size", type=cli.positive, metavar="SIDE", help="32 or 48")
-    add(
-        "--data-root",
-        type=Path,
-        metavar="FOLDER",
-        help="images, in train and test or not: metrics are against test, or else all "
-        "(default: the preset's data, by torchvision)",
-    )
-    add(
-        "--features",
-        metavar="NETWORK",
-        help="behind the metrics, as in evaluate.py: inception, or a checkpoint of "
-        "image_classifier.py (default: no metrics)",
-    )
-    add("--samples", type=cli.positive, metavar="N", help="behind every metric")
-    add("--batch-size", type=cli.positive, metavar="N", help="default: the preset's")
-    add("--ema", type=float, metavar="BETA", help="average G's weights, 0.9999 in their code")
-    cli.add_iterations(add, "of updates of G, and those of D that go with one")
-    add("--evaluate-every", type=cli.positive, metavar="PAIRS", help="default: the preset's")
-    cli.add_run_flags(parser, EXPERIMENT, figures=True)
-    return parser
+def report(
+    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
+) -> str:
+    curves = {"d_loss": "D's loss", "g_loss": "G's loss"} | image_metrics.METRICS
+    del curves["kid"]  # it says what FID says
+    name = f"rsgan_{configs[0].preset}"
+    histories = draw(name, configs, logs, options, curves=curves, table=tuple(curves))
+    return study.sentence(histories, "fid", "has a FID of {} by these features")
 
 
-def build(given: Mapping[str, Any]) -> list[Config]:
-    """Return the settings that the command line asks for."""
-    base = cli.chosen(given, PRESETS)
-    networks(base.structure, base.image_size, base.width)
+def arms(configs: Sequence[Config], options: Options) -> list[Config]:
+    if options.record and options.measure is None:
+        raise ValueError("--record needs --measure: a record without metrics says nothing")
+    first = configs[0]
+    networks(first.structure, first.image_size, first.width)
     data, test = (
-        images(base.preset, given.get("data_root"), split, base.image_size)
+        images(first.preset, options.data_root, split, first.image_size)
         for split in image_folder.SPLITS
     )
     apart = "" if not torch.equal(data.pixels, test.pixels) else ", none apart for the metrics"
-    behind = features.load(base.features, base.device).name if base.features else ""
-    base = replace(
-        base,
-        data=f"{data.name}, {len(data.pixels):,} images{apart}",
-        features=behind,
-        decay_until=max(base.pairs, base.decay_until),
-    )
+    facts = {"data": f"{data.name}, {len(data.pixels):,} images{apart}"}
+    if options.measure:
+        facts["features"] = features.load(options.measure, options.device).name
     return [
-        replace(base, game=game, unroll_steps=k, seed=base.seed + number)
-        for number in range(given["seeds"])
-        for k in given["steps"]
-        for game in given["games"]
+        replace(config, **facts, decay_until=max(config.pairs, config.decay_until))
+        for config in configs
     ]
 
 
-def main() -> None:
-    """Train what the command line asks for, record it and draw it."""
-    parser = arguments()
-    args = parser.parse_args()
-    if args.record is not None and args.features is None:
-        parser.error("--record needs --features: a record without metrics says nothing")
-    task = partial(train, root=args.data_root, network=args.features)
-    configs = cli.carry_out(parser, args, build, task, record_rows, keep=True)
-    panels = {"d_loss": "D's loss", "g_loss": "G's loss"} | image_metrics.METRICS
-    del panels["kid"]  # it says what FID says
-    report(args, configs, f"{EXPERIMENT}_{args.preset}", panels)
-
-
+main = partial(
+    study.main,
+    __doc__,
+    PRESETS,
+    train,
+    report,
+    "rsgan",
+    {"unroll_steps": (0, 1), "game": ("JS", "Rp")},
+    options=Options(),
+    arms=arms,
+    rows=rows,
+)
 if __name__ == "__main__":
     main()

@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ WHERE = {
     "classifier": "lab.metrics.classifier",
     "coverage": "lab.metrics.coverage",
     "pictures": "lab.figures.pictures",
-    "train_classifier": "train_classifier",
 }
 
 
@@ -179,58 +177,31 @@ def test_the_classifier_is_the_same_from_its_file(lab: Any, tmp_path: Path) -> N
     with pytest.raises(RuntimeError, match=r"cannot be read .*hash"):
         classifier.load(path)
     path.write_bytes(b"half a file")
-    with pytest.raises(RuntimeError, match="delete it and run python examples/train_classifier"):
+    with pytest.raises(RuntimeError, match="delete it, and it is trained again"):
         classifier.load(path)
     with pytest.raises(FileNotFoundError, match="--classifier must be a trained classifier"):
         classifier.load(tmp_path / "none.pt")
 
 
-def test_training_the_classifier(
-    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_classifier_is_trained_where_there_is_none(
+    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = tiny_mnist.write(tmp_path / "data", 100)
-    path = tmp_path / "classifier.pt"
-    train_classifier = lab.train_classifier
-
-    def command(*more: str) -> None:
-        arguments = ("--data-root", str(root), "--classifier", str(path), *more)
-        monkeypatch.setattr(sys, "argv", ["train_classifier.py", *arguments])
-        train_classifier.main()
-
-    with pytest.raises(SystemExit, match=r"not 99.3: give it more --epochs, in another --out"):
-        command("--epochs", "1", "--out", str(tmp_path / "short"))
-    assert not path.exists()
-    for more, message in (
-        (("--epochs", "1"), "continue it with --resume, or give another folder"),
-        (("--epochs", "2", "--resume"), "cannot be resumed, it has epochs 1, not 2"),
-    ):
-        with pytest.raises(SystemExit):
-            command(*more, "--out", str(tmp_path / "short"))
-        assert message in capsys.readouterr().err
-
-    monkeypatch.setattr(train_classifier, "ENOUGH", 0)
-    weights = []
-    for lengths in ((3,), (2, 3)):
-        out = tmp_path / f"in {len(lengths)} parts"
-        config = train_classifier.Config(epochs=3)
-        for until in lengths:
-            stopped = train_classifier.runs.iterate
-
-            def iterate(*args: Any, until: int = until, run: Any = stopped, **kwargs: Any) -> Any:
-                return run(*args, **kwargs | {"length": until})
-
-            with monkeypatch.context() as patch:
-                patch.setattr(train_classifier.runs, "iterate", iterate)
-                network = train_classifier.train(config, root, out, resume=True)
-        weights.append(network.state_dict())
-    for name, value in weights[0].items():
-        assert torch.equal(value, weights[1][name]), name
-
-    command("--epochs", "3", "--out", str(tmp_path / "once"))
-    assert lab.classifier.facts(path)["hash"] in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        command("--out", str(tmp_path / "once"))
-    assert "is there already" in capsys.readouterr().err
+    root, classifier = tiny_mnist.write(tmp_path / "data", 100), lab.classifier
+    monkeypatch.setattr(classifier, "EPOCHS", 1)
+    with pytest.raises(RuntimeError, match=r"% of the test digits are right, not 99.3"):
+        classifier.train(tmp_path / "poor.pt", root, epochs=1)
+    assert not (tmp_path / "poor.pt").exists()
+    monkeypatch.setenv("UNROLL_CLASSIFIER", str(tmp_path / "own.pt"))
+    train = classifier.train
+    monkeypatch.setattr(
+        classifier, "train", lambda path, root: train(path, root, epochs=1, enough=0)
+    )
+    options = classifier.Options(data_root=root)
+    known = classifier.prepared(options)
+    assert known["hash"] == classifier.facts(tmp_path / "own.pt")["hash"]
+    assert train(tmp_path / "again.pt", root, epochs=1, enough=0) == known["hash"]
+    monkeypatch.setattr(classifier, "train", None)
+    assert classifier.prepared(options) == known  # once
 
 
 def test_pictures_show_every_image_where_it_belongs(lab: Any, tmp_path: Path) -> None:

@@ -1,10 +1,8 @@
 """The image metrics have the values that follow from what they are defined as."""
 
-import csv
 import importlib
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -15,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tests.examples import example, rows
+
 pytest.importorskip("torch_fidelity")
 pytest.importorskip("sklearn")
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NETWORK = """
 from torch import nn
 
@@ -38,15 +37,10 @@ def sampler(path, device):
 
 @pytest.fixture(autouse=True)
 def _examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(
         example("lab.metrics.image_metrics"), "CLUSTERINGS", 2
     )  # for the time it takes
-
-
-def example(name: str) -> Any:
-    return importlib.import_module(name)
 
 
 def write(folder: Path, images: Tensor) -> Path:
@@ -141,21 +135,20 @@ def test_half_of_the_modes_is_full_precision_and_half_of_the_recall() -> None:
 
 
 def test_a_classifier_is_trained_recorded_used_and_never_overwritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split, count in (("train", 40), ("test", 10)):
         for number, name in enumerate(("dark", "light")):
             images = random_images(count, number, 16) // 4 + 180 * number
             write(tmp_path / "data" / split / name, images.byte())
     command = ["--data-root", tmp_path / "data", "--width", 4, "--batch-size", 8, "--workers", 1]
-    record = tmp_path / "record.csv"
 
     def run(epochs: int, out: str, *more: object) -> Path:
         given = [*command, "--epochs", epochs, "--out", tmp_path / out, *more]
-        main("image_classifier", given, monkeypatch)
+        example("image_classifier").main(arguments=[*map(str, given)])
         return tmp_path / out / "checkpoints" / "width4-seed0.pt"
 
-    whole = run(2, "whole", "--record", record)
+    whole = run(2, "whole", "--record", "--records", tmp_path)
     before = whole.read_bytes()
     run(2, "whole", "--resume")
     other = write(tmp_path / "other" / "train" / "dark", random_images(4)).parents[1]
@@ -171,8 +164,7 @@ def test_a_classifier_is_trained_recorded_used_and_never_overwritten(
             run(epochs, "whole", *more)
         assert message in capsys.readouterr().err
     assert whole.read_bytes() == before
-    with record.open(newline="") as file:
-        (row,) = csv.DictReader(file)
+    (row,) = rows(tmp_path / "image_classifier.csv")
     assert float(row["test_accuracy"]) == 100
     assert (row["train_images"], row["test_images"]) == ("80", "20")
 
@@ -181,11 +173,6 @@ def test_a_classifier_is_trained_recorded_used_and_never_overwritten(
     embedding = extractor(random_images(4, size=16))
     assert embedding.features.shape == (4, 16)
     assert embedding.logits is not None and embedding.logits.shape == (4, 2)
-
-
-def main(script: str, arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-    example(script).main()
 
 
 @pytest.mark.parametrize(
@@ -203,8 +190,8 @@ def main(script: str, arguments: list[object], monkeypatch: pytest.MonkeyPatch) 
         ({"--features": "damaged.pt"}, "damaged.pt is not such a checkpoint"),
         ({"--features": "absent.pt"}, "absent.pt, which does not exist"),
         ({"FAKE": "damaged.pt", "--sampler": "network.py:no"}, "--sampler must be the name of"),
-        ({"--samples": "0"}, "must be at least 1, got 0"),
-        ({"--record": "fake/0.png/record.csv"}, "--record must be in a folder that can be written"),
+        ({"--samples": "0"}, "--samples and --size must be positive"),
+        ({"--records": "fake/0.png"}, "--records must be in a folder that can be written"),
         ({"--device": "no"}, "no"),
         (
             {
@@ -232,8 +219,9 @@ def test_bad_input_is_refused_by_name(
     given = {"FAKE": "fake", "REAL": "fake", "--size": "8"} | {"--features": "network.py:build"}
     given |= change
     options = [part for name, value in given.items() if name[0] == "-" for part in (name, value)]
+    options += ["--record"] * ("--records" in given)
     with pytest.raises(SystemExit) as refused:
-        main("evaluate", [given["FAKE"], given["REAL"], *options], monkeypatch)
+        example("evaluate").main([given["FAKE"], given["REAL"], *options])
     assert refused.value.code == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(name="verdicts")
 def _verdicts(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    return importlib.import_module("lab.verdicts")
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("docs.tables.verdicts")
 
 
 LOW, HIGH = [0.0, 1.0, 2.0, 3.0], [10.0, 11.0, 12.5, 13.0]
@@ -146,14 +146,14 @@ def test_numbers_have_the_digits_of_their_errors(verdicts: Any) -> None:
 
 
 def test_the_pages_follow_from_the_records() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "tables.py"), "--check"]
-    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "docs.tables", "--check"]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert checked.returncode == 0, checked.stderr
 
 
 def test_a_page_is_filled_and_faults_are_named(verdicts: Any, tmp_path: Path) -> None:
     del verdicts  # for the path alone
-    pages = importlib.import_module("lab.pages")
+    pages = importlib.import_module("docs.tables.pages")
     page = tmp_path / "page.md"
     query = "preset == 'quick' and unroll_steps == 10"
     page.write_text(f"K: <!-- value: mog | {query} | unroll_steps -->old<!-- end -->.")

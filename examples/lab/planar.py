@@ -1,187 +1,130 @@
-"""GANs on mixtures of Gaussians in the plane, their seeds side by side: training and figures."""
+"""GANs on mixtures of Gaussians in the plane, their seeds side by side: metrics and figures."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import unroll
-from lab import records, runs, seeds
-from lab.data.mixtures import CEILING, CURVES, TABLE, Mixture, mode_metrics, rotation
+from lab import seeds, study
+from lab.data.mixtures import CEILING, CURVES, Mixture, mode_metrics, rotation
 from lab.figures import plots
 
 KEPT = 4  # seeds whose samples are kept for the figures
+WINDOW = 2.8  # half the side of the figures of Appendix B
+TABLE = "modes", "modes_quarter_share", "percent_high_quality", "reverse_kl_all", "rotations"
+LATE = "modes", "percent_high_quality", "percent_outside", "reverse_kl_all"
 
 
-class Players:
-    """Both networks of every seed, what trains them, and what they are trained on.
+def evaluation(
+    generator: nn.Module,
+    held_out: Tensor,
+    mixture: Mixture,
+    *,
+    updates: int = 2,
+    window: float | None = None,
+) -> Callable[[int, Sequence[Mapping[str, Any]]], tuple[dict[str, Any], Tensor]]:
+    """Return what measures the samples of every seed: metrics, and a snapshot for the figures.
 
     Args:
-        config: Of the experiment: `batch_size`, `samples`, `pairs`, `evaluate_every`, `seeds`.
-        rngs: Of the seeds.
+        generator: Of all seeds, from noise to `(seeds, 2, samples)`.
+        held_out: Its noise.
         mixture: The data.
-        noise: Given a count, draws inputs of the generators.
-        generator: Of every seed.
-        discriminator: Of every seed.
-        game: One seed's.
-        rates: Adam's learning rates for G and D.
-        betas: And its momenta.
+        updates: Of G and D a pair.
+        window: Half the side of a square, of which the samples outside are counted, too.
     """
 
-    def __init__(
-        self,
-        config: Any,
-        rngs: seeds.Generators,
-        mixture: Mixture,
-        noise: Callable[[int], Tensor],
-        generator: nn.Module,
-        discriminator: nn.Module,
-        game: unroll.Objective,
-        *,
-        rates: tuple[float, float],
-        betas: tuple[float, float],
-    ) -> None:
-        self.config, self.rngs, self.mixture = config, rngs, mixture
-        self.generator, self.discriminator = generator, discriminator
-        self.g_optimizer, self.d_optimizer = (
-            torch.optim.Adam(network.parameters(), rate, betas)
-            for network, rate in zip((generator, discriminator), rates, strict=True)
-        )
-        self.game = seeds.SideBySide(game, config.seeds)
-        self.draw_noise = noise
-        self.held_out = noise(config.samples)
-        self.batch_size = config.batch_size
-        self.updates = 2  # of G and D a pair
-
-    def noise(self) -> Tensor:
-        """Return a batch of inputs of the generators."""
-        return self.draw_noise(self.batch_size)
-
-    def fake(self) -> Tensor:
-        """Return generated samples, `(seeds, 2, samples)`."""
-        samples: Tensor = self.generator(self.noise())
-        return samples
-
-    def real(self, rngs: seeds.Generators | None = None) -> Tensor:
-        """Return data, `(seeds, 2, samples)`."""
-        rngs = rngs or self.rngs
-        return rngs.draw(lambda rng: self.mixture.sample(self.batch_size, rng).T)
-
-    def train_discriminator(self, fake: Tensor | None = None, real: Tensor | None = None) -> None:
-        """Update every D once, on new samples where none are given."""
-        fake = self.fake() if fake is None else fake
-        real = self.real() if real is None else real
-        seeds.step(
-            self.d_optimizer,
-            self.game.discriminator_loss(self.discriminator, fake.detach(), real),
-        )
-
-    def follow(self, g_loss: Tensor) -> None:
-        """Update every G once."""
-        seeds.step(self.g_optimizer, g_loss)
-
     @torch.no_grad()
-    def evaluate(
-        self, pairs: int, earlier: Sequence[Mapping[str, Any]]
-    ) -> tuple[dict[str, Any], Any]:
-        """Return the metrics of every seed, and a snapshot for the figures."""
-        samples = self.generator(self.held_out)
-        return evaluate(samples, self.mixture, self.updates * pairs, earlier)
+    def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Tensor]:
+        samples, each = generator(held_out), []
+        for seed, points in enumerate(samples.mT):
+            row = mode_metrics(points, mixture)
+            row |= rotation([*seeds.of_seed(earlier, seed), row])
+            if window:
+                outside = (points.abs().amax(1) > window).double().mean()
+                row["percent_outside"] = 100 * outside.item()
+            each.append(row)
+        return {"player_updates": updates * pairs, "each": each}, samples[:KEPT].mT.cpu()
 
-    def iterate(
-        self,
-        folder: Path,
-        *,
-        resume: bool,
-        label: str,
-        line: int,
-        evaluate: Any = None,
-        **parts: runs.Stateful,
-    ) -> Iterator[int]:
-        """Count the pairs of updates, with evaluations and checkpoints between them.
-
-        Args:
-            folder: Where the run is kept.
-            resume: Whether to continue the one that is there.
-            label: Of the progress bar.
-            line: That it is on.
-            evaluate: In place of the players' own.
-            parts: What else training changes.
-        """
-        return runs.iterate(
-            self.config.checkpoint(folder),
-            asdict(self.config),
-            {
-                "g": self.generator,
-                "d": self.discriminator,
-                "g_adam": self.g_optimizer,
-                "d_adam": self.d_optimizer,
-                **parts,
-            },
-            self.rngs,
-            evaluate or self.evaluate,
-            length=self.config.pairs,
-            every=self.config.evaluate_every,
-            resume=resume,
-            bar={"desc": label, "position": line, "unit": "pair"},
-        )
+    return evaluate
 
 
-def evaluate(
-    samples: Tensor, mixture: Mixture, updates: int, earlier: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, Any], Tensor]:
-    """Return the metrics of every seed's samples, `(seeds, 2, samples)`, and a snapshot."""
+def late_rows(
+    experiment: str, config: Any, log: Mapping[str, Any], *, also: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Return the rows of a record with metrics "late_...": means over the last third."""
+    history = log["history"]
+    last_third = [row["each"] for row in history if row["pairs"] >= 2 / 3 * config.pairs]
     each = []
-    for seed, points in enumerate(samples.mT):
-        row = mode_metrics(points, mixture)
-        each.append(row | rotation([*seeds.of_seed(earlier, seed), row]))
-    return {"player_updates": updates, "each": each}, samples[:KEPT].mT.cpu()
+    for seed, row in enumerate(history[-1]["each"]):
+        means = {
+            f"late_{name}": sum(rows[seed][name] for rows in last_third) / len(last_third)
+            for name in (*LATE, *also)
+        }
+        each.append(row | means)
+    last = history[-1] | {"each": each}
+    return seeds.record_rows(experiment, config, {**log, "history": [*history, last]})
 
 
 def report(
     name: str,
-    logs: Mapping[str, Mapping[str, Any]],
+    configs: Sequence[Any],
+    logs: Sequence[Mapping[str, Any]],
     mixture: Mixture,
+    options: study.Options,
     *,
-    folder: Path,
-    seed: int,
-    caption: str,
+    curves: Mapping[str, str] = CURVES,
+    table: Sequence[str] = TABLE,
 ) -> None:
     """Print the table of some settings, and draw them.
 
-    The figures are heat maps over training of the first seed, heat maps at the end of the first
-    few, and curves of all.
+    The figures are samples over training of the first seed, samples at the end of the first few,
+    and curves of all.
     """
-    histories = {label: seeds.histories(log) for label, log in logs.items()}
-    print(f"\n{caption}\n")
-    print(records.table(histories, TABLE))
-
-    snapshots = {label: log["snapshots"] for label, log in logs.items()}
-    updates = [row["player_updates"] for row in next(iter(histories.values()))[0]]
+    folder, first = options.figures or options.out, configs[0]
+    caption = f"preset {first.preset}, seed {first.first_seed}"
+    histories, kept = study.histories(configs, logs), study.first_logs(configs, logs)
+    study.table(histories, *table)
+    updates = [row["player_updates"] for row in logs[0]["history"]]
     columns = sorted({round(i * (len(updates) - 1) / 6) for i in range(7)})
-    first = {label: [moments[i][0] for i in columns] for label, moments in snapshots.items()}
-    last = {label: list(moments[-1]) for label, moments in snapshots.items()}
-    count = next(iter(last.values()))[0].shape[0]
+    snapshots = {label: log["snapshots"] for label, log in kept.items()}
+    count = logs[0]["snapshots"][0].shape[1]
     draw = partial(
         plots.heat_maps,
-        data=mixture.sample(count, torch.Generator().manual_seed(seed)),
+        data=mixture.sample(count, torch.Generator().manual_seed(first.first_seed)),
         extent=1.4 * mixture.means.norm(dim=1).max().item(),
     )
     draw(
         folder / f"{name}.png",
-        first,
+        {label: [moments[i][0] for i in columns] for label, moments in snapshots.items()},
         [f"{updates[i]:,}" for i in columns],
-        caption=f"updates of G and D ({caption}, seed {seed})",
+        caption=f"updates of G and D ({caption})",
     )
-    titles = [f"seed {seed + number}" for number in range(len(next(iter(last.values()))))]
-    draw(folder / f"{name}_seeds.png", last, titles, caption=f"{updates[-1]:,} updates ({caption})")
+    if first.seeds > 1:
+        last = {label: list(moments[-1]) for label, moments in snapshots.items()}
+        titles = [f"seed {first.first_seed + number}" for number in range(min(first.seeds, KEPT))]
+        draw(folder / f"{name}_seeds.png", last, titles, caption=f"{updates[-1]:,} updates")
     ideal = {
         "modes": len(mixture.means),
         "percent_high_quality": CEILING,
         "largest_mode_share": mixture.weights.max().item(),
     }
-    plots.curves(folder / f"{name}_curves.png", histories, CURVES, x="player_updates", ideal=ideal)
+    plots.curves(folder / f"{name}_curves.png", histories, curves, x="player_updates", ideal=ideal)
+
+
+def report_by(
+    name: Callable[[Any], str],
+    mixture: Callable[[Any], Mixture],
+    configs: Sequence[Any],
+    logs: Sequence[Mapping[str, Any]],
+    options: study.Options,
+    **how: Any,
+) -> str:
+    """Report settings by the names of their figures, and return how many modes each holds."""
+    runs = list(zip(configs, logs, strict=True))
+    for each in dict.fromkeys(map(name, configs)):
+        own = [run for run in runs if name(run[0]) == each]
+        report(each, *zip(*own, strict=True), mixture(own[0][0]), options, **how)
+    modes = len(mixture(configs[0]).means)
+    return study.sentence(study.histories(configs, logs), "modes", f"holds {{}} of {modes} modes")

@@ -35,17 +35,14 @@ def leave() -> None:
 
 
 def count() -> int:
-    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def first() -> bool:
-    """Return whether this rank writes files."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def wait() -> None:
-    """Wait for the other ranks."""
     if dist.is_initialized():
         dist.barrier()
 

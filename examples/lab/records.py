@@ -7,12 +7,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 
 from lab.runs import write_atomically
 
+RENAMED = {  # fields of settings, and what the records have called them from the start
+    "generator_learning_rate": "generator_lr",
+    "discriminator_learning_rate": "discriminator_lr",
+}
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+
+
+def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings under the names that the records have for them."""
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
 def row(
@@ -26,7 +34,7 @@ def row(
         result: The metrics, `player_updates` among them.
         log: What `runs.iterate` wrote.
     """
-    settings = asdict(config)
+    settings = renamed(asdict(config))
     batch_size, device = settings.pop("batch_size"), settings.pop("device")
     size = {"player_updates": result["player_updates"], "batch_size": batch_size}
     row = {"experiment": experiment, **settings, **size, **result, "device": device}
@@ -46,7 +54,6 @@ def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file."""
     text = json.dumps(content, indent=2) + "\n"
     write_atomically(path, lambda draft: draft.write_text(text))
 
@@ -61,30 +68,13 @@ def append(path: Path, row: Mapping[str, object], *, key: Sequence[str]) -> bool
     with FileLock(path.with_name(f".{path.name}.lock")), path.open("a+", newline="") as file:
         file.seek(0)
         reader = csv.DictReader(file)
-        if reader.fieldnames is not None and list(reader.fieldnames) != list(row):
-            odd = sorted(set(reader.fieldnames) ^ set(row)) or "their order"
+        columns = list(reader.fieldnames or row)
+        if odd := sorted(set(columns) ^ set(row)):
             raise ValueError(f"{path} has other columns ({odd}): give another file")
         if any(all(old[k] == str(row[k]) for k in key) for old in reader):
             return False
-        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=columns, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
         writer.writerow(row)
     return True
-
-
-Histories = Mapping[str, Sequence[Sequence[Mapping[str, float]]]]  # rows of each seed of a setting
-
-
-def table(histories: Histories, columns: Mapping[str, str]) -> str:
-    """Format the last metrics of every setting: means over seeds, and their standard errors."""
-    lines = [["", "seeds", *columns.values()]]
-    for label, seeds in histories.items():
-        cells = [label, str(len(seeds))]
-        for metric in columns:
-            values = torch.tensor([history[-1][metric] for history in seeds], dtype=torch.float64)
-            error = f" ± {values.std() / len(seeds) ** 0.5:.2f}" if len(seeds) > 1 else ""
-            cells.append(f"{values.mean():.2f}{error}")
-        lines.append(cells)
-    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
-    return "\n".join("".join(map(str.rjust, line, widths)) for line in lines)

@@ -10,44 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 SECONDS_BETWEEN_CHECKPOINTS = 10
 SECONDS_AT_RISK = 45  # where evaluations are further apart than that
-Settings = TypeVar("Settings")
-Result = TypeVar("Result")
-
-
-class Stateful(Protocol):
-    """What a checkpoint holds: a network, an optimizer."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """Return what changes in training."""
-        ...
-
-    def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Put it back."""
-        ...
-
-
-class Randomness(Protocol):
-    """What every random number of a training comes from: a `torch.Generator`, or several."""
-
-    @property
-    def device(self) -> torch.device:
-        """Return where the numbers are drawn."""
-        ...
-
-    def get_state(self) -> torch.Tensor:
-        """Return the state."""
-        ...
-
-    def set_state(self, new_state: torch.Tensor, /) -> object:
-        """Put it back."""
-        ...
+Parts = Mapping[str, Any]  # with `state_dict` and `load_state_dict`: networks, optimizers
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -63,17 +33,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def provenance() -> dict[str, str]:
     """Return the versions that a number depends on; a revision with changed sources ends in "+"."""
-    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+
+    def git(*command: str) -> str:
+        whole = ["git", "-C", str(Path(__file__).resolve().parents[2]), *command]
+        return subprocess.run(whole, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        revision = _output(*git, "rev-parse", "--short=10", "HEAD")
-        revision += "+" * bool(_output(*git, "status", "--porcelain", "--", "unroll", "examples"))
+        revision = git("rev-parse", "--short=10", "HEAD")
+        revision += "+" * bool(git("status", "--porcelain", "--", "unroll", "examples"))
     except (OSError, subprocess.CalledProcessError):
         revision = "unknown"
     return {"torch": str(torch.__version__), "revision": revision}
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def digest(states: Mapping[str, torch.Tensor]) -> str:
@@ -86,11 +56,7 @@ def digest(states: Mapping[str, torch.Tensor]) -> str:
 
 
 def save(
-    path: Path,
-    settings: Mapping[str, Any],
-    parts: Mapping[str, Stateful],
-    rng: Randomness,
-    log: Mapping[str, Any],
+    path: Path, settings: Mapping[str, Any], parts: Parts, rng: Any, log: Mapping[str, Any]
 ) -> None:
     """Write a checkpoint from which a run continues to bit-identical numbers.
 
@@ -108,7 +74,7 @@ def save(
     write_atomically(path, lambda draft: draft.write_bytes(whole.getbuffer()))
 
 
-def load(path: Path, parts: Mapping[str, Stateful], rng: Randomness) -> dict[str, Any]:
+def load(path: Path, parts: Parts, rng: Any) -> dict[str, Any]:
     """Restore every part and the generator from a checkpoint, and return its log."""
     content = torch.load(path, map_location=rng.device, weights_only=True)
     rng.set_state(content["rng"].cpu())
@@ -119,7 +85,6 @@ def load(path: Path, parts: Mapping[str, Stateful], rng: Randomness) -> dict[str
 
 
 def read_log(path: Path) -> dict[str, Any]:
-    """Return the log alone."""
     log: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)["log"]
     return log
 
@@ -135,17 +100,15 @@ def check(path: Path, settings: Mapping[str, Any], *, length: str) -> None:
     if odd == {length} and settings[length] > then[length]:
         return
     if odd:
-        was = ", ".join(
-            f"{name} {then.get(name)}, not {settings.get(name)}" for name in sorted(odd)
-        )
+        was = ", ".join(f"{n} {then.get(n)}, not {settings.get(n)}" for n in sorted(odd))
         raise ValueError(f"{path} cannot be resumed, it has {was}: use another folder")
 
 
 def iterate(
     path: Path,
     settings: Mapping[str, Any],
-    parts: Mapping[str, Stateful],
-    rng: Randomness,
+    parts: Parts,
+    rng: Any,
     evaluate: Callable[[int, Sequence[Mapping[str, Any]]], tuple[dict[str, Any], Any]],
     *,
     length: int,
@@ -217,18 +180,15 @@ def iterate(
             keep({**log, "since": (iteration, elapsed())})
 
 
-def run_all(
-    run: Callable[[Settings, int], Result],
-    settings: Sequence[Settings],
-    workers: int | None,
-    device: str,
-) -> Iterator[Result]:
-    """Yield results as runs finish; `run` gets its settings and a line for its progress bar.
+def cores(device: str = "cpu") -> int:
+    return (os.cpu_count() or 1) if device == "cpu" else 1
 
-    Without a number of workers, runs on the CPU get a process for each core.
-    """
-    cores = (os.cpu_count() or 1) if device == "cpu" else 1
-    workers = min(workers or cores, len(settings))
+
+def run_all(
+    run: Callable[[Any, int], Any], settings: Sequence[Any], workers: int | None, device: str
+) -> Iterator[Any]:
+    """Yield results as runs finish; `run` gets its settings and a line for its progress bar."""
+    workers = min(workers or cores(device), len(settings))
     if workers == 1:
         yield from (run(one, 0) for one in settings)
         return
@@ -253,5 +213,5 @@ def _start_worker(lock: Any, lines: Any) -> None:
     _own_line = lines.get()
 
 
-def _run_on_own_line(run: Callable[[Settings, int], Result], settings: Settings) -> Result:
+def _run_on_own_line(run: Callable[[Any, int], Any], settings: Any) -> Any:
     return run(settings, _own_line)

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ class Generators:
         self._each = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def normal(self, *shape: int) -> Tensor:
-        """Return standard normal numbers for each seed, stacked."""
         return self.draw(lambda rng: torch.randn(shape, generator=rng, device=rng.device))
 
     def draw(self, sample: Callable[[torch.Generator], Tensor]) -> Tensor:
@@ -36,11 +34,9 @@ class Generators:
         return torch.stack([sample(rng) for rng in self._each])
 
     def get_state(self) -> Tensor:
-        """Return the states, one a row."""
         return torch.stack([rng.get_state() for rng in self._each])
 
     def set_state(self, states: Tensor) -> None:
-        """Put them back."""
         for rng, state in zip(self._each, states, strict=True):
             rng.set_state(state.clone())
 
@@ -128,11 +124,9 @@ class SideBySide:
     def discriminator_loss(
         self, discriminator: Callable[[Any], Any], fake: Any, real: Any
     ) -> Tensor:
-        """Return the sum of the losses of all D's."""
         return self.seeds * self.game.discriminator_loss(discriminator, fake, real)
 
     def generator_loss(self, discriminator: Callable[[Any], Any], fake: Any, real: Any) -> Tensor:
-        """Return the sum of the losses of all G's."""
         return self.seeds * self.game.generator_loss(discriminator, fake, real)
 
     @torch.no_grad()
@@ -144,13 +138,6 @@ class SideBySide:
 
 def _itself(logits: Tensor) -> Tensor:
     return logits
-
-
-def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Update what an optimizer trains."""
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
 
 
 def histories(log: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
@@ -167,21 +154,6 @@ def of_seed(earlier: Sequence[Mapping[str, Any]], seed: int) -> list[Mapping[str
     return [row["each"][seed] for row in earlier]
 
 
-def series(logs: Mapping[str, Mapping[str, Any]], first_seed: int) -> list[dict[str, Any]]:
-    """Return the rows of all settings and seeds over training."""
-    return [
-        {"setting": label, "seed": first_seed + number} | row
-        for label, log in logs.items()
-        for number, history in enumerate(histories(log))
-        for row in history
-    ]
-
-
-def write_series(folder: Path, logs: Mapping[str, Mapping[str, Any]], first_seed: int) -> None:
-    """Write every setting's and seed's metrics over training to a folder."""
-    records.write(folder / "metrics.csv", series(logs, first_seed))
-
-
 def record_rows(
     experiment: str, config: Any, log: Mapping[str, Any], size: Mapping[str, int] | None = None
 ) -> list[dict[str, Any]]:
@@ -195,7 +167,8 @@ def record_rows(
     """
     size = size or {"pairs": config.pairs, "batch_size": config.batch_size}
     apart = ("device", "first_seed", "seeds", *size)
-    settings = {name: value for name, value in asdict(config).items() if name not in apart}
+    everything = records.renamed(asdict(config))
+    settings = {name: value for name, value in everything.items() if name not in apart}
     rows = []
     for number, history in enumerate(histories(log)):
         seed = {"seed": config.first_seed + number, "seeds_together": config.seeds}

@@ -22,7 +22,6 @@ class Trace:
         self.kept: dict[int, Tensor] = {}  # by the pairs that were done
 
     def add(self, **values: float | Tensor) -> None:
-        """Add the numbers of a pair."""
         numbers = {
             name: value.item() if isinstance(value, Tensor) else value
             for name, value in values.items()
@@ -30,7 +29,6 @@ class Trace:
         self.rows.append(tuple(numbers[column] for column in self.columns))
 
     def column(self, name: str, start: int = 0) -> list[float]:
-        """Return a number of every pair, from one on."""
         number = self.columns.index(name)
         return [row[number] for row in self.rows[start:]]
 
@@ -44,11 +42,9 @@ class Trace:
         return median(self.column(name)) if self.rows else math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything, as tensors."""
         rows = torch.tensor(self.rows, dtype=torch.float64).view(-1, len(self.columns))
         return {"rows": rows, "kept": dict(self.kept)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Put it back."""
         self.rows = [tuple(row) for row in state_dict["rows"].tolist()]
         self.kept = dict(state_dict["kept"])

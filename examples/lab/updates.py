@@ -20,12 +20,10 @@ class Losses(nn.Module):
         self.register_buffer("values", torch.full((len(names),), torch.nan))
 
     def add(self, *losses: Tensor) -> None:
-        """Take in the losses of a pair."""
         fresh = torch.stack([loss.detach().float() for loss in losses])
         self.values = torch.where(self.values.isnan(), fresh, 0.9 * self.values + 0.1 * fresh)
 
     def row(self) -> dict[str, float]:
-        """Return the averages by name; NaN before the first pair."""
         return dict(zip(self.names, self.values.tolist(), strict=True))
 
 

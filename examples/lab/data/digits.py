@@ -1,11 +1,10 @@
 """MNIST as tensors in memory: single digits, and three of them stacked as an RGB image.
 
-data = digits.mnist(args.data_root, size=28)
+data = digits.mnist(options.data_root, size=28)
 batch = data.sample(64, rng)      # (64, 1, 28, 28), floats in [-1, 1]
 stacks = data.stacks(64, rng)     # (64, 3, 28, 28): section 3.3.1 of the paper
 """
 
-import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +33,12 @@ class Digits:
     labels: Tensor
 
     def __len__(self) -> int:
-        """Return how many there are."""
         return len(self.images)
 
     def to(self, device: str | torch.device) -> "Digits":
-        """Return them on a device."""
         return Digits(self.images.to(device), self.labels.to(device))
 
     def at(self, index: Tensor) -> Tensor:
-        """Return the images at an index, as floats."""
         return as_floats(self.images[index])
 
     def sample(self, count: int, rng: torch.Generator) -> Tensor:
@@ -105,14 +101,3 @@ def _check(images: Tensor, labels: Tensor) -> None:
         raise ValueError(f"images {tuple(images.shape)} and labels {tuple(labels.shape)}")
     if labels.min() < 0 or labels.max() >= CLASSES:
         raise ValueError(f"labels from {labels.min()} to {labels.max()}")
-
-
-def add_data_flag(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that says where MNIST is."""
-    parser.add_argument(
-        "--data-root",
-        type=Path,
-        metavar="FOLDER",
-        help="the folder that holds MNIST/raw (default: the environment variable UNROLL_DATA, "
-        "else data/, to which MNIST is downloaded)",
-    )

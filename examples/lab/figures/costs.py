@@ -6,8 +6,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from lab.columns import moments
 from lab.figures.plots import save
-from lab.verdicts import moments
 
 Point = tuple[float, Sequence[float]]  # seconds, and the metric of every seed
 

@@ -1,10 +1,9 @@
-"""What a run of GANs on images leaves behind: time series, sample grids, curves, a table."""
+"""What an experiment on images leaves behind: a grid of samples over training, curves, a table."""
 
-import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lab import records, runs
+from lab import study
 from lab.data.pixels import as_floats
 from lab.figures import pictures, plots
 
@@ -12,31 +11,45 @@ COLUMNS = 5  # moments of training in the grid
 
 
 def report(
-    args: argparse.Namespace, configs: Sequence[Any], name: str, panels: Mapping[str, str]
-) -> None:
-    """Write the time series and the figures, and print the last metrics.
+    name: str,
+    configs: Sequence[Any],
+    logs: Sequence[Mapping[str, Any]],
+    options: study.Options,
+    *,
+    curves: Mapping[str, str],
+    table: Sequence[str],
+    ideal: Mapping[str, float] | None = None,
+    shown: int = 16,
+) -> dict[str, list[list[dict[str, Any]]]]:
+    """Draw and print, and return the histories of all models by their setting.
 
     Args:
-        args: The command line: `out` and `figures`.
-        configs: The finished runs, each with a `label` and a `seed`.
         name: Of the figures' files.
-        panels: The metrics that are drawn and printed, and what they are called.
+        configs: The finished runs.
+        logs: What came of them, with images of bytes as snapshots.
+        options: Where the figures go.
+        curves: The metrics that are drawn, and what they are called.
+        table: Those that are printed.
+        ideal: What perfect samples have.
+        shown: Images of each cell of the grid.
     """
-    folder, first = args.figures or args.out, configs[0]
-    logs = {(c.label, c.seed): runs.read_log(c.checkpoint(args.out)) for c in configs}
-    histories: dict[str, list[list[dict[str, Any]]]] = {}
-    rows, cells = [], {}
-    steps = [row["pairs"] for row in logs[first.label, first.seed]["history"]]
-    moments = pictures.spread(len(steps), COLUMNS)
-    for (label, seed), log in logs.items():
-        histories.setdefault(label, []).append(log["history"])
-        rows += [{"setting": label, "seed": seed} | row for row in log["history"]]
-        if seed == first.seed:
-            shown = [log["snapshots"][moment] for moment in moments]
-            cells[label] = [as_floats(s) for s in shown]
-    records.write(args.out / "metrics.csv", rows)
-    titles = [f"{steps[moment]:,}" for moment in moments]
-    pictures.grid(folder / f"{name}.png", cells, titles, caption=f"pairs; seed {first.seed}")
-    plots.curves(folder / f"{name}_curves.png", histories, panels, x="pairs", ideal={})
-    print(records.table(histories, panels))
-    print(f"\nTime series, settings and checkpoints are in {args.out}/, figures in {folder}/")
+    folder, first = options.figures or options.out, configs[0]
+    histories, kept = study.histories(configs, logs), study.first_logs(configs, logs)
+    study.table(histories, *table)
+    longest = max(kept.values(), key=lambda log: len(log["history"]))
+    pairs = [row["pairs"] for row in longest["history"]]
+    moments = [pairs[i] for i in pictures.spread(len(pairs), COLUMNS)]
+    cells = {}
+    for label, log in kept.items():
+        at = dict(zip([row["pairs"] for row in log["history"]], log["snapshots"], strict=True))
+        cells[label] = [as_floats(at[moment][:shown]) for moment in moments if moment in at]
+    pictures.grid(
+        folder / f"{name}.png",
+        cells,
+        [f"{moment:,}" for moment in moments],
+        caption=f"pairs of updates (preset {first.preset}, seed {first.seed})",
+    )
+    shortest = {k: min(map(len, own)) for k, own in histories.items()}
+    drawn = {k: [history[: shortest[k]] for history in own] for k, own in histories.items()}
+    plots.curves(folder / f"{name}_curves.png", drawn, curves, x="pairs", ideal=ideal or {})
+    return histories

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -64,41 +62,6 @@ def heat_maps(
     save(figure, path)
 
 
-def animation(
-    path: Path,
-    rows: Mapping[str, Sequence[Tensor]],
-    titles: Sequence[str],
-    data: Tensor,
-    *,
-    extent: float,
-    frames: int = 50,
-) -> None:
-    """Animate the heat maps of all settings side by side, the data last."""
-    last = len(titles) - 1
-    moments = np.unique(np.linspace(0, last, frames).round().astype(int))
-    peak = density(data, extent).max().item()
-    width = len(rows) + 1
-    figure, axes = plt.subplots(1, width, figsize=(2.6 * width, 3.1), layout="constrained")
-    images = []
-    for ax, (label, snapshots) in zip(axes, [*rows.items(), ("data", [data])], strict=True):
-        ax.set_title(label)
-        images.append(_show(ax, snapshots[0], extent, peak))
-
-    def draw(moment: int) -> list[AxesImage]:
-        figure.suptitle(titles[moment])
-        for image, snapshots in zip(images, rows.values(), strict=False):
-            image.set_data(density(snapshots[moment], extent))
-        return images
-
-    draw(0)
-    figure.canvas.draw()
-    figure.set_layout_engine("none")  # laid out once, not in every frame
-    order = [*moments, *[last] * 8]
-    movie = FuncAnimation(figure, draw, order)
-    write_atomically(path, partial(movie.save, writer=PillowWriter(fps=8), dpi=80))
-    plt.close(figure)
-
-
 def curves(
     path: Path,
     histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
@@ -106,15 +69,15 @@ def curves(
     *,
     x: str,
     ideal: Mapping[str, float],
-    log: bool = False,
 ) -> None:
     """Plot metrics over training: thin lines are seeds, a thick one is their mean.
 
     The largest mode is shown for the first seed, as dots whose area is its share of the samples.
-    With `log` the horizontal axis is logarithmic, for runs of very different lengths.
     """
     figure, axes = plt.subplots(2, -(-len(metrics) // 2), figsize=(9, 5), layout="constrained")
-    for ax, (metric, label) in zip(axes.flat, metrics.items(), strict=True):
+    for ax in axes.flat[len(metrics) :]:
+        ax.set_visible(False)
+    for ax, (metric, label) in zip(axes.flat, metrics.items(), strict=False):
         if metric in ideal:
             ax.axhline(ideal[metric], color="0.6", linestyle="--", linewidth=1)
         for number, (name, seeds) in enumerate(histories.items()):
@@ -132,12 +95,7 @@ def curves(
             style = ".-" if number < 10 else ".--"  # there are ten colours
             ax.plot(steps, mean, style, color=color, markersize=2, linewidth=1.2, label=name)
         ax.set(xlabel=x.replace("_", " "), ylabel=label)
-        if log:
-            ax.set_xscale("log")
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.xaxis.set_minor_formatter(NullFormatter())
-        else:
-            ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.xaxis.set_major_formatter("{x:,.0f}")
         if metric in COUNTS:
             ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -153,7 +111,7 @@ def _show(ax: Axes, samples: Tensor, extent: float, peak: float) -> AxesImage:
     ax.spines[:].set_color("0.8")
     box = (-extent, extent, -extent, extent)
     norm = PowerNorm(0.5, 0, peak, clip=True)
-    return ax.imshow(density(samples, extent), "Greens", norm, origin="lower", extent=box)
+    return ax.imshow(density(samples, extent).numpy(), "Greens", norm, origin="lower", extent=box)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -113,7 +113,6 @@ class Classifier(nn.Module):
         self.classes = nn.Linear(last, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features and logits."""
         features = self.features(images)
         return features, self.classes(features)
 

@@ -80,12 +80,7 @@ def minimise(evaluate: Evaluate, starts: Tensor, *, steps: int) -> tuple[Tensor,
 
 
 def reconstruct(
-    generator: nn.Module,
-    targets: Tensor,
-    starts: Tensor,
-    *,
-    steps: int,
-    batch_size: int = 256,
+    generator: nn.Module, targets: Tensor, starts: Tensor, *, steps: int, batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
     """Return the best reconstruction of every target, and its mean squared error over pixels.
 

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 SIDE = 28
-STATES = ("both", "hidden", "cell")
 
 
 class Generator(nn.Module):

@@ -1,10 +1,8 @@
 """The small networks of the toy experiments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -23,18 +21,4 @@ class Scale(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the scaled input."""
         return self.factor * x
-
-
-def perceptron(
-    sizes: Sequence[int], activation: str, *, gain: float, rng: torch.Generator
-) -> nn.Sequential:
-    """Return fully connected layers with orthogonal weights and zero biases, linear at the end."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(sizes):
-        linear = nn.Linear(inputs, outputs, device=rng.device)
-        nn.init.orthogonal_(linear.weight, gain, generator=rng)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, ACTIVATIONS[activation]()]
-    return nn.Sequential(*layers[:-1])

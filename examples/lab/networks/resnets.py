@@ -99,7 +99,6 @@ class Residual(nn.Module):
         self.branch, self.shortcut = branch, shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return both, added."""
         total: Tensor = self.branch(x) + self.shortcut(x)
         return total
 
@@ -108,7 +107,6 @@ class SumOverPixels(nn.Module):
     """Global pooling by sums, as in SN-GAN."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return a number a channel."""
         return x.sum((2, 3))
 
 

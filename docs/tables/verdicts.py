@@ -5,7 +5,6 @@ do something, or follows a trend over all of them.
 """
 
 import math
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +14,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from lab.columns import shown, tomllib
 from scipy import stats
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 LEVEL = 0.05
 VERDICTS = ("supported", "partly supported", "refuted", "inconclusive")
@@ -141,24 +136,6 @@ def trend(text: str, x: Sequence[float], y: Sequence[float], *, smaller: bool, *
     how |= {"kind": "trend"}
     slope, p = float(line.slope), float(line.pvalue)
     return Part(text, ", ".join(means), (len(values),), slope, interval, p, ranks, **how)
-
-
-def moments(values: Sequence[float] | np.ndarray | pd.Series) -> tuple[float, float]:
-    """Return the mean and its standard error: 0 of a single value."""
-    array = np.asarray(values, dtype=float)
-    error = array.std(ddof=1) / len(array) ** 0.5 if len(array) > 1 else 0.0
-    return float(array.mean()), float(error)
-
-
-def shown(values: Sequence[float] | np.ndarray | pd.Series) -> str:
-    """Return "mean ± standard error", with two digits of the error; whole numbers as such."""
-    mean, error = moments(values)
-    if math.isnan(mean):
-        return "n/a"
-    if error < 1e-12:
-        return f"{mean:,.0f}" if float(mean).is_integer() else f"{mean:,.4g}"
-    digits = min(max(1 - math.floor(math.log10(error)), 0), 5)
-    return f"{mean:,.{digits}f} ± {error:,.{digits}f}"
 
 
 def corrected(parts: Sequence[Part]) -> list[Part]:

@@ -1,13 +1,13 @@
 """Write the tables, numbers and verdicts of all pages from the records in docs/results/.
 
-python examples/tables.py            rewrite them
-python examples/tables.py --check    fail if one does not follow from its records
+python -m docs.tables            rewrite them
+python -m docs.tables --check    fail if one does not follow from its records
 """
 
 import argparse
 import sys
 
-from lab import pages
+from docs.tables import pages
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     for path in pages.all_pages():
         text = pages.filled(path)
         if check and text != path.read_text():
-            sys.exit(f"{path.relative_to(pages.ROOT)}: run python examples/tables.py")
+            sys.exit(f"{path.relative_to(pages.DOCS.parent)}: run python -m docs.tables")
         path.write_text(text)
 
 

@@ -4,14 +4,14 @@ import csv
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from lab.records import RESULTS
+from lab.columns import DOCS
 
 Row = Mapping[str, str]
 
 
 def records(name: str) -> Sequence[Row]:
     """Return the rows of a record: none where it was never made."""
-    path = RESULTS / f"{name}.csv"
+    path = DOCS / "results" / f"{name}.csv"
     return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
 
 
@@ -134,11 +134,7 @@ def benchmarks(rows: Sequence[Row]) -> str:
 
     parts = []
     for kind, title, cell in (
-        (
-            "Time",
-            "ms a step (in brackets: of K plain steps; without: timed alone)",
-            time,
-        ),
+        ("Time", "ms a step (in brackets: of K plain steps; without: timed alone)", time),
         ("Memory", "peak MiB above K = 0", above_no_steps),
         ("First call", "s", lambda row: f"{float(row['first_ms']) / 1e3:.2f}"),
     ):

@@ -21,14 +21,12 @@ from functools import cache, partial
 from pathlib import Path
 
 import pandas as pd
+from lab.columns import COLUMNS, DOCS, explained, shown, title
 
-from lab import benchmark_tables, verdicts
-from lab.columns import COLUMNS, explained, title
-from lab.records import RESULTS
-from lab.verdicts import Claim, Part, shown
+from docs.tables import benchmarks, verdicts
+from docs.tables.verdicts import Claim, Part
 
-ROOT = RESULTS.parents[1]
-PAGES = RESULTS.parent / "experiments"
+RESULTS, PAGES = DOCS / "results", DOCS / "experiments"
 BLOCK = re.compile(r"<!-- (?P<kind>[a-z]+)(?:: (?P<what>.*?))? -->.*?<!-- end -->", re.DOTALL)
 START = re.compile(r"<!-- (?!end )[a-z]+(?:: .*?)? -->")
 INLINE = "value", "verdict"
@@ -169,7 +167,7 @@ def filled(path: Path) -> str:
         "claims": partial(claims, path.stem),
         "verdict": partial(verdict, path.stem),
         "experiments": experiments,
-        "results": lambda name: benchmark_tables.TABLES[name](),
+        "results": lambda name: benchmarks.TABLES[name](),
     }
 
     def written(block: re.Match[str]) -> str:
@@ -192,4 +190,4 @@ def filled(path: Path) -> str:
 
 def all_pages() -> list[Path]:
     """Return every page that may have directives."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+    return [DOCS.parent / "README.md", *sorted(DOCS.glob("**/*.md"))]
