@@ -184,17 +184,8 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     return list(configs)
 
 
-main = partial(
-    study.main,
-    __doc__,
-    PRESETS,
-    train,
-    report,
-    "colored_mnist",
-    {"size": ("1/4", "1/2", "1"), "unroll_steps": (0, 1, 5, 10)},
-    options=Options(),
-    arms=arms,
-    rows=rows,
-)
+SWEEP = {"size": ("1/4", "1/2", "1"), "unroll_steps": (0, 1, 5, 10)}
+HOOKS = {"options": Options(), "arms": arms, "rows": rows}
+main = partial(study.main, __doc__, PRESETS, train, report, "colored_mnist", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

@@ -124,15 +124,8 @@ def report(
     return planar.report_by(name, data, configs, logs, options)
 
 
-main = partial(
-    study.main,
-    __doc__,
-    PRESETS,
-    train,
-    report,
-    "five_gaussians",
-    {"width": None, "unroll_steps": (0, 5), "game": ("JS", "Rp")},
-    options=study.Options(seeds=10),
-)
+SWEEP = {"width": None, "unroll_steps": (0, 5), "game": ("JS", "Rp")}
+HOOKS = {"options": study.Options(seeds=10)}
+main = partial(study.main, __doc__, PRESETS, train, report, "five_gaussians", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

@@ -253,17 +253,8 @@ def generate(checkpoint: Path, folder: Path, seed: int, count: int = 49) -> Path
     return target
 
 
-main = partial(
-    study.main,
-    __doc__,
-    PRESETS,
-    train,
-    report,
-    "gan_mnist",
-    {"optimizer": tuple(OPTIMIZERS), "unroll_steps": (0, 5)},
-    options=Options(),
-    arms=arms,
-    rows=rows,
-)
+SWEEP = {"optimizer": tuple(OPTIMIZERS), "unroll_steps": (0, 5)}
+HOOKS = {"options": Options(), "arms": arms, "rows": rows}
+main = partial(study.main, __doc__, PRESETS, train, report, "gan_mnist", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

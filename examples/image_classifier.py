@@ -124,6 +124,8 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     return [replace(config, data=name) for config in configs]
 
 
+SWEEP = {}
+HOOKS = {"options": Options(), "arms": arms, "rows": rows}
 main = partial(
     study.main,
     __doc__,
@@ -131,10 +133,8 @@ main = partial(
     train,
     report,
     "image_classifier",
-    {},
-    options=Options(),
-    arms=arms,
-    rows=rows,
+    SWEEP,
+    **HOOKS,
 )
 if __name__ == "__main__":
     main()

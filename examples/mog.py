@@ -170,6 +170,12 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     return configs
 
 
+SWEEP = {"unroll_steps": (0, 10)}
+HOOKS = {
+    "options": Options(),
+    "arms": arms,
+    "rows": lambda _, config, log: seeds.record_rows("mog", config, log),
+}
 main = partial(
     study.main,
     __doc__,
@@ -177,10 +183,8 @@ main = partial(
     train,
     report,
     lambda options: RECORDS[options.compare],
-    {"unroll_steps": (0, 10)},
-    options=Options(),
-    arms=arms,
-    rows=lambda _, config, log: seeds.record_rows("mog", config, log),
+    SWEEP,
+    **HOOKS,
 )
 if __name__ == "__main__":
     main()

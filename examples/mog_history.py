@@ -56,14 +56,7 @@ PRESETS = {"quick": Config("quick", **QUICK), "paper": Config()}
 
 
 class Ensemble(nn.Module):
-    """Discriminators of the past, side by side as more independent networks.
-
-    Args:
-        discriminator: The networks of all seeds that are trained.
-        members: How many of the past are kept.
-        delay: Updates of D from one member to the next.
-        live: Whether the newest member follows D between.
-    """
+    """Discriminators of the past, side by side as more independent networks."""
 
     def __init__(
         self, discriminator: nn.Module, *, members: int, delay: int, live: bool = True
@@ -176,17 +169,8 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     return [*configs, *delayed, *ahead]
 
 
-main = partial(
-    study.main,
-    __doc__,
-    PRESETS,
-    train,
-    report,
-    "mog_history",
-    {"members": (1, 5, 20, 50)},
-    options=Options(),
-    arms=arms,
-    rows=planar.late_rows,
-)
+SWEEP = {"members": (1, 5, 20, 50)}
+HOOKS = {"options": Options(), "arms": arms, "rows": planar.late_rows}
+main = partial(study.main, __doc__, PRESETS, train, report, "mog_history", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

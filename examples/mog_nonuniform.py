@@ -149,16 +149,8 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     ]
 
 
-main = partial(
-    study.main,
-    __doc__,
-    PRESETS,
-    train,
-    report,
-    "mog_nonuniform",
-    {"activation": ("relu",), "weight_deviation": tuple(WEIGHTS), "unroll_steps": (0, 10)},
-    options=Options(),
-    arms=arms,
-)
+SWEEP = {"activation": ("relu",), "weight_deviation": tuple(WEIGHTS), "unroll_steps": (0, 10)}
+HOOKS = {"options": Options(), "arms": arms}
+main = partial(study.main, __doc__, PRESETS, train, report, "mog_nonuniform", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

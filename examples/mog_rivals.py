@@ -30,10 +30,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import matplotlib.pyplot as plt
 import torch
 from lab import planar, seeds, study
+from lab.columns import moments
 from lab.data.mixtures import Mixture, grid, ring
-from lab.figures import costs, plots
+from lab.figures import plots
 from lab.networks.perceptrons import Scale
 from torch import Tensor, nn
 
@@ -110,13 +112,7 @@ def mixture_of(config: Config) -> Mixture:
 
 
 class Discriminators(nn.Module):
-    """The D of every seed, on a plain batch: the first seed's samples first.
-
-    Args:
-        config: Of the experiment.
-        packing: How many samples of a seed make one input.
-        rngs: Of the seeds.
-    """
+    """The D of every seed, on a plain batch: the first seed's samples first."""
 
     def __init__(self, config: Config, packing: int, rngs: seeds.Generators) -> None:
         super().__init__()
@@ -218,21 +214,24 @@ def report(
             caption=f"after {first.pairs:,} updates of G (preset {first.preset}, "
             f"seed {first.first_seed})",
         )
-    seconds = f"CPU seconds of {first.seeds} seeds"
-    path = folder / "mog_rivals_costs.png"
-    costs.chart(path, panels, seconds=seconds, metric="modes covered", hollow=True)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4 * len(panels) + 1, 3.5), squeeze=False, layout="constrained"
+    )
+    for ax, (data, points) in zip(axes[0], panels.items(), strict=True):
+        for method, line in points.items():
+            means, errors = zip(*(moments(modes) for _, modes in line), strict=True)
+            x = [seconds for seconds, _ in line]  # the first is without looking ahead
+            ax.errorbar(x, means, errors, marker="o", linewidth=1, label=method)
+            ax.plot(x[:1], means[:1], "wo", markersize=3.5, zorder=3)
+        ax.set(title=data, xscale="log", xlabel=f"CPU seconds of {first.seeds} seeds")
+    axes[0, 0].set_ylabel("modes covered")
+    axes[0, -1].legend()
+    plots.save(figure, folder / "mog_rivals_costs.png")
     return study.sentence(histories, "modes", "covers {} modes")
 
 
-main = partial(
-    study.main,
-    __doc__,
-    PRESETS,
-    train,
-    report,
-    "mog_rivals",
-    {"data": ("ring", "grid"), "method": tuple(METHODS), "unroll_steps": (0, 5)},
-    options=study.Options(seeds=10),
-)
+SWEEP = {"data": ("ring", "grid"), "method": tuple(METHODS), "unroll_steps": (0, 5)}
+HOOKS = {"options": study.Options(seeds=10)}
+main = partial(study.main, __doc__, PRESETS, train, report, "mog_rivals", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

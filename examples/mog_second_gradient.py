@@ -156,17 +156,12 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     ]
 
 
-main = partial(
-    study.main,
-    __doc__,
-    PRESETS,
-    train,
-    report,
-    "mog_second_gradient",
-    {"unroll_steps": (1, 3, 5, 10, 20), "generator_steps": (1, 5)},
-    options=Options(),
-    arms=arms,
-    rows=partial(planar.late_rows, also=["second_term"]),
-)
+SWEEP = {"unroll_steps": (1, 3, 5, 10, 20), "generator_steps": (1, 5)}
+HOOKS = {
+    "options": Options(),
+    "arms": arms,
+    "rows": partial(planar.late_rows, also=["second_term"]),
+}
+main = partial(study.main, __doc__, PRESETS, train, report, "mog_second_gradient", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

@@ -152,17 +152,8 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     ]
 
 
-main = partial(
-    study.main,
-    __doc__,
-    PRESETS,
-    train,
-    report,
-    "rnn_mnist",
-    {"unroll_steps": (0, 20)},
-    options=Options(),
-    arms=arms,
-    rows=rows,
-)
+SWEEP = {"unroll_steps": (0, 20)}
+HOOKS = {"options": Options(), "arms": arms, "rows": rows}
+main = partial(study.main, __doc__, PRESETS, train, report, "rnn_mnist", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

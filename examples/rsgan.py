@@ -232,17 +232,8 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     ]
 
 
-main = partial(
-    study.main,
-    __doc__,
-    PRESETS,
-    train,
-    report,
-    "rsgan",
-    {"unroll_steps": (0, 1), "game": ("JS", "Rp")},
-    options=Options(),
-    arms=arms,
-    rows=rows,
-)
+SWEEP = {"unroll_steps": (0, 1), "game": ("JS", "Rp")}
+HOOKS = {"options": Options(), "arms": arms, "rows": rows}
+main = partial(study.main, __doc__, PRESETS, train, report, "rsgan", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

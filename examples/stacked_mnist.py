@@ -186,17 +186,8 @@ def data_score(options: Options, known: Mapping[str, Any], count: int) -> None:
             records.append(path, row, key=("samples", "seed", "classifier"))
 
 
-main = partial(
-    study.main,
-    __doc__,
-    PRESETS,
-    train,
-    report,
-    "stacked_mnist",
-    {"size": (0.25, 0.5), "unroll_steps": (0, 10)},
-    options=Options(),
-    arms=arms,
-    rows=rows,
-)
+SWEEP = {"size": (0.25, 0.5), "unroll_steps": (0, 10)}
+HOOKS = {"options": Options(), "arms": arms, "rows": rows}
+main = partial(study.main, __doc__, PRESETS, train, report, "stacked_mnist", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

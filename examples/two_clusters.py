@@ -167,16 +167,8 @@ def report(
     return study.sentence(each, "covers", "covers both in a share of {} of the models")
 
 
-main = partial(
-    study.main,
-    __doc__,
-    PRESETS,
-    train,
-    report,
-    "two_clusters",
-    {"unroll_steps": (0, 5), "game": ("JS", "Rp")},
-    options=study.Options(seeds=20),
-    rows=rows,
-)
+SWEEP = {"unroll_steps": (0, 5), "game": ("JS", "Rp")}
+HOOKS = {"options": study.Options(seeds=20), "rows": rows}
+main = partial(study.main, __doc__, PRESETS, train, report, "two_clusters", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

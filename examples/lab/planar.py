@@ -25,15 +25,7 @@ def evaluation(
     updates: int = 2,
     window: float | None = None,
 ) -> Callable[[int, Sequence[Mapping[str, Any]]], tuple[dict[str, Any], Tensor]]:
-    """Return what measures the samples of every seed: metrics, and a snapshot for the figures.
-
-    Args:
-        generator: Of all seeds, from noise to `(seeds, 2, samples)`.
-        held_out: Its noise.
-        mixture: The data.
-        updates: Of G and D a pair.
-        window: Half the side of a square, of which the samples outside are counted, too.
-    """
+    """Return what measures the samples of every seed: metrics, and a snapshot for the figures."""
 
     @torch.no_grad()
     def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Tensor]:

@@ -26,14 +26,7 @@ def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
 def row(
     experiment: str, config: Any, result: Mapping[str, Any], log: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return a row of a finished run: its settings, what came of it, and its provenance.
-
-    Args:
-        experiment: Its name.
-        config: A dataclass with `batch_size` and `device`.
-        result: The metrics, `player_updates` among them.
-        log: What `runs.iterate` wrote.
-    """
+    """Return a row of a finished run: its settings, what came of it, and its provenance."""
     settings = renamed(asdict(config))
     batch_size, device = settings.pop("batch_size"), settings.pop("device")
     size = {"player_updates": result["player_updates"], "batch_size": batch_size}

@@ -58,15 +58,7 @@ def digest(states: Mapping[str, torch.Tensor]) -> str:
 def save(
     path: Path, settings: Mapping[str, Any], parts: Parts, rng: Any, log: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint from which a run continues to bit-identical numbers.
-
-    Args:
-        path: Where it is kept.
-        settings: What makes this run another than its neighbours.
-        parts: Everything that training changes.
-        rng: The generator that every random number of the training comes from.
-        log: What has been measured so far.
-    """
+    """Write a checkpoint from which a run continues to bit-identical numbers."""
     states = {name: part.state_dict() for name, part in parts.items()}
     content = {"settings": settings, "parts": states, "rng": rng.get_state(), "log": log}
     whole = io.BytesIO()  # torch's own writer does not say that a disk is full

@@ -47,15 +47,7 @@ def generators(config: Any) -> Generators:
 
 
 class Linears(nn.Module):
-    """An `nn.Linear` for each seed.
-
-    Args:
-        inputs: Features that come in.
-        outputs: And out.
-        rngs: Where the weights come from.
-        bias: Whether there is one.
-        gain: Of orthogonal weights, with zero biases; without it, PyTorch's usual initialisation.
-    """
+    """An `nn.Linear` for each seed; `gain` is of orthogonal weights, else they are PyTorch's."""
 
     def __init__(
         self,
@@ -111,12 +103,7 @@ def perceptrons(
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The sum of the games of all seeds.
-
-    Args:
-        game: One seed's. Its losses must be means over logits.
-        seeds: How many are trained together.
-    """
+    """The sum of the games of all seeds; one's losses must be means over logits."""
 
     game: unroll.Objective
     seeds: int
@@ -157,14 +144,7 @@ def of_seed(earlier: Sequence[Mapping[str, Any]], seed: int) -> list[Mapping[str
 def record_rows(
     experiment: str, config: Any, log: Mapping[str, Any], size: Mapping[str, int] | None = None
 ) -> list[dict[str, Any]]:
-    """Return what is kept of finished runs: settings, last metrics, provenance, a row a seed.
-
-    Args:
-        experiment: Its name.
-        config: Its settings, with `first_seed`, `seeds` and `device`.
-        log: What `runs.iterate` wrote.
-        size: `pairs` and `batch_size`, where they are not settings.
-    """
+    """Return what is kept of finished runs: settings, last metrics, provenance, a row a seed."""
     size = size or {"pairs": config.pairs, "batch_size": config.batch_size}
     apart = ("device", "first_seed", "seeds", *size)
     everything = records.renamed(asdict(config))

@@ -10,11 +10,7 @@ from torch import Tensor
 
 
 class Trace:
-    """A row of numbers a pair, and tensors that later evaluations come back to.
-
-    Args:
-        columns: What the numbers are.
-    """
+    """A row of numbers a pair, and tensors that later evaluations come back to."""
 
     def __init__(self, *columns: str) -> None:
         self.columns = columns

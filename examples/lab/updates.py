@@ -28,14 +28,7 @@ class Losses(nn.Module):
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor, who: str, checkpoint: Path) -> None:
-    """Take a step of finite numbers, or stop before it reaches a checkpoint.
-
-    Args:
-        optimizer: The player's.
-        loss: What it minimises.
-        who: The player and the moment, for the error.
-        checkpoint: Where the run is kept.
-    """
+    """Take a step of finite numbers, or stop before it reaches a checkpoint."""
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -22,12 +22,7 @@ SIZES = 28, 32  # as scanned, and with two black pixels around
 
 @dataclass(frozen=True)
 class Digits:
-    """Images and their labels.
-
-    Args:
-        images: `(N, 1, size, size)`, bytes from 0 (black) to 255.
-        labels: `(N,)`, from 0 to 9.
-    """
+    """Images and their labels."""
 
     images: Tensor
     labels: Tensor
@@ -66,13 +61,9 @@ def padded(images: Tensor, size: int) -> Tensor:
 
 
 def mnist(root: Path | None = None, *, train: bool = True, size: int = 28) -> Digits:
-    """Return the training or the test digits of MNIST.
+    """Return the training or the test digits of MNIST, from `root` or from $UNROLL_DATA.
 
-    Args:
-        root: A folder that holds `MNIST/raw`. Without one it is the environment variable
-            UNROLL_DATA, and without that `data/`, to which MNIST is downloaded.
-        train: The 60,000 to train on, or the 10,000 to test on.
-        size: Pixels a side: 28, or 32 with a black margin.
+    Without either they are in `data/`, to which they are downloaded.
     """
     if size not in SIZES:
         raise ValueError(f"size must be one of {SIZES}, got {size}")

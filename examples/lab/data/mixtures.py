@@ -31,13 +31,7 @@ CURVES = {
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture of isotropic Gaussians in the plane.
-
-    Args:
-        means: The modes, one a row.
-        deviation: The standard deviation of each mode in each coordinate.
-        weights: The probability of each mode; sums to one.
-    """
+    """A mixture of isotropic Gaussians in the plane."""
 
     means: Tensor
     deviation: float

@@ -26,14 +26,7 @@ def most_different(low: Tensor, high: Tensor, count: int) -> list[int]:
 def reconstructions(
     folder: Path, seed: int, targets: Tensor, results: Mapping[int, Mapping[str, Any]]
 ) -> None:
-    """Draw the images whose errors differ most between the fewest and the most steps.
-
-    Args:
-        folder: Where to.
-        seed: Of the models.
-        targets: The images, bytes.
-        results: For each K, the reconstructions, bytes, and their mean squared errors.
-    """
+    """Draw the images whose errors differ most between the fewest and the most steps."""
     ks = sorted(results)
     chosen = most_different(results[ks[0]]["mse"], results[ks[-1]]["mse"], ROWS * BLOCKS)
     wide = len(ks) + 1

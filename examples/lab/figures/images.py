@@ -21,18 +21,7 @@ def report(
     ideal: Mapping[str, float] | None = None,
     shown: int = 16,
 ) -> dict[str, list[list[dict[str, Any]]]]:
-    """Draw and print, and return the histories of all models by their setting.
-
-    Args:
-        name: Of the figures' files.
-        configs: The finished runs.
-        logs: What came of them, with images of bytes as snapshots.
-        options: Where the figures go.
-        curves: The metrics that are drawn, and what they are called.
-        table: Those that are printed.
-        ideal: What perfect samples have.
-        shown: Images of each cell of the grid.
-    """
+    """Draw and print, and return the histories of all models by their setting."""
     folder, first = options.figures or options.out, configs[0]
     histories, kept = study.histories(configs, logs), study.first_logs(configs, logs)
     study.table(histories, *table)

@@ -36,17 +36,7 @@ def grid(
     across: int = 4,
     width: float = 1.3,
 ) -> None:
-    """Draw a row a setting and a column a training step, every cell a tile of images.
-
-    Args:
-        path: Where to.
-        rows: For each setting, named as its row is to be, the images of each column. A setting
-            may have fewer columns than others.
-        columns: Their titles.
-        caption: Below the columns.
-        across: Images across in each cell.
-        width: Inches of a column.
-    """
+    """Draw a row a setting and a column a training step, every cell a tile of images."""
     tiles = {name: [tile(images, across) for images in cells] for name, cells in rows.items()}
     shapes = [cell.shape for cells in tiles.values() for cell in cells]
     aspect = max(height / breadth for _, height, breadth in shapes)

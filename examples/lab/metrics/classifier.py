@@ -72,14 +72,7 @@ def network(widths: tuple[int, int, int] = WIDTHS) -> nn.Sequential:
 
 @torch.no_grad()
 def classify(network: nn.Module, images: Tensor, *, batch_size: int = 512) -> Tensor:
-    """Return the digit in each image.
-
-    Args:
-        network: From `load`.
-        images: `(N, 1, 28, 28)` in [-1, 1], or 32 a side, whose margin is cut off. Of RGB stacks
-            `(N, 3, ...)`, which channel has which digit: the labels are then `(N, 3)`.
-        batch_size: Digits at a time.
-    """
+    """Return the digit in each image."""
     if images.ndim != 4 or images.shape[1] not in {1, 3} or images.shape[-1] not in {28, 32}:
         shape = tuple(images.shape)
         raise ValueError(f"images must be (N, 1 or 3, 28 or 32, 28 or 32), got {shape}")
@@ -150,12 +143,7 @@ def save(path: Path, trained: nn.Module, facts: dict[str, Any]) -> str:
 
 
 def load(path: Path | None = None, device: str | torch.device = "cpu") -> nn.Sequential:
-    """Return the trained classifier, BatchNorm folded into the convolutions; `facts` is its story.
-
-    Args:
-        path: Its file.
-        device: Where it is to be.
-    """
+    """Return the trained classifier, with BatchNorm folded into the convolutions."""
     path = found(path)
     if not path.exists():
         raise FileNotFoundError(f"--classifier must be a trained classifier, there is no {path}")

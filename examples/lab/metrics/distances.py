@@ -7,14 +7,7 @@ from torch import Tensor
 
 
 def pairwise(images: Tensor, pairs: int, rng: torch.Generator, *, batch_size: int = 1000) -> Tensor:
-    """Return the l2 distances of random pairs of different images.
-
-    Args:
-        images: `(N, ...)`, floats in [-1, 1] or bytes, which are brought there.
-        pairs: How many.
-        rng: What draws them, on the CPU.
-        batch_size: Pairs that are compared at once.
-    """
+    """Return the l2 distances of random pairs of different images."""
     if len(images) < 2:
         raise ValueError(f"images must be two or more, got {len(images)}")
     first = torch.randint(len(images), (pairs,), generator=rng)

@@ -82,15 +82,7 @@ def minimise(evaluate: Evaluate, starts: Tensor, *, steps: int) -> tuple[Tensor,
 def reconstruct(
     generator: nn.Module, targets: Tensor, starts: Tensor, *, steps: int, batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """Return the best reconstruction of every target, and its mean squared error over pixels.
-
-    Args:
-        generator: In evaluation mode.
-        targets: Images, `(N, C, H, W)`, in [-1, 1].
-        starts: Latent points for each target, `(N, S, n)`: the best of S descents counts.
-        steps: Iterations of L-BFGS at most.
-        batch_size: Points that descend together.
-    """
+    """Return the best reconstruction of every target, and its mean squared error over pixels."""
     device = targets.device
     count, tries, size = starts.shape
     of = torch.arange(count).repeat_interleave(tries)  # which target a point is for

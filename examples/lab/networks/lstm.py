@@ -7,14 +7,7 @@ SIDE = 28
 
 
 class Generator(nn.Module):
-    """An LSTM whose initial state is the noise, and whose outputs are the columns of an image.
-
-    Args:
-        noise_size: Of the noise; there is no other input.
-        width: Of the LSTM, and of the layer before it.
-        initial_state: What the noise becomes: the hidden state, the cell or both.
-        rng: Draws the weights.
-    """
+    """An LSTM whose initial state is the noise, and whose outputs are the columns of an image."""
 
     def __init__(
         self, noise_size: int, width: int, initial_state: str, rng: torch.Generator
