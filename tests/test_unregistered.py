@@ -110,7 +110,7 @@ def test_a_learning_rate_gets_its_gradient(name: str, options: dict[str, Any]) -
     d = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).to(DEVICE, torch.float64)
     fake, real = randn(5, 3).requires_grad_(), randn(5, 3)
 
-    def f(lr: Tensor) -> Tensor:
+    def f(lr: Tensor, **options: Any) -> Tensor:
         optimizer = SETTINGS[name](d, lr)
         loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=3, **options)
         value: Tensor = loss(fake, real)
@@ -119,6 +119,6 @@ def test_a_learning_rate_gets_its_gradient(name: str, options: dict[str, Any]) -
     lr = torch.tensor(0.1, dtype=torch.float64, device=DEVICE, requires_grad=True)
     if options.get("compile"):
         torch._dynamo.reset()
-    (gradient,) = torch.autograd.grad(f(lr), lr)
+    (gradient,) = torch.autograd.grad(f(lr, **options), lr)
     difference = central_difference(lambda t: f((lr + t).detach()).item())
     assert abs(gradient.item() - difference) <= 1e-8 * abs(difference)
