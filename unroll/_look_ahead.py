@@ -6,7 +6,7 @@ A step is a pure function from a point to the next, and everything else is a fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -47,6 +47,7 @@ class Point(NamedTuple):
 Gradients = dict[str, Tensor]
 Step = Callable[[Point, Pair, Any], Point]  # given a point, (fake, real) and optimizer settings
 Value = Callable[[Point, Pair], Tensor]  # f at a point, on (fake, real)
+LookAhead = Callable[..., tuple[list[Point], list[Tensor]]]  # look_ahead, of some step
 Mean = Callable[[Gradients, Mapping[str, Tensor], Pair], Gradients]
 
 
@@ -71,7 +72,7 @@ def start(discriminator: Functional, optimizer_state: Any = None) -> Point:
 
 
 def look_ahead(
-    step: Step, point: Point, pairs: Iterable[Pair], settings: Any, *, every: bool = False
+    step: Step, point: Point, pairs: Sequence[Pair], settings: Any, *, every: bool = False
 ) -> tuple[list[Point], list[Tensor]]:
     """Return theta_D^K (Eq. 8), or ``every`` one of theta_D^1..K, and D's loss before each step."""
     points: list[Point] = []
@@ -133,16 +134,28 @@ def training_loss(
     return loss
 
 
-def without_graph(step: Step) -> Step:
-    """Return the step with theta_D^{k+1} as a constant: no second term in Eq. 12."""
+def without_graph(ahead: LookAhead) -> LookAhead:
+    """Return the look-ahead with theta_D^1..K as constants: no second term in Eq. 12."""
 
-    def constant(point: Point, pair: Pair, settings: Any) -> Point:
+    def constant(
+        point: Point, pairs: Sequence[Pair], settings: Any, *, every: bool = False
+    ) -> tuple[list[Point], list[Tensor]]:
+        detached = {id(pair): map_tensors(Tensor.detach, pair) for pair in pairs}
         with torch.no_grad():
-            following = step(point, map_tensors(Tensor.detach, pair), settings)
-            detached: Point = map_tensors(Tensor.detach, following)
-            return detached
+            points, losses = ahead(point, [detached[id(p)] for p in pairs], settings, every=every)
+            return map_tensors(Tensor.detach, points), losses
 
     return constant
+
+
+def one_step(ahead: LookAhead) -> Step:
+    """Return a look-ahead of one step."""
+
+    def step(point: Point, pair: Pair, settings: Any) -> Point:
+        ((following,), _) = ahead(point, [pair], settings)
+        return following
+
+    return step
 
 
 def leaves(parameters: Mapping[str, Tensor], moving: frozenset[str]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from unroll._look_ahead import (
     generator_value,
     inner_step,
     look_ahead,
+    one_step,
     start,
     surrogate,
     training_loss,
@@ -272,16 +273,18 @@ class UnrolledGeneratorLoss(nn.Module):
     ) -> tuple[list[Point], list[Tensor]]:
         """Return what :func:`look_ahead` does, by a step in the modes that are set."""
         step = inner_step(game)
-        mode = step if self._code is None else self._code.step(step, game)
+        ahead = partial(look_ahead, step)
+        if self._code is not None:
+            ahead = self._code.look_ahead(step, game)
         if self._constant:
-            mode = without_graph(mode)
+            ahead = without_graph(ahead)
         elif self.checkpoint:
-            mode = checkpointed(mode, *self._parts)
+            ahead = partial(look_ahead, checkpointed(one_step(ahead), *self._parts))
         with recomputation_refused():
             form = game.discriminator.layers, game.moving
             if pairs and torch.is_grad_enabled() and form not in self._inspection.searched:
                 self._inspection.inspect_steps(game, step, point, batch, pairs[0])
-            return look_ahead(mode, point, pairs, game.optimizer.settings, every=every)
+            return ahead(point, pairs, game.optimizer.settings, every=every)
 
     def _no_step(self, batch: Pair) -> tuple[Sequence[Point], Value]:
         """Return theta_D^0 and f, the ordinary generator loss, which needs no optimizer."""

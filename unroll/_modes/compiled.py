@@ -1,110 +1,51 @@
-"""A look-ahead step and its adjoint as compiled code, the same for every k."""
+"""The look-ahead as compiled code: one step and its adjoint, the same for every k."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from itertools import count, groupby
 from types import FunctionType
 from typing import Any, cast
 
 import torch
 import torch.nn.modules.module as torch_module
-from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch import Tensor
 
-from unroll._autograd_fixes import right_derivatives
-from unroll._functional import FunctionalDiscriminator, Pair, map_tensors
-from unroll._look_ahead import Game, Point, Step, differentiate, leaves
-from unroll._modes.backend import inductor
-from unroll._modes.comparison import Given, compare
-from unroll._objectives import Objective
-from unroll._optimizers import InnerOptimizer
+from unroll._functional import Pair, map_tensors, tensors
+from unroll._look_ahead import Game, LookAhead, Point, Step, differentiate, leaves, update
+from unroll._modes.backend import cause, compiled_step
+from unroll._modes.checkpointed import filled
+from unroll._modes.comparison import compare
+from unroll._modes.traced import Carried, Played, numbers, traced_step
+from unroll._modes.trajectory import Entered, form, trajectory
 from unroll._random import random_state, replayed, set_random_state
-from unroll._validation import mapped
 
+_codes = count()
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
-class Traceable:
-    """``module`` as a pure function, in a form that ``torch.compile`` can trace."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(
-        self,
-        function: Callable[[FunctionalDiscriminator], Any],
-        parameters: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """Return ``function(D)`` with these tensors in D, and the buffers that it leaves behind."""
-        left = {**buffers}
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            left.update({name: buffer.clone() for name, buffer in left.items()})
-            return functional_call(self.module, ({**parameters}, left), args, kwargs)
-
-        with right_derivatives():
-            return function(FunctionalDiscriminator(forward)), left
-
-
-@dataclass(frozen=True)
-class Played:
-    """What compiled code is made of, besides tensors."""
-
-    module: nn.Module
-    optimizer: InnerOptimizer
-    objective: Objective
-
-
-def _traced(
-    played: Played,
-    reached: tuple[str, ...],
-    theta: dict[str, Tensor],
-    buffers: dict[str, Tensor],
-    state: Any,
-    settings: Any,
-    pair: Pair,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Any, Tensor]:
-    """Return theta_D^{k+1} (Eq. 7), D's buffers, the optimizer's state and D's loss.
-
-    Where the optimizer cannot be traced, the gradients are in place of theta_D^{k+1}.
-    """
-
-    def loss(moving: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        objective = played.objective
-        return Traceable(played.module)(
-            lambda d: objective.discriminator_loss(d, *pair), {**theta, **moving}, buffers
-        )
-
-    differentiated = grad_and_value(loss, has_aux=True)
-    found, (value, left) = differentiated({name: theta[name] for name in reached})
-    if played.optimizer.traceable:
-        with torch.autocast(value.device.type, enabled=False):
-            moved, state = played.optimizer.step(theta, found, state, settings)
-        found = {name: moved[name] for name in reached}
-    return found, left, state, value.detach()
-
-
 class Code:
-    """What one loss has compiled; it makes a step fast, or leaves it as it is.
+    """What one loss has compiled; it makes a look-ahead fast, or leaves it as it is.
 
     Whatever is compiled is compared with the eager step first, derivatives included.
     """
 
     def __init__(self) -> None:
-        # A code object of its own: torch counts recompilations by code object.
-        function = FunctionType(_traced.__code__.replace(), _traced.__globals__)
-        # Shapes are constants: torch would take those of another loss for a reason to vary them.
-        self._function = torch.compile(
-            function, backend=self._compile, fullgraph=True, dynamic=False
-        )
+        # A code object of its own: torch counts recompilations by code object; and a name of its
+        # own: torch finds out by name which shapes and numbers vary.
+        code = traced_step.__code__.replace(co_name=f"traced_step_{next(_codes)}")
+        self._code = code
+        function = FunctionType(code, traced_step.__globals__)
+        self._function = torch.compile(function, backend=self._compile, fullgraph=True)
+        self._settings: dict[Any, Any] = {}  # as they were at the last call
+        self._varying: set[str] = set()  # those that have changed, which are inputs from then on
+        self._last: Any = None  # the code that has just run, what it got and what it found
         self._compared = True  # whether all code that there is has been
         self._given_up = False
-        self._reached: dict[Any, tuple[str, ...]] = {}  # parameters with a gradient, by D's form
+        # Parameters with a gradient, by the forms of D and of the state; none: it is fresh.
+        self._reached: dict[Any, tuple[str, ...]] = {}
 
     def __deepcopy__(self, memo: object) -> Code:
         """Return one that has compiled nothing: code belongs to its game."""
@@ -115,78 +56,133 @@ class Code:
         return Code, ()
 
     def _compile(self, graph: Any, inputs: Sequence[Any]) -> Any:
+        """Compile what Dynamo has captured, as a backend of ``torch.compile``."""
         self._compared = False
-        torch._functorch.config.donated_buffer = False  # it refuses backward(retain_graph=True)
-        return inductor(graph, inputs)
+        code = compiled_step(graph, inputs)
 
-    def step(self, step: Step, game: Game) -> Step:
-        """Return the step as compiled code; itself, after one warning, where that fails."""
-        if game.mean is not None or game.transform_gradients is not None:
-            self._give_up("its gradients are changed by sync= or transform_gradients=")
+        def run(*given: Any) -> Sequence[Any]:
+            with torch.no_grad():
+                found = code.forward(list(given))
+            self._last = Entered(code, given, found)
+            return found[: len(code.differentiable)]
+
+        return run
+
+    def look_ahead(self, step: Step, game: Game) -> LookAhead:
+        """Return the look-ahead as compiled code; the eager one, after a warning, if that fails."""
+        if game.mean is not None:
+            self._give_up("its gradients are averaged over ranks (sync)")
         if any(p._backward_hooks for p in game.discriminator.parameters.values()):
             self._give_up("a parameter of D has gradient hooks")
         if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
             self._give_up("there are hooks of all modules")
 
-        form = game.discriminator.layers, game.moving
+        def ahead(
+            point: Point, pairs: Sequence[Pair], settings: Any, *, every: bool = False
+        ) -> tuple[list[Point], list[Tensor]]:
+            if game.optimizer.traceable:
+                several = [part if isinstance(part, list) else [part] for part in settings]
+                groups = enumerate(group for part in several for group in part)
+                now = {(i, key): v for i, group in groups for key, v in group.items()}
+                before, self._settings = self._settings, now
+                self._varying |= {k[1] for k, v in now.items() if k in before and before[k] != v}
+            points, losses = [point], list[Tensor]()
+            forms = {id(pair): _form(pair) for pair in pairs}
+            for _, group in groupby(pairs, key=lambda pair: forms[id(pair)]):
+                run = list(group)
+                while run:
+                    found, lost = self._some(step, game, points[-1], run, settings, every)
+                    points = [*points, *found] if every else found
+                    losses += lost
+                    run = run[len(lost) :]
+            return points[1:] if every and losses else points, losses
 
-        def compiled(point: Point, pair: Pair, settings: Any) -> Point:
-            state, settings = game.optimizer.as_inputs(point.optimizer_state, settings)
-            point = point._replace(optimizer_state=state)
-            first = form not in self._reached
-            if first:
-                self._reached[form] = self._prepare(game, point, pair)
-            # A fresh optimizer's first step has another structure, not worth compiling.
-            if first or self._given_up:
-                return step(point, pair, settings)
-            given: Given = (point, pair, settings)
-            given = _alike(game, given)
+        return ahead
+
+    def _some(
+        self, step: Step, game: Game, point: Point, run: Sequence[Pair], settings: Any, every: bool
+    ) -> tuple[list[Point], list[Tensor]]:
+        """Take one step or more; return the last point, or every one, and D's losses."""
+        state, settings = game.optimizer.as_inputs(point.optimizer_state, settings, self._varying)
+        point = point._replace(optimizer_state=state)
+        structure = form(state) if game.optimizer.traceable else None
+        key = game.discriminator.layers, game.moving, structure
+        reached = self._reached.get(key)
+        if reached and not self._given_up:
             device = next(iter(point.parameters.values())).device
             before = random_state(device)
-            run = partial(self._run, game, self._reached[form])
             try:
                 with _quiet():
-                    following = run(*given)
+                    found = self._run(game, reached, point, run, settings, every)
                     if not self._compared:
-                        compare(run, step, given, before, device)
+
+                        def single(point: Point, pair: Pair, settings: Any) -> Point:
+                            return self._run(game, reached, point, [pair], settings, every)[0][0]
+
+                        given = _alike(game, point, run[0], settings)
+                        compare(single, step, given, before, device)
                 self._compared = True
+                return found
             except Exception as error:  # a backend may raise anything; the eager step goes on
                 set_random_state(before, device)
-                self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-                return step(point, pair, settings)
-            return following
-
-        return compiled
+                self._give_up(cause(error, self._code))
+        names = None
+        if not self._given_up and reached is None:
+            names = self._prepare(game, point, run[0])
+        following = step(point, run[0], settings)
+        if names is not None:  # a fresh optimizer's first step is not worth compiling
+            self._reached[key] = names if _size(state) == _size(following.optimizer_state) else ()
+        return [following], [following.loss]
 
     def _run(
-        self, game: Game, reached: tuple[str, ...], point: Point, pair: Pair, settings: Any
-    ) -> Point:
-        traceable = game.optimizer.traceable
-        state = point.optimizer_state
-        played = Played(game.discriminator.module, game.optimizer, game.objective)
+        self,
+        game: Game,
+        reached: tuple[str, ...],
+        point: Point,
+        run: Sequence[Pair],
+        settings: Any,
+        every: bool,
+    ) -> tuple[list[Point], list[Tensor]]:
+        """Take the steps that one piece of code serves, the first one at least."""
+        optimizer, whole = game.optimizer, game.optimizer.traceable
+        start, pair, _ = _alike(game, point, run[0], settings)
+        carried, used = _carried(start, whole), settings if whole else None
+        played = Played(
+            game.discriminator.module,
+            optimizer,
+            game.objective,
+            game.transform_gradients if whole else None,
+            game.project if whole else None,
+            numbers(game.objective),
+        )
         with (
             torch.compiler.set_stance("default"),
             # Hooks that D gets later are part of it, too.
             torch._dynamo.config.patch(skip_nnmodule_hook_guards=False),
         ):
-            found, buffers, traced, loss = self._function(
-                played,
-                reached,
-                dict(point.parameters),
-                dict(point.buffers),
-                state if traceable else None,
-                settings if traceable else None,
-                pair,
-            )
-        with torch.autocast(loss.device.type, enabled=False):
-            if traceable:
-                state = traced
-            else:
-                found, state = game.optimizer.step(point.parameters, found, state, settings)
-            moved = {**point.parameters, **found}
-            if game.project is not None:
-                moved = mapped("project", game.project, moved)
-        return Point(moved, buffers, state, loss)
+            result, loss = self._function(played, reached, carried, used, pair)
+        entered, self._last = self._last, None
+        if entered is None:
+            raise RuntimeError("torch.compile is switched off")
+        flat = {id(pair): tensors(pair) for pair in run}
+        found, losses = trajectory(
+            entered,
+            tensors((carried, used, pair)),
+            tensors((_carried(point, whole), used, run[0])),
+            [*tensors(result), loss],
+            [flat[id(pair)] for pair in run],
+            chained=whole and form(result) == form(carried),
+            every=every,
+        )
+        points = []
+        for values, loss in zip(found, losses[-len(found) :], strict=True):
+            parameters, buffers, state = filled(result, values)
+            if not whole:
+                parameters, state = update(
+                    game, point.parameters, parameters, point.optimizer_state, settings
+                )
+            points.append(Point(parameters, buffers, state, loss))
+        return points, losses
 
     def _prepare(self, game: Game, point: Point, pair: Pair) -> tuple[str, ...]:
         """Return the parameters that D's loss depends on; give up where code cannot serve."""
@@ -225,18 +221,38 @@ def _quiet() -> Iterator[None]:
         filters.remove(ignore)
 
 
-def _alike(game: Game, given: Given) -> Given:
+def _alike(game: Game, point: Point, pair: Pair, settings: Any) -> tuple[Point, Pair, Any]:
     """Return what a step starts from, so that one piece of compiled code serves all k."""
     if not torch.is_grad_enabled():
-        constants: Given = map_tensors(Tensor.detach, given)
+        constants: tuple[Point, Pair, Any] = map_tensors(Tensor.detach, (point, pair, settings))
         return constants
-    point, pair, settings = given
-    theta = leaves(point.parameters, game.moving)
+
+    def same(tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_(tensor.requires_grad)
+
+    def flat(tensor: Tensor) -> Tensor:  # of the state; its numbers are constants
+        return tensor.detach().requires_grad_(tensor.dim() == 1)
+
+    theta = {n: p.detach().requires_grad_(n in game.moving) for n, p in point.parameters.items()}
     state = point.optimizer_state
-    if game.optimizer.traceable:  # flat vectors, and numbers, which are constants
-        state = map_tensors(lambda t: _leaf(t) if t.dim() == 1 else t.detach(), state)
-    return point._replace(parameters=theta, optimizer_state=state), pair, settings
+    if game.optimizer.traceable:
+        state = map_tensors(flat, state)
+    point = Point(theta, map_tensors(same, point.buffers), state, point.loss)
+    return point, map_tensors(same, pair), settings
 
 
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+def _carried(point: Point, whole: bool) -> Carried:
+    state = point.optimizer_state if whole else None
+    return dict(point.parameters), dict(point.buffers), state
+
+
+def _form(pair: Pair) -> Hashable:
+    """Return the form of a pair, and which of its tensors are the same or require a gradient."""
+    found = tensors(pair)
+    numbers = {id(t): i for i, t in enumerate(found)}
+    return form(pair), *((numbers[id(t)], t.requires_grad) for t in found)
+
+
+def _size(state: Any) -> int:
+    """Return the number of elements in the flat vectors of a state."""
+    return sum(t.numel() for t in tensors(state) if t.dim() == 1)

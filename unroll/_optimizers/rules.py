@@ -127,7 +127,7 @@ def rmsprop(p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[Tensor, State]:
         mean = state["grad_avg"] = _average(s.get("grad_avg"), g, alpha)
         v = v - mean * mean
     step = g / (safe_sqrt(v) + h["eps"])
-    if h["momentum"]:
+    if _on(h["momentum"]):
         step = state["momentum_buffer"] = step + h["momentum"] * s.get("momentum_buffer", 0.0)
     return p - h["lr"] * step, state
 
@@ -148,7 +148,7 @@ def sgd(p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[Tensor, State]:
     """Stochastic gradient descent with momentum, dampening, Nesterov's form and weight decay."""
     momentum, state = h["momentum"], s
     g = _descent(p, g, h)
-    if momentum:
+    if _on(momentum):
         last = s.get("momentum_buffer")
         buffer = g if last is None else momentum * last + (1 - h["dampening"]) * g
         state = {"momentum_buffer": buffer}
@@ -177,13 +177,18 @@ def _descent(p: Tensor, g: Tensor, h: Hyper) -> Tensor:
     """Return the gradient to descend, with that of weight decay where it is a penalty (L2)."""
     g = -g if h["maximize"] else g
     weight_decay = 0.0 if h.get("decoupled_weight_decay") else h.get("weight_decay", 0.0)
-    return g + weight_decay * p if weight_decay else g
+    return g + weight_decay * p if _on(weight_decay) else g
 
 
 def _decayed(p: Tensor, h: Hyper) -> Tensor:
     """Return the parameter after decoupled weight decay."""
-    decoupled = h["weight_decay"] and h["decoupled_weight_decay"]
+    decoupled = h["decoupled_weight_decay"] and _on(h["weight_decay"])
     return p * (1 - h["lr"] * h["weight_decay"]) if decoupled else p
+
+
+def _on(setting: Any) -> bool:
+    """Return whether a setting is not zero, which compiled code cannot ask an input."""
+    return (torch.compiler.is_compiling() and isinstance(setting, Tensor)) or bool(setting)
 
 
 def _average(last: Tensor | None, new: Tensor, beta: float) -> Tensor:

@@ -5,7 +5,7 @@ Parameters that take the same step are one flat vector, on which a rule (:mod:`r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ class Bucket(NamedTuple):
     scalar_dtype: torch.dtype  # in which torch keeps NAdam's product of momenta and ASGD's rates
     entries: Mapping[str, Any]  # of the state: flat vectors, and numbers that all elements share
 
-    def split(self, keep: Mapping[str, Any], like: Tensors) -> Iterator[Bucket]:
+    def split(self, keep: Collection[str], like: Tensors) -> Iterator[Bucket]:
         """Yield the part whose names are in ``keep``, and the rest, if there are both."""
         parts = [tuple(n for n in self.names if (n in keep) is kept) for kept in (False, True)]
         if not all(parts):
@@ -91,7 +91,7 @@ class TorchOptim:
                     live = optimizer.state.get(p, {})
                     # Old versions of torch kept None; what else is no tensor, no rule knows.
                     kept = {k: v for k, v in live.items() if k in SCALARS or torch.is_tensor(v)}
-                    state = {k: _live(k, v) for k, v in kept.items()}
+                    state = {k: _live(k, v) for k, v in sorted(kept.items())}  # as after a step
                     numbers = tuple((k, v) for k, v in state.items() if not isinstance(v, Tensor))
                     key = (_scalar_dtype(live), p.dtype, p.device, tuple(state), numbers)
                     alike.setdefault(key, []).append((names[id(p)], state))
@@ -113,15 +113,19 @@ class TorchOptim:
                 theta = [parameters[name] for name in bucket.names]
                 gradient = _flatten([gradients[name] for name in bucket.names])
                 entries = {k: _scalar(v) if k in SCALARS else v for k, v in bucket.entries.items()}
-                h = {**settings[bucket.group], "scalar_dtype": bucket.scalar_dtype}
-                h["lr"] = _scalar(h["lr"])
+                h = {key: _scalar(value) for key, value in settings[bucket.group].items()}
+                h["scalar_dtype"] = bucket.scalar_dtype
                 flat, entries = self._rule(_flatten(theta), gradient, entries, h)
                 moved |= zip(bucket.names, _unflatten(flat, theta), strict=True)
+                given = bucket.entries
+                entries = {k: _like(v, given.get(k)) for k, v in sorted(entries.items())}
                 bucket = bucket._replace(entries=entries)
             new_state.append(bucket)
         return moved, new_state
 
-    def as_inputs(self, state: list[Bucket], settings: Any) -> tuple[list[Bucket], Any]:
+    def as_inputs(
+        self, state: list[Bucket], settings: Any, varying: Collection[str]
+    ) -> tuple[list[Bucket], Any]:
         """Return state and settings, what changes from step to step or call to call as tensors."""
         if not self.traceable:
             return state, settings
@@ -129,7 +133,10 @@ class TorchOptim:
             b._replace(entries={k: _matrix(v) if k in SCALARS else v for k, v in b.entries.items()})
             for b in state
         ]
-        return buckets, [{**h, "lr": _matrix(h["lr"])} for h in settings]
+        return buckets, [
+            {k: _input(v) if k in varying else _matrix(v) if k == "lr" else v for k, v in h.items()}
+            for h in settings
+        ]
 
     def export(self, state: list[Bucket]) -> dict[str, dict[str, Any]]:
         """Return the state as the user's optimizer keeps it."""
@@ -150,13 +157,27 @@ def _setting(value: Any) -> Any:
 
 def _scalar(value: Any) -> Any:
     """Return a number or a 0-d tensor, which does not change the type of what it multiplies."""
-    return value.reshape(()) if isinstance(value, Tensor) else value
+    if isinstance(value, tuple):
+        return tuple(map(_scalar, value))
+    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _like(value: Any, given: Any) -> Any:
+    """Return a number in the shape in which it came, with what else there is as it is."""
+    return value.reshape(given.shape) if isinstance(given, Tensor) and not value.dim() else value
 
 
 def _matrix(value: Any) -> Tensor:
     """Return a 1x1 tensor: torch.compile takes the value of a 0-d one for a constant at first."""
     given = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     return given.reshape(1, 1)
+
+
+def _input(value: Any) -> Any:
+    """Return floats as tensors, but zeros, which switch parts of a rule off."""
+    if isinstance(value, tuple):
+        return tuple(map(_input, value))
+    return _matrix(value) if isinstance(value, float) and value else value
 
 
 def _live(key: str, value: Any) -> Any:
