@@ -421,6 +421,11 @@ def test_a_backend_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     falls_back(small(), "no compiler")
 
 
+def test_a_private_name_of_torch_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch._functorch.aot_autograd.aot_export_joint_simple")
+    falls_back(small(), "cannot import name 'aot_export_joint_simple'")
+
+
 @pytest.mark.parametrize("wrong", ["value", "derivative"])
 def test_a_backend_that_is_wrong(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def off(graph: Any, inputs: Any, *, is_backward: bool) -> Any:

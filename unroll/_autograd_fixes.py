@@ -139,8 +139,10 @@ def _norm(function: Callable[..., Any], order: Sequence[str], first: int) -> Cal
     def norm(*args: Any, **kwargs: Any) -> Any:
         output = function(*args, **kwargs)
         y, *others = output if isinstance(output, tuple) else (output,)
+        if torch.compiler.is_compiling():  # it cannot trace what follows
+            return output
         transformed = torch._C._functorch.maybe_current_level() is not None
-        if torch.compiler.is_compiling() or (y.grad_fn is None and not transformed):
+        if y.grad_fn is None and not transformed:
             return output
         if not transformed:
             is_norm = "BatchNorm" in y.grad_fn.name()  # or the view behind an instance norm
