@@ -28,8 +28,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns: list[str] = []
-suppress_warnings = ["myst.header"]
+suppress_warnings = ["myst.header"]  # a heading may skip a level
 
 # Names of this package must resolve; those of others have no inventory here.
 nitpicky = True
