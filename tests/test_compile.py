@@ -295,8 +295,9 @@ def test_numbers_that_change_compile_once_more(what: str) -> None:
         k = 0.0
 
         def discriminator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
-            balanced: Tensor = discriminator(real).square().mean()
-            return balanced - self.k * discriminator(fake).square().mean()
+            fakes: Tensor = discriminator(fake).square().mean()
+            balanced: Tensor = discriminator(real).square().mean() - self.k * fakes
+            return balanced
 
     d, objective = normalised(), Balanced()
     optimizer: Any = torch.optim.Adam(d.parameters(), lr=0.05, betas=(0.5, 0.9))

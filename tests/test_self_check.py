@@ -15,7 +15,7 @@ from tests.settings import DEVICE
 from tests.snapshot import changes, snapshot
 from tests.verification.planted import Game, Wrong, mlp
 from tests.verification.self_check import answer, cases, failures
-from unroll._diagnostics.differences import COARSE, ROUNDED, Line, Origin, compare
+from unroll._diagnostics.central import COARSE, ROUNDED, Line, Origin, compare
 
 Loss = unroll.UnrolledGeneratorLoss
 CRITERION = nn.BCEWithLogitsLoss()

@@ -237,13 +237,13 @@ def test_look_aheads_in_several_threads() -> None:
 
 
 @pytest.mark.parametrize("method", ["discriminator_loss", "generator_loss"])
-def test_a_loss_of_the_modules_own_parameters_is_refused(method: str) -> None:
+def test_a_loss_of_parameters_that_it_keeps_is_refused(method: str) -> None:
     d = net()
-    game = unroll.Minimax()
+    game, kept = unroll.Minimax(), list(d.parameters())
 
     def decayed(*batch: Any) -> Tensor:
         loss: Tensor = getattr(game, method)(*batch)
-        return loss + sum(p.square().sum() for p in d.parameters())
+        return loss + sum(p.square().sum() for p in kept)
 
     class Decayed:
         discriminator_loss = staticmethod(game.discriminator_loss)
@@ -274,7 +274,7 @@ def test_a_saturated_discriminator_is_said_to_be_too_sure_to_check() -> None:
     report = unroll.check_gradients(Loss(d, sgd(d), unroll_steps=3), fakes(), randn(5, 3))
     assert not report.ok
     assert report.verdict == "inconclusive"
-    assert "too small" in report.suspicions[0]
+    assert "round-off of f_K" in report.suspicions[0]
 
 
 def test_a_root_written_as_a_power_has_a_finite_slope() -> None:

@@ -32,12 +32,10 @@ from unroll._look_ahead import (
     update,
 )
 from unroll._modes.checkpointed import refuse_unrepeatable
-from unroll._objectives import ON_LOGITS
-from unroll._probes import graph, has_dead_ends, without_derivative
+from unroll._probes import graph, has_dead_ends, warning_of_probabilities, without_derivative
 from unroll._random import random_state, replayed
 from unroll._validation import Mapped, outside_autograd, same, warn
 
-_SHAPES = ("View", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "T", "Permute", "Alias")
 DETACHED_FAKES = (
     "objective: discriminator_loss does not depend on the fakes (are they detached?), so the "
     "second term of Eq. 12 is zero. Use `fake` as it is given, or say stop_gradient=True if the "
@@ -97,7 +95,7 @@ class Inspection:
         """Let D be run: random numbers are drawn again afterwards, and D is preserved."""
         device = next(self.parts[0].parameters()).device
         replaying = replayed(random_state(device), device)
-        with replaying, preserved(*self.parts), _warning_of_probabilities(*self.parts):
+        with replaying, preserved(*self.parts), warning_of_probabilities(*self.parts):
             yield
 
 
@@ -220,31 +218,6 @@ def warn_of_gradient_hooks(module: nn.Module) -> None:
                 "run in the look-ahead. If one changes gradients, use parameter.register_hook."
             )
             return
-
-
-@contextmanager
-def _warning_of_probabilities(module: nn.Module, objectives: Sequence[object]) -> Iterator[None]:
-    """Warn of a D whose last operation is a sigmoid, where the objective takes logits."""
-    ends: list[str] = []
-
-    def look(_: nn.Module, __: Any, output: Any) -> None:
-        node = output.grad_fn if isinstance(output, Tensor) else None
-        while node is not None and node.name().startswith(_SHAPES):
-            node = node.next_functions[0][0]
-        ends.append("" if node is None else node.name())
-
-    handle = module.register_forward_hook(look)
-    try:
-        yield
-    finally:
-        handle.remove()
-    on_logits = any(isinstance(part, ON_LOGITS) for part in objectives)
-    if on_logits and any(name.startswith("SigmoidBackward") for name in ends):
-        warn(
-            "discriminator: returns what comes out of a sigmoid, but the objective takes logits "
-            "and would apply a second one. Remove the sigmoid, or use "
-            "unroll.Criterion(nn.BCELoss())."
-        )
 
 
 def _refuse_layers(module: nn.Module) -> None:

@@ -33,13 +33,7 @@ from unroll._objectives import Minimax, Objective
 from unroll._optimizers import Moving, inner_optimizer
 from unroll._penalties import summands
 from unroll._unrolled_discriminator import UnrolledDiscriminator, unrolled
-from unroll._validation import (
-    Mapped,
-    assignable,
-    checked_arguments,
-    checked_steps,
-    drawn,
-)
+from unroll._validation import Mapped, assignable, checked_arguments, checked_steps, drawn
 
 
 class UnrolledGeneratorLoss(nn.Module):
@@ -54,8 +48,7 @@ class UnrolledGeneratorLoss(nn.Module):
 
     with a step of the given optimizer in place of ``eta df``. The steps are differentiated
     through, so that the generator learns how D would react to it. Nothing that the caller holds
-    changes: D, its buffers and gradients, the optimizer and its state. Time and memory grow
-    linearly with K, and the loss has no parameters of its own.
+    changes: D, its buffers and gradients, the optimizer and its state. Time and memory grow with K.
 
     Args:
         discriminator: Any ``nn.Module``. It may be wrapped by ``torch.compile``.
@@ -87,8 +80,7 @@ class UnrolledGeneratorLoss(nn.Module):
 
     Raises:
         TypeError: An argument is of an unsupported type.
-        ValueError: K is negative, the optimizer holds no parameter of D or cannot be
-            differentiated, or ``sync`` is True without a process group.
+        ValueError: An argument is of an unsupported value, as each message says.
 
     Example:
         >>> import torch, unroll
@@ -133,11 +125,11 @@ class UnrolledGeneratorLoss(nn.Module):
             sync=averages,
             _given=discriminator,
             _group=group,
-            _code=Code() if compile else None,
             _parts=parts,
+            _losses=[],
+            _code=Code() if compile else None,
             _inspection=Inspection(parts, stop_gradient, checkpoint, average),
             _moving=Moving(),
-            _losses=[],
         )
         self._start(None)
 
@@ -191,8 +183,8 @@ class UnrolledGeneratorLoss(nn.Module):
         Raises:
             ValueError: ``fake`` has no path to a generator while gradients are on, ``minibatches``
                 holds fewer than K pairs, or a loss is not 0-d or not a function of D.
-            RuntimeError: Called in inference mode, D changes its parameters in place, a layer has
-                no second derivative, or with ``sync`` the ranks disagree on K.
+            RuntimeError: In inference mode, where D changes its parameters in place or lacks a
+                derivative, or where the ranks disagree on K.
         """
         batch = fake, real
         pairs = self._pairs(batch, minibatches, differentiable=not self._constant)
@@ -233,8 +225,8 @@ class UnrolledGeneratorLoss(nn.Module):
         """Return D's own loss, 0-d, for D's step: what the look-ahead's steps minimise.
 
         The batches are those of :meth:`forward`, and ``fake`` is detached. D runs in its wrappers,
-        as in any training step: buffers and random numbers move. Accumulation, and what ``project``
-        does, remain the loop's business. A loss that is not 0-d is a TypeError or ValueError.
+        as in any training step: buffers and random numbers move. ``project`` and clipping remain
+        the loop's. A loss that is not 0-d is a TypeError or ValueError.
         """
         self._moving.see(dict(self.discriminator.named_parameters()))
         return training_loss(self._given, self.discriminator, self.objective, (fake, real))
@@ -248,8 +240,13 @@ class UnrolledGeneratorLoss(nn.Module):
         self, batch: Pair, pairs: Sequence[Pair], optimizer_state: Any = None
     ) -> tuple[Sequence[Point], Value]:
         """Return theta_D^K, or theta_D^1..K with ``average``, and f; D must be preserved."""
-        if not pairs and optimizer_state is None:
-            return self._no_step(batch)
+        if not pairs and optimizer_state is None:  # the ordinary loss, which needs no optimizer
+            vars(self).update(_losses=[])
+            d = Functional(self.discriminator)
+            point, value = start(d), generator_value(d, self.objective)
+            if torch.is_grad_enabled() and self._inspection.recomputes(d, value, point, batch):
+                value = evaluated(d, self.objective)
+            return [point], value
         game, point = self._start(optimizer_state)
         points, losses = self._steps(game, point, batch, pairs, every=self.average)
         vars(self).update(_losses=losses)
@@ -265,17 +262,15 @@ class UnrolledGeneratorLoss(nn.Module):
         moving = self._moving.among(self.optimizer, d.parameters, optimizer.names)
         mean = partial(averaged, group=self._group) if self.sync else None
         functions = mean, self.transform_gradients, self.project
-        game = Game(d, optimizer, self.objective, moving, *functions)
-        return game, start(d, optimizer.initial_state)
+        point = start(d, optimizer.initial_state)
+        return Game(d, optimizer, self.objective, moving, *functions), point
 
     def _steps(
         self, game: Game, point: Point, batch: Pair, pairs: Sequence[Pair], *, every: bool = False
     ) -> tuple[list[Point], list[Tensor]]:
         """Return what :func:`look_ahead` does, by a step in the modes that are set."""
-        step = inner_step(game)
-        ahead = partial(look_ahead, step)
-        if self._code is not None:
-            ahead = self._code.look_ahead(step, game)
+        step, code = inner_step(game), self._code
+        ahead = partial(look_ahead, step) if code is None else code.look_ahead(step, game)
         if self._constant:
             ahead = without_graph(ahead)
         elif self.checkpoint:
@@ -286,25 +281,13 @@ class UnrolledGeneratorLoss(nn.Module):
                 self._inspection.inspect_steps(game, step, point, batch, pairs[0])
             return ahead(point, pairs, game.optimizer.settings, every=every)
 
-    def _no_step(self, batch: Pair) -> tuple[Sequence[Point], Value]:
-        """Return theta_D^0 and f, the ordinary generator loss, which needs no optimizer."""
-        vars(self).update(_losses=[])
-        d = Functional(self.discriminator)
-        point, value = start(d), generator_value(d, self.objective)
-        if torch.is_grad_enabled() and self._inspection.recomputes(d, value, point, batch):
-            value = evaluated(d, self.objective)
-        return [point], value
-
     def _pairs(
         self, batch: Pair, minibatches: Iterable[Pair] | None, *, differentiable: bool
     ) -> list[Pair]:
         """Return what the K steps see, all of it, before the first."""
         draw = partial(drawn, batch, minibatches, self.unroll_steps, differentiable=differentiable)
-        if not self.sync:
-            return draw()
         settings = {"a graph is needed": not self._constant, "checkpoint": self.checkpoint}
-        device = next(self.discriminator.parameters()).device
-        return agreed(draw, settings, device, self._group)
+        return agreed(draw, settings, self.discriminator, self._group) if self.sync else draw()
 
     @property
     def _constant(self) -> bool:
@@ -313,7 +296,7 @@ class UnrolledGeneratorLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings, for ``print``."""
-        kinds = f"{type(self.discriminator).__name__}, {type(self.optimizer).__name__}"
         names = ("unroll_steps", "stop_gradient", "average", "checkpoint", "sync")
         options = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        kinds = f"{type(self.discriminator).__name__}, {type(self.optimizer).__name__}"
         return f"{kinds}, {self.objective}, {options}, compile={self._code is not None}"

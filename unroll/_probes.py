@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from unroll._functional import Functional, map_tensors, preserved, tensors
+from unroll._objectives import ON_LOGITS
+from unroll._validation import warn
 
 T = TypeVar("T")
+_SHAPES = ("View", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "T", "Permute", "Alias")
 
 
 def without_derivative(module: nn.Module, forward: Callable[[], object]) -> list[str]:
@@ -126,3 +130,28 @@ def has_dead_ends(nodes: set[Node]) -> bool:
     """Return whether there are missing derivatives, which ``autograd.grad`` may pass by."""
     missing = {"torch::autograd::NotImplemented", "torch::autograd::Error"}
     return any(node.name() in missing for node in nodes)
+
+
+@contextmanager
+def warning_of_probabilities(module: nn.Module, objectives: Sequence[object]) -> Iterator[None]:
+    """Warn of a D whose last operation is a sigmoid, where the objective takes logits."""
+    ends: list[str] = []
+
+    def look(_: nn.Module, __: Any, output: Any) -> None:
+        node = output.grad_fn if isinstance(output, Tensor) else None
+        while node is not None and node.name().startswith(_SHAPES):
+            node = node.next_functions[0][0]
+        ends.append("" if node is None else node.name())
+
+    handle = module.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+    on_logits = any(isinstance(part, ON_LOGITS) for part in objectives)
+    if on_logits and any(name.startswith("SigmoidBackward") for name in ends):
+        warn(
+            "discriminator: returns what comes out of a sigmoid, but the objective takes logits "
+            "and would apply a second one. Remove the sigmoid, or use "
+            "unroll.Criterion(nn.BCELoss())."
+        )

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from unroll._diagnostics.central import gradients_of
 from unroll._diagnostics.copies import InDouble, double, in_double
-from unroll._diagnostics.differences import DifferenceCheck, gradients_of
+from unroll._diagnostics.differences import DifferenceCheck
 from unroll._functional import Batch, Pair, map_tensors, tensors
 from unroll._inspection import DETACHED_FAKES, calls_to_the_module_itself
 from unroll._loss import UnrolledGeneratorLoss

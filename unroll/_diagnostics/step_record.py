@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,15 @@ from torch import Tensor
 from torchopt.pytree import tree_leaves
 
 from unroll._functional import Pair, preserved
-from unroll._look_ahead import Game, Gradients, Point, inner_step, without_graph
+from unroll._look_ahead import (
+    Game,
+    Gradients,
+    Point,
+    inner_step,
+    look_ahead,
+    one_step,
+    without_graph,
+)
 from unroll._loss import UnrolledGeneratorLoss
 
 TOLERANCE = 1e-4  # relative, beyond round-off
@@ -38,7 +47,8 @@ def taken(loss: UnrolledGeneratorLoss, game: Game, point: Point, pair: Pair, h: 
 
     recording = replace(game, transform_gradients=record)
     with preserved(*loss._parts):
-        end = without_graph(inner_step(recording))(point, pair, h)
+        step = one_step(without_graph(partial(look_ahead, inner_step(recording))))
+        end = step(point, pair, h)
     state = entries(game.optimizer.export(end.optimizer_state))
     return Update(double(found), minus(double(end.parameters), double(point.parameters)), state)
 

@@ -72,7 +72,7 @@ def compiled_step(graph: Any, inputs: Sequence[Any]) -> CompiledStep:
             torch.ops.aten.mm.default: product,
             torch.ops.aten.addmm.default: product_and_bias,
         }
-        joint = aot_export_joint_simple(
+        joint: Any = aot_export_joint_simple(
             fresh, tuple(inputs), trace_joint=train, decompositions=table
         )
         count = len(inputs)
@@ -141,7 +141,7 @@ def _placeholders(graph: Any) -> list[Any]:
     return [node for node in graph.graph.nodes if node.op == "placeholder"]
 
 
-def _hints(sizes: Sequence[Any]) -> tuple[int, ...]:
+def _hints(sizes: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(s.node.hint if isinstance(s, torch.SymInt) else s for s in sizes)
 
 

@@ -73,7 +73,7 @@ def averaged(
 
 
 def agreed(
-    draw: Callable[[], list[Any]], settings: Mapping[str, bool], device: torch.device, group: Any
+    draw: Callable[[], list[Any]], settings: Mapping[str, bool], module: nn.Module, group: Any
 ) -> list[Any]:
     """Return what ``draw`` does, after all ranks have said that they will take the same steps."""
     pairs: list[Any] = []
@@ -82,6 +82,7 @@ def agreed(
         pairs = draw()
     except Exception as error:  # told to the other ranks first, which would wait for this one
         failure = error
+    device = next(module.parameters()).device
     mine = torch.tensor([len(pairs), failure is not None, *settings.values()], device=device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)

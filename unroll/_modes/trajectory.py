@@ -120,7 +120,9 @@ class _Trajectory(torch.autograd.Function):
         saved, steps = iter(ctx.saved_tensors), len(chain.places)
         kept = [next(saved) if n is None else n for n in ctx.numbers]
         size, count = len(kept) // steps, len(ctx.like)
-        outer = list(grads) if chain.every else [None] * count * (steps - 1) + list(grads)
+        outer: list[Tensor | None] = [*grads]
+        if not chain.every:
+            outer = [*[None] * count * (steps - 1), *grads]
         flagged = [i for i, flag in enumerate(chain.code.differentiable) if flag]
         zeros: dict[int, Tensor] = {}
         total: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)

@@ -116,7 +116,7 @@ class TorchOptim:
                 h = {key: _scalar(value) for key, value in settings[bucket.group].items()}
                 h["scalar_dtype"] = bucket.scalar_dtype
                 flat, entries = self._rule(_flatten(theta), gradient, entries, h)
-                moved |= zip(bucket.names, _unflatten(flat, theta), strict=True)
+                moved.update(dict(zip(bucket.names, _unflatten(flat, theta), strict=True)))
                 given = bucket.entries
                 entries = {k: _like(v, given.get(k)) for k, v in sorted(entries.items())}
                 bucket = bucket._replace(entries=entries)

@@ -1,0 +1,124 @@
+"""Central differences of a function, each with an uncertainty of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-5  # of check_gradients; a lost second derivative is seldom below 1e-4
+RATIO = 10**0.5
+STEPS = [1e-3 / RATIO**i for i in range(14)]  # relative to the size of what is perturbed
+EPS = torch.finfo(torch.float64).eps
+ORDER = ("right", "inconclusive", "wrong")
+ROUNDED = (
+    "the gradient is too small beside the round-off of f_K to be checked, as where D is saturated. "
+    "Check with a discriminator that is less sure"
+)
+COARSE = (
+    "f_K bends or has kinks within every step of the difference, so that none can tell. A fresh "
+    "Adam's first step is nearly the sign of the gradient: check after some steps of D's "
+    "optimizer, or on a copy with a larger eps"
+)
+
+
+class Finding(NamedTuple):
+    """What differences say of a derivative: right, wrong or inconclusive, and why that."""
+
+    verdict: str
+    error: float  # relative
+    words: list[str]
+
+
+def unclear(reason: str) -> Finding:
+    """Return that nothing could be told, and why."""
+    return Finding("inconclusive", float("inf"), [reason])
+
+
+class Origin:
+    """A function of tensors where they are: its value, gradients and round-off."""
+
+    def __init__(self, function: Callable[[], Tensor], points: Sequence[Tensor]) -> None:
+        self.function, self.points = function, points
+        value = function()
+        self.value, self.gradients = value.item(), gradients_of(value, points)
+        # Round-off is how far the function moves when its inputs do so in their last digits.
+        moves = [abs(Line(self).value(2 * EPS) - self.value) for _ in range(3)]
+        self.noise = 2 * max(EPS * abs(self.value), *moves)
+
+
+class Line:
+    """The function along a direction, by default a random one."""
+
+    def __init__(self, origin: Origin, directions: Sequence[Tensor] | None = None) -> None:
+        self.origin = origin
+        self.directions = directions or [
+            torch.randn_like(p) * (p.detach().square().mean().sqrt() or 1.0) for p in origin.points
+        ]
+
+    def value(self, t: float) -> float:
+        """Return the function at ``t``."""
+        with self.at(t):
+            return self.origin.function().item()
+
+    def slope(self, t: float) -> float:
+        """Return autograd's slope at ``t``."""
+        with self.at(t):
+            found = gradients_of(self.origin.function(), self.origin.points)
+        return self.products(found).sum().item()
+
+    def products(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Return the summands of a slope."""
+        pairs = zip(gradients, self.directions, strict=True)
+        return torch.cat([(g * d).flatten() for g, d in pairs])
+
+    @contextmanager
+    def at(self, t: float) -> Iterator[None]:
+        """Move to ``t`` and back."""
+        saved = [p.detach().clone() for p in self.origin.points]
+        for p, d in zip(self.origin.points, self.directions, strict=True):
+            p.data.add_(d, alpha=t)
+        yield
+        for p, s in zip(self.origin.points, saved, strict=True):
+            p.data.copy_(s)
+
+
+def gradients_of(value: Tensor, points: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return gradients, zeros where there is none."""
+    return torch.autograd.grad(value, points, allow_unused=True, materialize_grads=True)
+
+
+def compare(line: Line, size: float = 0.0) -> Finding:
+    """Compare a slope with central differences, each of which has an uncertainty.
+
+    That is its change since the last step (truncation), what one-sided differences differ by beyond
+    a smooth function's curvature (a kink), and round-off. A slope is right where a certain
+    difference agrees, wrong where none does and it is steady over the best one's interval. Errors
+    are relative to ``size``, or to what the slope would be with random signs if that is larger.
+    """
+    middle, noise = line.origin.value, line.origin.noise
+    products = line.products(line.origin.gradients)
+    claimed, size = products.sum().item(), max(size, products.norm().item())
+    last_slope = last_bend = torch.nan
+    found: list[tuple[float, ...]] = []
+    for h in STEPS:
+        up, down = line.value(h), line.value(-h)
+        slope, bend = (up - down) / (2 * h), (up - 2 * middle + down) / h
+        coarse = abs(slope - last_slope) + abs(bend - last_bend / RATIO)
+        last_slope, last_bend = slope, bend
+        gap, doubt, scale = abs(slope - claimed), coarse + noise / h, max(size, abs(slope))
+        if max(doubt, gap) <= TOLERANCE * scale or up == middle == down == middle + claimed:
+            return Finding("right", gap / (scale or 1.0), [])
+        if h != STEPS[0]:
+            found.append((doubt, gap, scale, coarse, h))
+    doubt, gap, scale, coarse, h = min(found)
+    agrees = any(found_gap <= 2 * d < gap / 5 for d, found_gap, *_ in found)
+    if gap > max(10 * doubt, TOLERANCE * scale) and not agrees:
+        averages = [(line.slope(t) + line.slope(-t)) / 2 for t in (h, h / 10)]
+        if all(abs(average - claimed) < gap / 3 for average in averages):
+            return Finding("wrong", gap / scale, [])
+    rounded = noise / STEPS[0] > TOLERANCE * scale or coarse <= doubt / 2
+    return Finding("inconclusive", gap / scale, [ROUNDED if rounded else COARSE])
