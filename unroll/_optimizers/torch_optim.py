@@ -118,7 +118,7 @@ class TorchOptim:
                 flat, entries = self._rule(_flatten(theta), gradient, entries, h)
                 moved.update(dict(zip(bucket.names, _unflatten(flat, theta), strict=True)))
                 given = bucket.entries
-                entries = {k: _like(v, given.get(k)) for k, v in sorted(entries.items())}
+                entries = {k: _like(entries[k], given.get(k)) for k in sorted(entries)}
                 bucket = bucket._replace(entries=entries)
             new_state.append(bucket)
         return moved, new_state
