@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from lab import planar, seeds, study
 from lab.data.mixtures import Mixture, grid, ring
+from lab.figures import plots
 from lab.networks.perceptrons import Scale
 from torch import Tensor, nn
 
@@ -149,6 +150,15 @@ def report(
     def name(config: Config) -> str:
         return f"mog_seeds_{config.preset}_{config.mixture}" + "_halved" * bool(config.half_life)
 
+    kept = {label: log["snapshots"] for label, log in study.first_logs(configs, logs).items()}
+    updates = [row["player_updates"] for row in logs[0]["history"]]
+    plots.animation(
+        (options.figures or options.out) / "training.gif",
+        {label: [moment[0] for moment in snapshots] for label, snapshots in kept.items()},
+        [f"{update:,} updates of G and D" for update in updates],
+        data(configs[0]).sample(configs[0].samples, torch.Generator().manual_seed(0)),
+        extent=1.4 * configs[0].radius,
+    )
     return planar.report_by(name, data, configs, logs, options)
 
 

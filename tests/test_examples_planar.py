@@ -92,7 +92,7 @@ COMMANDS: list[tuple[str, tuple[object, ...], str, list[tuple[str, ...]], list[s
         ("--unroll-steps", 0, 1, "--pairs", 3, "--samples", 30, "--mixture", "grid"),
         "mog_seeds",
         [("0", "grid"), ("1", "grid")],
-        ["mog_seeds_quick_grid.png", "mog_seeds_quick_grid_seeds.png"],
+        ["mog_seeds_quick_grid.png", "mog_seeds_quick_grid_seeds.png", "training.gif"],
     ),
     (
         "mog",

@@ -46,7 +46,7 @@ def table(said: set[str], record: str, query: str, columns: str, metrics: str) -
     frame, by = _queried(record, query), columns.split()
     each = [metric.partition(" as ") for metric in metrics.split(", ")]
     names = [metric for metric, _, _ in each]
-    measured = frame.assign(**{name: frame.eval(name, engine="python") for name in names})
+    measured = frame.assign(**{name: verdicts.valued(frame, name) for name in names})
     lines = []
     for setting, rows in measured.groupby(by, sort=True):
         unit = "seed" if "seed" in rows else rows.index
@@ -62,13 +62,13 @@ def table(said: set[str], record: str, query: str, columns: str, metrics: str) -
 def value(record: str, query: str, metric: str) -> str:
     """Return the mean of a metric over models."""
     frame = _queried(record, query)
-    each = frame.assign(metric=frame.eval(metric, engine="python"))
+    each = frame.assign(metric=verdicts.valued(frame, metric))
     return shown(each.groupby("seed")["metric"].mean() if "seed" in each else each["metric"])
 
 
 def _queried(record: str, query: str) -> pd.DataFrame:
     frame = verdicts.read(RESULTS / f"{record}.csv")
-    rows = frame if query == "all" else frame.query(query)
+    rows = frame if query == "all" else verdicts.chosen(frame, query)
     if rows.empty:
         raise ValueError(f"no row of {record} has {query}")
     return rows
@@ -81,7 +81,7 @@ def _cell(value: object) -> str:
 
 def published(query: str) -> str:
     """Return published numbers, a line a setting and source."""
-    frame = verdicts.read(RESULTS / "published.csv").query(query)
+    frame = verdicts.chosen(verdicts.read(RESULTS / "published.csv"), query)
     frame = frame.assign(text=[_with_error(row) for _, row in frame.iterrows()])
     metrics = list(dict.fromkeys(frame["metric"]))
     by = ["setting", "unroll_steps", "source"]
@@ -154,7 +154,7 @@ def experiments() -> str:
         found = [verdicts.verdict(parts).partition(":")[0] for parts in judged(page).values()]
         counts = {word: found.count(word) for word in verdicts.VERDICTS}
         summary = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-        lines.append([f"[{head[1]}](docs/experiments/{page}.md)", f"`{command[0]}`", summary])
+        lines.append([f"[{head[1]}]({page}.md)", f"`{command[0]}`", summary])
     return markdown(["experiment", "command", "claims"], lines)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -60,6 +62,41 @@ def heat_maps(
         ax.set_title(title)
     figure.supxlabel(caption, fontsize=9)
     save(figure, path)
+
+
+def animation(
+    path: Path,
+    rows: Mapping[str, Sequence[Tensor]],
+    titles: Sequence[str],
+    data: Tensor,
+    *,
+    extent: float,
+    frames: int = 50,
+) -> None:
+    """Animate the heat maps of all settings side by side, the data last."""
+    last = len(titles) - 1
+    moments = np.unique(np.linspace(0, last, frames).round().astype(int))
+    peak = density(data, extent).max().item()
+    width = len(rows) + 1
+    figure, axes = plt.subplots(1, width, figsize=(2.6 * width, 3.1), layout="constrained")
+    images = []
+    for ax, (label, snapshots) in zip(axes, [*rows.items(), ("data", [data])], strict=True):
+        ax.set_title(label)
+        images.append(_show(ax, snapshots[0], extent, peak))
+
+    def draw(moment: int) -> list[AxesImage]:
+        figure.suptitle(titles[moment])
+        for image, snapshots in zip(images, rows.values(), strict=False):
+            image.set_data(density(snapshots[moment], extent).numpy())
+        return images
+
+    draw(0)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # laid out once, not in every frame
+    order = [*moments, *[last] * 8]
+    movie = FuncAnimation(figure, draw, order)
+    write_atomically(path, partial(movie.save, writer=PillowWriter(fps=8), dpi=80))
+    plt.close(figure)
 
 
 def curves(
