@@ -58,8 +58,7 @@ class UnrolledGeneratorLoss(nn.Module):
             schedules included, unless the call gets ``optimizer_state``; or a list of optimizers,
             each with its own part of D, which are stepped in that order.
         objective: The game, see :class:`unroll.Objective`. Default: :class:`unroll.Minimax`.
-        unroll_steps: K, at least 0; 0 is the ordinary generator loss. It may be assigned later, so
-            that K can be scheduled; the other arguments may not.
+        unroll_steps: K, at least 0 (the ordinary generator loss). It may be assigned later.
         stop_gradient: Keep the first term of Eq. 12 only: theta_D^K is a constant. Default False.
         average: Return the mean of f_1..f_K (App. B.2), or f_0 where K = 0. Default False.
         checkpoint: Keep only what each step starts from, parameters and optimizer state, and
@@ -67,8 +66,8 @@ class UnrolledGeneratorLoss(nn.Module):
             f_K is then differentiable once, and D and the objective must be the same in both runs,
             or an error says so. Default False.
         compile: Run the steps as code that ``torch.compile`` makes of one step and its adjoint, for
-            all K alike; f_K is then differentiable once. Faster for small D's; the first call takes
-            10 to 60 s. What cannot be compiled runs eagerly, after a warning. Default False.
+            all K alike; f_K is then differentiable once. The first call takes 5 to 60 s. What is
+            not compiled runs eagerly, after a warning. Default False.
         transform_gradients: Applied to the gradients of every step, after hooks and the mean over
             ranks (:class:`unroll.ClipGradNorm`, :class:`unroll.ClipGradValue`): a function from a
             mapping of names to tensors to one alike, differentiated through. Default: none.
@@ -171,9 +170,8 @@ class UnrolledGeneratorLoss(nn.Module):
             fake: Generated samples with the generator's graph: a tensor ``(N, ...)`` for ``D(x)``,
                 a tuple for ``D(*x)`` or a mapping for ``D(**x)``.
             real: Real samples, in the same form.
-            minibatches: K pairs ``(fake_k, real_k)``, one for each look-ahead step; f itself uses
-                ``(fake, real)``. Exactly K are drawn, before the first step. Default:
-                ``(fake, real)`` in every step, as in the paper's experiments.
+            minibatches: K pairs ``(fake_k, real_k)``, one a step, drawn before the first; f itself
+                uses ``(fake, real)``. Default: ``(fake, real)`` in every step, as in the paper.
             optimizer_state: Only with a bare transformation: what its ``init`` returned for
                 ``tuple(discriminator.parameters())``, or an update of that. Default: afresh.
 
