@@ -119,7 +119,7 @@ class TorchOptim:
                 moved.update(dict(zip(bucket.names, _unflatten(flat, theta), strict=True)))
                 given = bucket.entries
                 entries = {k: _like(entries[k], given.get(k)) for k in sorted(entries)}
-                bucket = bucket._replace(entries=entries)
+                bucket = Bucket(bucket.names, bucket.group, bucket.scalar_dtype, entries)
             new_state.append(bucket)
         return moved, new_state
 
