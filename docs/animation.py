@@ -8,14 +8,12 @@ from pathlib import Path
 
 from PIL import Image, ImageSequence
 
-COLOURS = 64
 
-
-def main(source: str = "runs/mog/training.gif") -> None:
+def main(source: str = "runs/training.gif") -> None:
     """Write docs/figures/mog_training.gif with one palette for all frames."""
     with Image.open(source) as movie:
         frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(movie)]
-    palette = frames[-1].quantize(COLOURS, dither=Image.Dither.NONE)
+    palette = frames[-1].quantize(64, dither=Image.Dither.NONE)
     first, *others = (f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames)
     target = Path(__file__).parent / "figures" / "mog_training.gif"
     first.save(target, save_all=True, append_images=others, duration=125, loop=0, optimize=True)
