@@ -387,6 +387,19 @@ class LightningOptimizer:
         self.optimizer = optimizer
 
 
+class _FabricOptimizer:
+    """A wrapper like Fabric's, with the real optimizer behind a property."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        name = f"Fabric{type(optimizer).__name__}"
+        self.__class__ = type(name, (self.__class__, type(optimizer)), {})
+        self._optimizer = optimizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+
 class AcceleratedOptimizer(torch.optim.Optimizer):
     """A wrapper like Accelerate's, which is an optimizer itself."""
 
@@ -395,7 +408,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("name", ["Adam", "NAdam", "RMSprop centered", "ASGD averaging", "Rprop"])
-@pytest.mark.parametrize("wrapper", [LightningOptimizer, AcceleratedOptimizer])
+@pytest.mark.parametrize("wrapper", [LightningOptimizer, _FabricOptimizer, AcceleratedOptimizer])
 def test_behind_a_wrapper(wrapper: Any, name: str) -> None:
     ((fake, real),) = batches(1)
     d, optimizer = pair_of(name, torch.float64, 2)

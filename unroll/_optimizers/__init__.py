@@ -56,13 +56,14 @@ class InnerOptimizer(Protocol):
 
 
 _BUILT_IN = ", ".join(f"torch.optim.{cls.__name__}" for cls in (*RULES, *GROUP_RULES))
-_TRANSPARENT = ("LightningOptimizer", "AcceleratedOptimizer")
+_TRANSPARENT = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """Return the optimizer inside Lightning's or Accelerate's wrapper, which leave its step alone.
+    """Return the optimizer inside Lightning's, Fabric's or Accelerate's wrapper.
 
-    Other wrappers (Lookahead, SAM) take steps of their own and must not be looked through.
+    These leave its step alone. Others (Lookahead, SAM) take steps of their own and must not be
+    looked through.
     """
     while any(cls.__name__ in _TRANSPARENT for cls in type(optimizer).__mro__):
         optimizer = optimizer.optimizer
