@@ -106,7 +106,7 @@ def test_a_list_is_one_argument() -> None:
 
     d = Sums().to(DEVICE)
     loss = Loss(d, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=1)
-    fake, real = [batch(), batch()], [batch(), batch()]
+    fake, real = ([batch(), batch()],), ([batch(), batch()],)
     value = loss.discriminator_loss(fake, real)
     assert torch.equal(value.detach(), loss.unroll(fake, real).losses[0])
 

@@ -258,11 +258,6 @@ ROWS: dict[str, Row] = {
         r"optimizer: .*SparseAdam.*Use one of",
         optimizer=lambda d: torch.optim.SparseAdam(list(d.parameters())),
     ),
-    "Adafactor": Row(
-        TypeError,
-        r"optimizer: .*torch\.optim\..*Adafactor.*Use one of.*torch\.optim\.Rprop",
-        optimizer=lambda d: torch.optim.Adafactor(d.parameters()),
-    ),
     "an optimizer with a step of its own": Row(
         TypeError,
         r"optimizer: .*test_errors\.Custom.*Use one of",
@@ -556,8 +551,7 @@ def test_refusals(name: str) -> None:
 CONSTRUCTION = [
     name
     for name, row in ROWS.items()
-    if row.call is None
-    and name.split()[0] in {"K", "D", "optimizer", "LBFGS", "SparseAdam", "Adafactor"}
+    if row.call is None and name.split()[0] in {"K", "D", "optimizer", "LBFGS", "SparseAdam"}
     if not name.startswith("D changes its parameters")
 ]
 

@@ -123,6 +123,8 @@ def _differentiable(found: Sequence[Tensor | None], gradients: Sequence[Tensor])
     if not nodes or not torch.is_grad_enabled():
         return None
     node: Any = nodes[0]  # their derivative, the same for all of them
+    if node.name().startswith("_NormGradients"):  # a D within a D: it has been replaced
+        return None
     eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon  # cuDNN's
     evaluated = not getattr(node, "_saved_train", True)
     statistics = {name: getattr(node, f"_saved_{name}") for name in _STATISTICS if evaluated}

@@ -86,7 +86,10 @@ def compiled_step(graph: Any, inputs: Sequence[Any]) -> CompiledStep:
         assert len(places) == count + sum(differentiable)
         values = [node.meta["val"] for node in places]
         names = {node.name: i for i, node in enumerate(places[:count])}
-        with functorch.patch(aggressive_recomputation=True):  # memory is slower than arithmetic
+        # Memory is slower than arithmetic; but random numbers must not be drawn again.
+        tags = [getattr(node.target, "tags", ()) for node in joint.graph.nodes]
+        draws = any(torch.Tag.nondeterministic_seeded in found for found in tags)
+        with functorch.patch(aggressive_recomputation=not draws):
             forward, backward = min_cut_rematerialization_partition(
                 joint, (values[:count], values[count:]), num_fwd_outputs=len(examples)
             )
