@@ -269,7 +269,10 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda p, _g, s, h: ((q for q in p), s, h),
         r"got tuple, generator, list, dict\. Return a list",
     ),
-    "too few": (lambda p, _g, s, h: (p[1:], s, h), r"of the 26 parameters.*got 25 and 26\. Keep"),
+    "too few": (
+        lambda p, _g, s, h: (p[1:], s, h),
+        r"26 parameters that it was given; got 25 and 26\. Keep",
+    ),
     "another shape": (
         lambda p, _g, s, h: ([q[None] for q in p], s, h),
         r"keep the shape and type of parameters; '0\.weight' came as \(4, 4\) torch\.float64 and "

@@ -267,7 +267,10 @@ def test_code_that_fails_in_double_alone_is_an_error_that_says_so() -> None:
         loss: Tensor = d(fake).mean()
         return loss
 
-    with pytest.raises(TypeError, match=r"loss: .*in float64.*a kernel for float32 only.*Let it"):
+    with pytest.raises(
+        TypeError,
+        match=r"loss: .*float64.*though not in its own type.*a kernel for float32 only.*Let it",
+    ):
         checked(d, sgd(d), Game(generator_loss=generator_loss))
 
 
