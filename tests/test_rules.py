@@ -16,7 +16,9 @@ from tests.games import Game
 from tests.own_rules import OWN, RULES, Lion, Own, Prodigy, ScheduleFreeSGD, lion
 from tests.players import batches, deep, train
 from tests.snapshot import changes, snapshot
+from tests.test_compile import as_it_is
 from tests.test_live import TwoHeads, assert_close, looked_ahead
+from unroll._modes import backend
 from unroll._optimizers.group_rules import GROUP_RULES
 
 
@@ -188,8 +190,8 @@ def test_dead_units_give_no_nan() -> None:
     assert gradient.isfinite().all()
 
 
-@pytest.mark.generated
-def test_compiled_gradients_eager_update() -> None:
+def test_compiled_gradients_eager_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "generated", as_it_is)  # generating code takes minutes
     (pair,) = batches(1)
     results = []
     for compile in (False, True):

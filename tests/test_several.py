@@ -18,7 +18,9 @@ from tests.own_rules import Lion, matrices, others, with_muon
 from tests.players import LR, batches, deep, small, train
 from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
+from tests.test_compile import as_it_is
 from tests.test_live import TOLERANCE, LightningOptimizer, assert_close, looked_ahead
+from unroll._modes import backend
 from unroll._optimizers import group_rules, inner_optimizer
 
 Muon: Any = getattr(torch.optim, "Muon", None)
@@ -124,9 +126,9 @@ def test_a_projection_comes_after_all_of_them() -> None:
     assert_close(ahead.parameters, parameters_of(d), 1e-12)
 
 
-@pytest.mark.generated
 @pytest.mark.parametrize("name", ["SGD, Adam", "Lion, Adafactor"])
-def test_compiled(name: str) -> None:
+def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "generated", as_it_is)  # generating code takes a minute
     (pair,) = batches(1)
     results = []
     for compile in (False, True):
