@@ -426,7 +426,7 @@ def test_gradient_hooks() -> None:
 
 
 def test_a_backend_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         raise OSError("no compiler")
 
     monkeypatch.setattr(backend, "generated", broken)
