@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # the networks of the tests are too small to share
     config.addinivalue_line("markers", "data: reads the data sets in the folder named UNROLL_DATA")
     config.addinivalue_line("markers", "generated: has Inductor generate code, which takes a while")
-    config.addinivalue_line("markers", "quick: the first to run, under two minutes on two cores")
+    config.addinivalue_line("markers", "quick: the first to run")
     config.addinivalue_line("markers", "plain: counts evaluations, which --checkpoint changes")
 
 

@@ -18,6 +18,7 @@ import unroll
 from tests.players import train
 from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
+from tests.verification.planted import HalfTanh as _HalfTanh
 from tests.zoo import ZOO
 
 Loss = unroll.UnrolledGeneratorLoss
@@ -175,20 +176,6 @@ def test_every_animal_of_the_zoo_passes(name: str) -> None:
     assert report.ok, report
     assert report.relative_error < 1e-6, report
     assert not changes(before, d, optimizer)
-
-
-class _HalfTanh(torch.autograd.Function):
-    """Tanh whose second derivative is lost, as in many hand-written kernels."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        x: Tensor = ctx.saved_tensors[0]
-        return gradients[0] * (1 - x.detach().tanh() ** 2)
 
 
 class HalfTanh(nn.Module):

@@ -21,6 +21,7 @@ from unroll._modes.comparison import compare
 from unroll._modes.traced import Carried, Played, numbers, traced_step
 from unroll._modes.trajectory import Entered, form, trajectory
 from unroll._random import random_state, replayed, set_random_state
+from unroll._validation import warn
 
 _codes = count()
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -200,10 +201,9 @@ class Code:
         """Stay eager from now on, and say why, once."""
         if not self._given_up:
             self._given_up = True
-            warnings.warn(
+            warn(
                 f"compile: the look-ahead runs uncompiled, with the same result: {reason}. Set "
-                "compile=False, or change what is named.",
-                stacklevel=2,
+                "compile=False, or change what is named."
             )
 
 

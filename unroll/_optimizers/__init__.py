@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from unroll._optimizers.rules import RULES
 from unroll._optimizers.several import Several
 from unroll._optimizers.torch_optim import TorchOptim
 from unroll._optimizers.torchopt_transformation import Transformation
+from unroll._validation import warn
 
 Tensors = Mapping[str, Tensor]
 
@@ -195,7 +195,7 @@ class Moving:
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self.said:
             self.said.add(kind)
-            warnings.warn(text, stacklevel=6)
+            warn(text)
 
 
 def _left_out(
