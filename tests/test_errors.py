@@ -15,6 +15,7 @@ import unroll
 from tests.players import batches
 from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
+from tests.zoo_layers import Tied
 from unroll import R1, Criterion, GradientPenalty, Minimax, RelativisticPairing
 
 
@@ -247,6 +248,12 @@ ROWS: dict[str, Row] = {
         ValueError,
         r"optimizer: must hold parameters of the discriminator; it holds none.*Pass",
         optimizer=lambda _: torchopt.MetaSGD(linear(), lr=0.1),
+    ),
+    "meta-optimizer that unties parameters": Row(
+        ValueError,
+        r"optimizer: .*two parameters of 'first\.weight', which layers.*share.*Use torchopt\.Opt",
+        d=lambda: Tied().to(DEVICE, torch.float64),
+        optimizer=lambda d: torchopt.MetaSGD(d, lr=0.1),
     ),
     "LBFGS": Row(
         TypeError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -116,6 +117,13 @@ def inner_optimizer(
     elif isinstance(optimizer, torchopt.MetaOptimizer):
         containers: Any = optimizer.param_containers_groups
         groups = [tuple(tree_leaves(container)) for container in containers]
+        counts = Counter(id(p) for group in groups for p in group)
+        if tied := [name for name, p in parameters.items() if counts[id(p)] > 1]:
+            raise ValueError(
+                f"optimizer: torchopt's MetaOptimizer makes two parameters of {tied[0]!r}, which "
+                "layers of the discriminator share, at its first step; a look-ahead step does not. "
+                "Use torchopt.Optimizer or a torch.optim optimizer."
+            )
         inner = Transformation(optimizer.impl, parameters, groups, optimizer.state_groups)
     elif isinstance(optimizer, Optimizer):
         inner = _of_torch(optimizer, parameters)
