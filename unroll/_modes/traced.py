@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -65,9 +66,7 @@ def traced_step(
     """
     theta, buffers, state = carried
     for path in played.numbers:  # inside of grad_and_value, torch takes them for constants
-        part: Any = played.objective
-        for name in path:
-            part = getattr(part, name)
+        torch.sym_float(reduce(getattr, path, played.objective))
 
     def loss(moving: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         objective = played.objective
