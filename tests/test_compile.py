@@ -191,6 +191,22 @@ def test_every_option(options: dict[str, Any]) -> None:
     assert 1 <= len(compilations) <= 3  # with gradients, without, and without those of fakes
 
 
+@pytest.mark.parametrize("argument", ["project", "transform_gradients"])
+def test_a_function_that_cannot_be_traced_runs_as_it_is(argument: str) -> None:
+    def halved_if_large(found: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {n: t / 2 if t.norm().item() > 0.1 else t for n, t in found.items()}
+
+    d = small()
+    optimizer = torch.optim.Adam(d.parameters(), lr=0.05)
+    train(d, optimizer, batches(2, seed=1))
+    options: Any = {argument: halved_if_large}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        eager, fast = both(d, optimizer, value_and_gradients, unroll_steps=3, **options)
+    assert_close(fast, eager, 1e-12)
+    assert len(compilations) == 1  # D's gradients
+
+
 def test_central_differences() -> None:
     d = normalised_discriminator().to(DEVICE, torch.float64)
     optimizer = torch.optim.Adam(d.parameters(), lr=0.05)
@@ -291,7 +307,11 @@ def test_a_change_in_the_discriminator_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["betas", "momentum", "number of the objective", "batch length"]
+    "what",
+    [
+        *("betas", "momentum", "number of the objective"),
+        *("batch length", "batch length, images", "batch length, dropout"),
+    ],
 )
 def test_numbers_that_change_compile_once_more(what: str) -> None:
     class Balanced(Squared):
@@ -302,7 +322,12 @@ def test_numbers_that_change_compile_once_more(what: str) -> None:
             balanced: Tensor = discriminator(real).square().mean() - self.k * fakes
             return balanced
 
-    d, objective = normalised(), Balanced()
+    d, objective, shape = normalised(), Balanced(), [4]
+    if what.endswith("images"):
+        d, shape = nn.Sequential(*list(image())[:3], nn.Flatten(), nn.Linear(16, 1)), [1, 4, 4]
+    elif what.endswith("dropout"):
+        d = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.3), nn.Tanh(), nn.Linear(5, 1))
+    d.to(DEVICE, torch.float64)
     optimizer: Any = torch.optim.Adam(d.parameters(), lr=0.05, betas=(0.5, 0.9))
     if what == "momentum":
         optimizer = torch.optim.SGD(d.parameters(), lr=0.05, momentum=0.5, weight_decay=0.1)
@@ -310,20 +335,24 @@ def test_numbers_that_change_compile_once_more(what: str) -> None:
         UnrolledGeneratorLoss(d, optimizer, objective, unroll_steps=3, compile=compile)
         for compile in (False, True)
     ]
-    ((fake, real),) = batches(1)
+    fake, real = randn(2, 5, *shape)
     train(d, optimizer, [(fake, real)], objective)
     for i in range(4):
         if what == "betas":
             optimizer.param_groups[0]["betas"] = (0.5 + 0.1 * i, 0.9)
         elif what == "momentum":
             optimizer.param_groups[0]["momentum"] = 0.5 + 0.1 * i
-        elif what == "batch length":
-            fake, real = randn(6 + i, 4), randn(6 + i, 4)
+        elif what.startswith("batch length"):
+            fake, real = randn(2, 6 + i, *shape)
         else:
             objective.k = 0.1 + 0.2 * i
-        eager, fast = (torch.autograd.grad(loss(x := leaf(fake), real), x) for loss in losses)
-        assert_close(fast, eager, 1e-12)
-    assert len(compilations) == 2
+        found = []
+        for loss in losses:
+            torch.manual_seed(i)
+            found.append(torch.autograd.grad(loss(x := leaf(fake), real), x))
+        assert_close(found[1], found[0], 1e-12)
+    # Where torch cannot trace a length as a symbol (dropout in torch.func), each has its code.
+    assert len(compilations) == (4 if what.endswith("dropout") else 2)
 
 
 def test_a_graph_goes_with_its_value() -> None:

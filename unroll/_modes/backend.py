@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +68,7 @@ def compiled_step(graph: Any, inputs: Sequence[Any]) -> CompiledStep:
 
     twice = torch.ops.aten._convolution_double_backward.default
     with config.patch(SETTINGS), _traced_as(twice, convolution_twice):
-        table = {**select_decomp_table(), **DECOMPOSITIONS}
+        table: Any = {**select_decomp_table(), **DECOMPOSITIONS}
         joint: Any = aot_export_joint_simple(
             fresh, tuple(inputs), trace_joint=train, decompositions=table
         )
@@ -110,10 +109,9 @@ def compiled_step(graph: Any, inputs: Sequence[Any]) -> CompiledStep:
             if stride is not None and _hints(given[i].stride()) != _hints(stride):
                 given[i] = given[i].as_strided(given[i].shape, stride)
         run_backward = generated(backward, given, is_backward=True)
-    first, second = picked(used), picked(order)
     return CompiledStep(
-        lambda inputs: run(first(inputs)),
-        lambda inputs: run_backward(second(inputs)),
+        lambda inputs: run([inputs[i] for i in used]),
+        lambda inputs: run_backward([inputs[i] for i in order]),
         differentiable,
     )
 
@@ -130,14 +128,6 @@ def cause(error: Exception, code: Any) -> str:
     reason = reason.partition(" Explanation: ")[0][:200]
     at = f" (at {place.partition(' Set TORCH')[0][-200:]})" if place else ""
     return f"{type(error).__name__}: {reason}{at}"
-
-
-def picked(indices: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
-    """Return a function that picks these entries of a list."""
-    if len(indices) < 2:
-        return lambda items: [items[i] for i in indices]
-    pick = itemgetter(*indices)
-    return lambda items: list(pick(items))
 
 
 def _placeholders(graph: Any) -> list[Any]:
@@ -178,20 +168,16 @@ def convolution_twice(
 
     PyTorch's own reads the sizes, so that the code would serve one length alone.
     """
-    aten, how = torch.ops.aten, how[:-1]  # the last is a mask
+    aten, how = torch.ops.aten, how[:-1]  # the last one says what is wanted
     parts, of_input, of_weight = list[Tensor](), None, None
     if input_tangent is not None:
         parts.append(aten.convolution(input_tangent, weight, None, *how))
-        mask = [False, True, False]
-        _, of_weight, _ = aten.convolution_backward(
-            gradient, input_tangent, weight, None, *how, mask
-        )
+        found = gradient, input_tangent, weight, None, *how, (False, True, False)
+        of_weight = aten.convolution_backward(*found)[1]
     if weight_tangent is not None:
         parts.append(aten.convolution(input, weight_tangent, None, *how))
-        mask = [True, False, False]
-        of_input, _, _ = aten.convolution_backward(
-            gradient, input, weight_tangent, None, *how, mask
-        )
+        found = gradient, input, weight_tangent, None, *how, (True, False, False)
+        of_input = aten.convolution_backward(*found)[0]
     if bias_tangent is not None:
         parts.append(bias_tangent.view(-1, *[1] * (gradient.dim() - 2)).expand_as(gradient))
     return reduce(torch.add, parts) if parts else None, of_input, of_weight

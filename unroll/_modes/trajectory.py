@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unroll._modes.backend import CompiledStep, picked
+from unroll._modes.backend import CompiledStep
 
 
 class Entered(NamedTuple):
@@ -88,10 +88,10 @@ class _Trajectory(torch.autograd.Function):
         ctx: Any, chain: Chain, first: Sequence[Any], steps: list[Sequence[Any]], *pool: Any
     ) -> tuple[Tensor, ...]:
         code, count = chain.code, len(chain.code.differentiable)
-        pick = {id(places): picked(places) for places in chain.places}
         carry, rest, kept = pool[: len(chain.carried)], pool[len(chain.carried) :], list[Any]()
         for k, places in enumerate(chain.places):
-            found = code.forward(pick[id(places)]((*carry, *rest))) if k else first
+            available = (*carry, *rest)
+            found = code.forward([available[i] for i in places]) if k else first
             kept += found[count:]
             steps.append(found[:count])
             pairs = zip(chain.carried, carry, strict=True)
