@@ -153,7 +153,7 @@ def _norm(function: Callable[..., Any], order: Sequence[str], first: int) -> Cal
             return output
         given = {"training": bool(first), **dict(zip(names, args, strict=False)), **kwargs}
         if given.get("use_input_stats", given["training"]):
-            given |= dict.fromkeys(_STATISTICS)
+            given = {**given, **dict.fromkeys(_STATISTICS)}  # torch 2.7 cannot trace |=
         y = _batch_norm(**given, first=first).to(y.dtype)
         return (y, *others) if others else y
 
