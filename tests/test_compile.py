@@ -324,7 +324,10 @@ def test_numbers_that_change_compile_once_more(what: str) -> None:
 
     d, objective, shape = normalised(), Balanced(), [4]
     if what.endswith("images"):
-        d, shape = nn.Sequential(*list(image())[:3], nn.Flatten(), nn.Linear(16, 1)), [1, 4, 4]
+        d, shape = (
+            nn.Sequential(*list(image().children())[:3], nn.Flatten(), nn.Linear(16, 1)),
+            [1, 4, 4],
+        )
     elif what.endswith("dropout"):
         d = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.3), nn.Tanh(), nn.Linear(5, 1))
     d.to(DEVICE, torch.float64)
@@ -519,6 +522,31 @@ def test_first_derivatives_only() -> None:
     value = loss(x, real)
     with pytest.raises(RuntimeError, match="compile: f_K has first derivatives only"):
         torch.autograd.grad(value, x, create_graph=True)
+
+
+def test_complex_samples() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.layers(torch.view_as_real(x).flatten(1))
+            return output
+
+    d = Parts().to(DEVICE, torch.float64)
+    optimizer = torch.optim.Adam(d.parameters(), lr=0.05)
+    fake, real = torch.complex(*randn(2, 2, 6, 4))
+    train(d, optimizer, [(fake, real)])
+
+    def run(loss: UnrolledGeneratorLoss) -> list[Tensor]:
+        x = leaf(fake)
+        value = loss(x, real)
+        return [value, torch.view_as_real(*torch.autograd.grad(value, x))]
+
+    eager, fast = both(d, optimizer, run, unroll_steps=3)
+    assert_close(fast, eager, 1e-12)
+    assert len(compilations) == 1
 
 
 def test_copies_and_pickles_start_without_code() -> None:

@@ -124,7 +124,6 @@ class _Trajectory(torch.autograd.Function):
         if not chain.every:
             outer = [*[None] * count * (steps - 1), *grads]
         flagged = [i for i, flag in enumerate(chain.code.differentiable) if flag]
-        zeros: dict[int, Tensor] = {}
         total: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
         for k in reversed(range(steps)):
             tangents = outer[k * count : (k + 1) * count]
@@ -132,13 +131,8 @@ class _Trajectory(torch.autograd.Function):
                 for place, i in enumerate(chain.carried):
                     if i >= 0:
                         tangents[i], total[place] = _sum(tangents[i], total[place]), None
-            for i in flagged:
-                tangent = tangents[i]
-                if tangent is None:
-                    tangent = zeros[i] if i in zeros else torch.zeros_like(ctx.like[i])
-                    zeros[i] = tangent
-                tangents[i] = tangent.contiguous()
-            dense = [tangents[i] for i in flagged]
+            pairs = [(tangents[i], ctx.like[i]) for i in flagged]
+            dense = [torch.zeros_like(like) if t is None else t.contiguous() for t, like in pairs]
             found = chain.code.adjoint([*kept[k * size : (k + 1) * size], *dense])
             for place, gradient in zip(chain.places[k], found, strict=True):
                 if gradient is not None:
