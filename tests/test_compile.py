@@ -633,6 +633,22 @@ def test_products_that_are_written_out(rows: int, inner: int, columns: int) -> N
     assert backend.product_and_bias(bias, a, b, alpha=2) is NotImplemented
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_double_backward_of_a_convolution(transposed: bool) -> None:
+    x, weight = randn(2, 4, 7, 7), randn(4, 3, 3, 3) if transposed else randn(6, 2, 3, 3)
+    how = ((2, 2), (1, 1), (1, 1), transposed, (0, 0), 2)
+    gradient = torch.randn_like(torch.ops.aten.convolution(x, weight, None, *how))
+    tangents = (torch.randn_like(x), torch.randn_like(weight), randn(6))
+    for given in (tangents, (tangents[0], None, None), (None, tangents[1], None)):
+        everything = *given, gradient, weight, x, *how, (True, True, True)
+        found = backend.convolution_twice(*everything)
+        wanted = torch.ops.aten._convolution_double_backward(*everything)
+        for a, b in zip(found, wanted, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b)
+
+
 def test_tanh_over_all_of_float32() -> None:
     every = torch.arange(0, 0x7F800001, 4099, dtype=torch.int64).to(torch.int32)
     x = every.view(torch.float32)  # from 0 to infinity
