@@ -141,24 +141,40 @@ def _norm(function: Callable[..., Any], order: Sequence[str], first: int) -> Cal
     def norm(*args: Any, **kwargs: Any) -> Any:
         output = function(*args, **kwargs)
         y, *others = output if isinstance(output, tuple) else (output,)
-        if torch.compiler.is_compiling():  # it cannot trace what follows
-            return output
-        transformed = torch._C._functorch.maybe_current_level() is not None
-        if y.grad_fn is None and not transformed:
+        # No hook reaches graphs that a transform of torch.func or the compiler differentiates.
+        compiling = torch.compiler.is_compiling()
+        transformed = compiling or torch._C._functorch.maybe_current_level() is not None
+        if not transformed and y.grad_fn is None:
             return output
         if not transformed:
             is_norm = "BatchNorm" in y.grad_fn.name()  # or the view behind an instance norm
             node = y.grad_fn if is_norm else y.grad_fn.next_functions[0][0]
             node.register_hook(_differentiable)
             return output
-        # No hook reaches the graphs around a transform of torch.func.
         given = {"training": bool(first), **dict(zip(names, args, strict=False)), **kwargs}
         if given.get("use_input_stats", given["training"]):
-            given |= dict.fromkeys(_STATISTICS)
+            given = {**given, **dict.fromkeys(_STATISTICS)}  # torch 2.7 cannot trace |=
         y = _batch_norm(**given, first=first).to(y.dtype)
         return (y, *others) if others else y
 
     return norm
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """In compiled code, PyTorch's derivatives hold for one length of the batch only."""
+    if not torch.compiler.is_compiling():
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    y = _normalised(input.reshape(len(input), num_groups, -1), [2], eps).view_as(input)
+    each = [-1, *[1] * (input.dim() - 2)]
+    y = y if weight is None else y * weight.view(each)
+    y = y if bias is None else y + bias.view(each)
+    return y if torch.is_autocast_enabled(input.device.type) else y.to(input.dtype)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -192,6 +208,7 @@ _STATISTICS, _AFFINE = ("running_mean", "running_var"), ("weight", "bias")
 _TWICE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
     torch.native_layer_norm: _native_layer_norm,
     torch._weight_norm: _weight_norm,
     F.scaled_dot_product_attention: _math_attention(F.scaled_dot_product_attention),

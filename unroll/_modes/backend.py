@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -66,15 +66,15 @@ def compiled_step(graph: Any, inputs: Sequence[Any]) -> CompiledStep:
         # No views of each other or of inputs, and in the layout that tangents are expected in.
         return tuple(t.clone(memory_format=torch.contiguous_format) for t in graph(*given))
 
-    with config.patch(SETTINGS):
-        table = dict(select_decomp_table())
-        table |= {
-            torch.ops.aten.mm.default: product,
-            torch.ops.aten.addmm.default: product_and_bias,
-        }
+    twice = torch.ops.aten._convolution_double_backward.default
+    with config.patch(SETTINGS), _traced_as(twice, convolution_twice):
+        table: Any = {**select_decomp_table(), **DECOMPOSITIONS}
         joint: Any = aot_export_joint_simple(
             fresh, tuple(inputs), trace_joint=train, decompositions=table
         )
+        for node in joint.graph.nodes:  # of torch 2.7, whose partitioner cannot take them
+            if node.target is torch.ops.aten._assert_tensor_metadata.default:
+                joint.graph.erase_node(node)
         count = len(inputs)
         mode = detect_fake_mode()
         if mode is not None and mode.shape_env is not None:
@@ -100,20 +100,21 @@ def compiled_step(graph: Any, inputs: Sequence[Any]) -> CompiledStep:
         needs, saved = _placeholders(backward), end.args[0][len(examples) :]
         kept = {node.name: i for i, node in enumerate([*saved, *places[count:]])}
         order = [kept[node.name] for node in needs]
-        with TracingContext.report_output_strides() as strides:
+        context: Any = TracingContext.get()
+        context.fakify_first_call = True  # strides are symbols where sizes are
+        with context.report_output_strides() as strides:
             run = generated(
                 forward, [n.meta["val"] for n in _placeholders(forward)], is_backward=False
             )
         given = [n.meta["val"] for n in needs]
         for i, place in enumerate(order):
             stride = strides[len(examples) + place] if strides and place < len(saved) else None
-            if stride is not None and _hints(given[i].stride()) != tuple(stride):
+            if stride is not None and _hints(given[i].stride()) != _hints(stride):
                 given[i] = given[i].as_strided(given[i].shape, stride)
         run_backward = generated(backward, given, is_backward=True)
-    first, second = picked(used), picked(order)
     return CompiledStep(
-        lambda inputs: run(first(inputs)),
-        lambda inputs: run_backward(second(inputs)),
+        lambda inputs: run([inputs[i] for i in used]),
+        lambda inputs: run_backward([inputs[i] for i in order]),
         differentiable,
     )
 
@@ -132,14 +133,6 @@ def cause(error: Exception, code: Any) -> str:
     return f"{type(error).__name__}: {reason}{at}"
 
 
-def picked(indices: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
-    """Return a function that picks these entries of a list."""
-    if len(indices) < 2:
-        return lambda items: [items[i] for i in indices]
-    pick = itemgetter(*indices)
-    return lambda items: list(pick(items))
-
-
 def _placeholders(graph: Any) -> list[Any]:
     return [node for node in graph.graph.nodes if node.op == "placeholder"]
 
@@ -150,6 +143,47 @@ def _hints(sizes: Sequence[Any]) -> tuple[Any, ...]:
 
 def _no_adjoint(_: Sequence[Any]) -> Sequence[Any]:
     raise AssertionError("nothing here has a derivative")
+
+
+@contextmanager
+def _traced_as(operation: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Let a composite operation of torch be one in Python, wherever it is traced."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    operation.py_kernels[key] = function
+    operation._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        del operation.py_kernels[key]
+        operation._dispatch_cache.clear()
+
+
+def convolution_twice(
+    input_tangent: Tensor | None,
+    weight_tangent: Tensor | None,
+    bias_tangent: Tensor | None,
+    gradient: Tensor,
+    weight: Tensor,
+    input: Tensor,
+    *how: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return what PyTorch's double backward of a convolution does, for any length of a batch.
+
+    PyTorch's own reads the sizes, so that the code would serve one length alone.
+    """
+    aten, how = torch.ops.aten, how[:-1]  # the last one says what is wanted
+    parts, of_input, of_weight = list[Tensor](), None, None
+    if input_tangent is not None:
+        parts.append(aten.convolution(input_tangent, weight, None, *how))
+        found = gradient, input_tangent, weight, None, *how, (False, True, False)
+        of_weight = aten.convolution_backward(*found)[1]
+    if weight_tangent is not None:
+        parts.append(aten.convolution(input, weight_tangent, None, *how))
+        found = gradient, input, weight_tangent, None, *how, (True, False, False)
+        of_input = aten.convolution_backward(*found)[0]
+    if bias_tangent is not None:
+        parts.append(bias_tangent.view(-1, *[1] * (gradient.dim() - 2)).expand_as(gradient))
+    return reduce(torch.add, parts) if parts else None, of_input, of_weight
 
 
 def product(a: Tensor, b: Tensor) -> Any:

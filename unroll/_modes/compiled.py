@@ -45,6 +45,9 @@ class Code:
         self._last: Any = None  # the code that has just run, what it got and what it found
         self._compared = True  # whether all code that there is has been
         self._given_up = False
+        self._whole = True  # whether the update is compiled, too, and not D's gradients alone
+        self._lengths = True  # whether the length of a batch becomes an input where it varies
+        self._serves = False  # whether any code does
         # Parameters with a gradient, by the forms of D and of the state; none: it is fresh.
         self._reached: dict[Any, tuple[str, ...]] = {}
 
@@ -122,11 +125,17 @@ class Code:
 
                         given = _alike(game, point, run[0], settings)
                         compare(single, step, given, before, device)
-                self._compared = True
+                self._compared = self._serves = True
                 return found
             except Exception as error:  # a backend may raise anything; the eager step goes on
                 set_random_state(before, device)
-                self._give_up(cause(error, self._code))
+                if self._serves and self._lengths:
+                    self._lengths = False  # such as dropout, in torch.func: every length anew
+                elif self._whole and (game.transform_gradients or game.project):
+                    self._whole = False  # the user's functions run as they are
+                else:
+                    self._give_up(cause(error, self._code))
+                return self._some(step, game, point, run, settings, every)
         names = None
         if not self._given_up and reached is None:
             names = self._prepare(game, point, run[0])
@@ -145,21 +154,22 @@ class Code:
         every: bool,
     ) -> tuple[list[Point], list[Tensor]]:
         """Take the steps that one piece of code serves, the first one at least."""
-        optimizer, whole = game.optimizer, game.optimizer.traceable
+        whole = self._whole and game.optimizer.traceable
         start, pair, _ = _alike(game, point, run[0], settings)
         carried, used = _carried(start, whole), settings if whole else None
+        update_of = (game.optimizer, game.transform_gradients, game.project)
         played = Played(
             game.discriminator.module,
-            optimizer,
             game.objective,
-            game.transform_gradients if whole else None,
-            game.project if whole else None,
             numbers(game.objective),
+            *(update_of if whole else (None, None, None)),
         )
         with (
             torch.compiler.set_stance("default"),
             # Hooks that D gets later are part of it, too.
-            torch._dynamo.config.patch(skip_nnmodule_hook_guards=False),
+            torch._dynamo.config.patch(
+                skip_nnmodule_hook_guards=False, automatic_dynamic_shapes=self._lengths
+            ),
         ):
             result, loss = self._function(played, reached, carried, used, pair)
         entered, self._last = self._last, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -46,11 +47,11 @@ class Played:
     """What compiled code is made of, besides tensors."""
 
     module: nn.Module
-    optimizer: InnerOptimizer
     objective: Objective
+    numbers: tuple[tuple[str, ...], ...]  # where the objective has floats, as paths of attributes
+    optimizer: InnerOptimizer | None  # none: the update runs as it is, outside
     transform_gradients: Mapped | None
     project: Mapped | None
-    numbers: tuple[tuple[str, ...], ...]  # where the objective has floats, as paths of attributes
 
 
 Carried = tuple[dict[str, Tensor], dict[str, Tensor], Any]  # parameters, buffers, optimizer state
@@ -61,13 +62,11 @@ def traced_step(
 ) -> tuple[Carried, Tensor]:
     """Return theta_D^{k+1} (Eq. 7), D's buffers and the optimizer's state; and D's loss.
 
-    Where the optimizer cannot be traced, the gradients are in place of theta_D^{k+1}.
+    Without an optimizer, the gradients are in place of theta_D^{k+1}.
     """
     theta, buffers, state = carried
     for path in played.numbers:  # inside of grad_and_value, torch takes them for constants
-        part: Any = played.objective
-        for name in path:
-            part = getattr(part, name)
+        torch.sym_float(reduce(getattr, path, played.objective))
 
     def loss(moving: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         objective = played.objective
@@ -77,7 +76,7 @@ def traced_step(
 
     differentiated = grad_and_value(loss, has_aux=True)
     found, (value, left) = differentiated({name: theta[name] for name in reached})
-    if played.optimizer.traceable:
+    if played.optimizer is not None:
         with torch.autocast(value.device.type, enabled=False):
             if played.transform_gradients is not None:
                 found = mapped("transform_gradients", played.transform_gradients, found)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unroll._modes.backend import CompiledStep, picked
+from unroll._modes.backend import CompiledStep
 
 
 class Entered(NamedTuple):
@@ -88,10 +88,10 @@ class _Trajectory(torch.autograd.Function):
         ctx: Any, chain: Chain, first: Sequence[Any], steps: list[Sequence[Any]], *pool: Any
     ) -> tuple[Tensor, ...]:
         code, count = chain.code, len(chain.code.differentiable)
-        pick = {id(places): picked(places) for places in chain.places}
         carry, rest, kept = pool[: len(chain.carried)], pool[len(chain.carried) :], list[Any]()
         for k, places in enumerate(chain.places):
-            found = code.forward(pick[id(places)]((*carry, *rest))) if k else first
+            available = (*carry, *rest)
+            found = code.forward([available[i] for i in places]) if k else first
             kept += found[count:]
             steps.append(found[:count])
             pairs = zip(chain.carried, carry, strict=True)
@@ -124,7 +124,6 @@ class _Trajectory(torch.autograd.Function):
         if not chain.every:
             outer = [*[None] * count * (steps - 1), *grads]
         flagged = [i for i, flag in enumerate(chain.code.differentiable) if flag]
-        zeros: dict[int, Tensor] = {}
         total: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
         for k in reversed(range(steps)):
             tangents = outer[k * count : (k + 1) * count]
@@ -132,13 +131,8 @@ class _Trajectory(torch.autograd.Function):
                 for place, i in enumerate(chain.carried):
                     if i >= 0:
                         tangents[i], total[place] = _sum(tangents[i], total[place]), None
-            for i in flagged:
-                tangent = tangents[i]
-                if tangent is None:
-                    tangent = zeros[i] if i in zeros else torch.zeros_like(ctx.like[i])
-                    zeros[i] = tangent
-                tangents[i] = tangent.contiguous()
-            dense = [tangents[i] for i in flagged]
+            pairs = [(tangents[i], ctx.like[i]) for i in flagged]
+            dense = [torch.zeros_like(like) if t is None else t.contiguous() for t, like in pairs]
             found = chain.code.adjoint([*kept[k * size : (k + 1) * size], *dense])
             for place, gradient in zip(chain.places[k], found, strict=True):
                 if gradient is not None:
