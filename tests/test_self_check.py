@@ -15,7 +15,7 @@ from tests.settings import DEVICE
 from tests.snapshot import changes, snapshot
 from tests.verification.planted import Game, Wrong, mlp
 from tests.verification.self_check import answer, cases, failures
-from unroll._diagnostics.central import COARSE, ROUNDED, Line, Origin, compare
+from unroll._diagnostics.central import COARSE, ROUNDED, Line, compare
 
 Loss = unroll.UnrolledGeneratorLoss
 CRITERION = nn.BCEWithLogitsLoss()
@@ -65,7 +65,7 @@ class _Claimed(torch.autograd.Function):
 
 def verdict(
     f: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor], x: float = 0.7
-) -> tuple[str, list[str]]:
+) -> tuple[str, tuple[str, ...]]:
     """Return what is said of a function and its slope, at a point and in a direction of 1."""
     point = torch.tensor([x], dtype=torch.float64, requires_grad=True)
 
@@ -73,8 +73,8 @@ def verdict(
         at = point.detach()
         return _Claimed.apply(point, f(at), slope(at)).sum()  # type: ignore[no-any-return]
 
-    found = compare(Line(Origin(function, [point]), [torch.ones_like(point)]))
-    return found.verdict, found.words
+    found = compare(Line(function, [point], [torch.ones_like(point)]))
+    return found.verdict, found.suspicions
 
 
 def _sign_like(x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def test_a_slope_against_its_differences(name: str) -> None:
     found, words = verdict(f, slope)
     assert found == wanted
     reasons = {"a kink here": COARSE, "a step finer than all": COARSE}
-    assert words == ([reasons.get(name, ROUNDED)] if found == "inconclusive" else [])
+    assert words == ((reasons.get(name, ROUNDED),) if found == "inconclusive" else ())
 
 
 # Innocents.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
 from unroll._diagnostics.central import gradients_of
 from unroll._diagnostics.copies import InDouble, double, in_double
 from unroll._diagnostics.differences import DifferenceCheck
+from unroll._diagnostics.report import Report
 from unroll._functional import Batch, Pair, map_tensors, tensors
 from unroll._inspection import DETACHED_FAKES, calls_to_the_module_itself
 from unroll._loss import UnrolledGeneratorLoss
@@ -19,35 +19,13 @@ from unroll._random import every_random_state, set_every_random_state
 from unroll._validation import drawn_minibatches
 
 
-@dataclass(frozen=True)
-class GradientReport:
-    """What :func:`check_gradients` found.
-
-    Attributes:
-        verdict: "right": the gradient agrees with central differences, and nothing is suspicious.
-            "wrong": it does not, or something is. "inconclusive": no difference can tell.
-        relative_error: The largest difference between a directional derivative and its central
-            difference, over the norm of the gradient; infinite where there is none.
-        suspicions: What is to blame, or why nothing can be told, in words; empty if all is right.
-    """
-
-    verdict: str
-    relative_error: float
-    suspicions: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether the verdict is "right"."""
-        return self.verdict == "right"
-
-
 def check_gradients(
     loss: UnrolledGeneratorLoss,
     fake: Batch,
     real: Batch,
     *,
     minibatches: Iterable[Pair] | None = None,
-) -> GradientReport:
+) -> Report:
     """Compare f_K's gradient with central differences, for your own D, optimizer and objective.
 
     Everything is copied in float64 first, so nothing of yours changes. Random numbers are replayed
@@ -82,9 +60,10 @@ def check_gradients(
     if minibatches is not None:
         pairs += drawn_minibatches(minibatches, loss.unroll_steps)
     copies = map_tensors(double, pairs)
+    resampled = copies[1:] if minibatches is not None else None
     fakes = [t.requires_grad_() for f, _ in copies for t in tensors(f) if t.is_floating_point()]
     own = loss.discriminator.parameters()
-    dtype = next(p.dtype for p in own if p.is_floating_point())
+    mode = InDouble(next(p.dtype for p in own if p.is_floating_point()))
     device = fakes[0].device
     state = every_random_state(device)
     with (
@@ -93,13 +72,11 @@ def check_gradients(
         calls_to_the_module_itself(loss.discriminator) as strays,
     ):
         warnings.simplefilter("always")
-        resampled = copies[1:] if minibatches is not None else None
         copied = in_double(loss)
-        mode = InDouble(dtype)
         check = DifferenceCheck(copied, copies[0], resampled, mode)
         try:
             with mode, calls_to_the_module_itself(copied.discriminator) as more_strays:
-                verdict, error, words = check.run(fakes)
+                report = check.run(fakes)
         except Exception as failure:
             if not strays and not more_strays:
                 given = map_tensors(leaf, (fake, real, pairs[1:] if resampled else None))
@@ -110,19 +87,18 @@ def check_gradients(
                     f"objective fails, though not in its own type ({type(failure).__name__}: "
                     f"{failure}). Let it keep the type of its input in place of one that it names."
                 ) from failure
-            verdict, error, words = "wrong", float("inf"), []
+            report = Report("wrong", float("inf"))
         finally:
             set_every_random_state(state, device)
-    blamed = []
+    words = list(report.suspicions)
     if strays or more_strays:
-        blamed.append(
+        words.append(
             "the objective calls the discriminator module itself; it must call the `discriminator` "
             "that it is given, which is D at theta_D^k"
         )
     if any(str(w.message) == DETACHED_FAKES for w in caught):
-        blamed.append("the objective (or D) detaches the fakes in discriminator_loss")
-    if blamed:
-        verdict, words = "wrong", [*words, *blamed]
-    if verdict == "wrong" and not words:
-        words = ["the objective: its own operations have a wrong derivative"]
-    return GradientReport(verdict, error, tuple(words))
+        words.append("the objective (or D) detaches the fakes in discriminator_loss")
+    if len(words) > len(report.suspicions) or (report.verdict == "wrong" and not words):
+        words = words or ["the objective: its own operations have a wrong derivative"]
+        return Report("wrong", report.relative_error, tuple(words))
+    return report

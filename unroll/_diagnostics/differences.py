@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
-from unroll._diagnostics.central import (
-    ORDER,
-    STEPS,
-    Finding,
-    Line,
-    Origin,
-    compare,
-    gradients_of,
-    unclear,
-)
+from unroll._diagnostics.central import STEPS, Line, compare, gradients_of
 from unroll._diagnostics.copies import InDouble
+from unroll._diagnostics.report import Report, unclear
 from unroll._functional import Pair, preserved, tensors
 from unroll._look_ahead import Point, Value, after_hooks, leaves, surrogate
 from unroll._loss import UnrolledGeneratorLoss
@@ -27,6 +21,7 @@ from unroll._probes import innermost, probe_layers
 from unroll._random import every_random_state, set_every_random_state
 
 DIRECTIONS = 3  # for each tensor of fakes
+ORDINALS = ("first", "second", "third")
 
 
 class DifferenceCheck:
@@ -44,10 +39,18 @@ class DifferenceCheck:
         self.random_state = every_random_state(self.device)
         self.constants: tuple[Sequence[Point], Value, Any] | None = None  # under stop_gradient
 
+    @contextmanager
+    def replayed(self, state: Any) -> Iterator[None]:
+        """Read and draw everything from one state, and go on as if nothing had been drawn."""
+        now = every_random_state(self.device)
+        set_every_random_state(state, self.device)
+        self.mode.twins.clear()
+        yield
+        set_every_random_state(now, self.device)
+
     def f(self) -> Tensor:
         """Return f_K."""
-        self.replay()
-        with preserved(*self.loss._parts):
+        with self.replayed(self.random_state), preserved(*self.loss._parts):
             points, value, after = self.constants or self.points()
             set_every_random_state(after, self.device)
             return surrogate(value, points, self.batch)
@@ -58,15 +61,10 @@ class DifferenceCheck:
         points, value = self.loss._points(self.batch, pairs)
         return points, value, every_random_state(self.device)
 
-    def replay(self) -> None:
-        """Start again from one state of everything that the loss reads or draws from."""
-        set_every_random_state(self.random_state, self.device)
-        self.mode.twins.clear()
-
-    def run(self, fakes: Sequence[Tensor]) -> Finding:
+    def run(self, fakes: Sequence[Tensor]) -> Report:
         """Return what the differences say, and what explains it."""
         if self.loss.stop_gradient:
-            with preserved(*self.loss._parts):
+            with self.replayed(self.random_state), preserved(*self.loss._parts):
                 self.constants = self.points()
         self.f()  # the first call looks the step through, which may draw more random numbers
         value = self.f()
@@ -83,17 +81,15 @@ class DifferenceCheck:
                 "the gradient is not finite: an operation of the objective, the optimizer or D has "
                 "no finite slope here (for a torchopt transformation, try eps_root=1e-8)"
             )
-            return Finding("wrong", float("inf"), [words])
-        origins = [Origin(self.f, [fake]) for fake in fakes]
-        size = max(Line(o).products(o.gradients).norm().item() for o in origins)
-        found = [self._along(origin, size) for origin in origins]
-        worst = max(found, key=lambda f: (ORDER.index(f.verdict), f.error))
-        if worst.verdict == "right" and not any(bool(g.any()) for g in gradients):
+            return Report("wrong", float("inf"), (words,))
+        size = max(float(line.products(line.gradients).norm()) for line in map(self._line, fakes))
+        worst = _worst(self._along(fake, size) for fake in fakes)
+        if worst.ok and not any(bool(g.any()) for g in gradients):
             return unclear(
                 "f_K does not change with the fakes here, as where D's units are dead. Check with "
                 "other parameters of D"
             )
-        if worst.verdict != "right" and self.mode.rounding:
+        if not worst.ok and self.mode.rounding:
             names = ", ".join(sorted(self.mode.rounding))
             return unclear(
                 f"the check computes in float64, but {names} of D or the objective return a "
@@ -101,107 +97,138 @@ class DifferenceCheck:
             )
         explain = not self.loss.stop_gradient and self.loss.unroll_steps > 0
         if worst.verdict == "wrong" and explain:
-            return worst._replace(words=self.explanations())
+            return Report("wrong", worst.relative_error, tuple(self.explanations()))
         return worst
 
-    def _along(self, origin: Origin, size: float) -> Finding:
+    def _line(self, fake: Tensor) -> Line:
+        return Line(self.f, [fake])
+
+    def _along(self, fake: Tensor, size: float) -> Report:
         """Return the worst finding along random directions, more of them if some say nothing."""
-        found: list[Finding] = []
+        found: list[Report] = []
         for _ in range(2 * DIRECTIONS):
-            found.append(compare(Line(origin), size))
+            found.append(compare(self._line(fake), size))
             told = [f for f in found if f.verdict != "inconclusive"]
             if len(told) == DIRECTIONS:
                 break
-        return max(told or found, key=lambda f: (ORDER.index(f.verdict), f.error))
+        return _worst(told or found)
 
-    def explanations(self) -> list[str]:
+    def explanations(self) -> Iterator[str]:
         """Differentiate the parts of one look-ahead step on their own."""
         loss, (fake, real) = self.loss, (self.minibatches or [self.batch])[0]
         with preserved(*loss._parts):
             game, point = loss._start(None)
-            theta = leaves(point.parameters, game.moving)
-            names = [name for name, p in theta.items() if p.requires_grad]
+        theta = leaves(point.parameters, game.moving)
+        buffers: dict[str, Tensor] = {}
 
-            def d_loss() -> Tensor:
-                self.replay()
-                value, _ = game.discriminator(
+        def d_loss() -> Tensor:
+            with self.replayed(self.random_state), preserved(*loss._parts):
+                value, left = game.discriminator(
                     lambda d: loss.objective.discriminator_loss(d, fake, real), theta, point.buffers
                 )
-                return value
+            buffers.update(left)
+            return value
 
-            def found() -> dict[str, Tensor]:
-                moving = [theta[name] for name in names]
-                pairs = zip(
-                    names, torch.autograd.grad(d_loss(), moving, allow_unused=True), strict=True
-                )
-                return {name: g for name, g in pairs if g is not None}
+        def found() -> dict[str, Tensor]:
+            moving = {name: p for name, p in theta.items() if p.requires_grad}
+            gradients = torch.autograd.grad(d_loss(), [*moving.values()], allow_unused=True)
+            return {n: g for n, g in zip(moving, gradients, strict=True) if g is not None}
 
-            layers = probe_layers(loss.discriminator, d_loss, self._second_derivative)
-            # Gradients are moved as the fakes move them: one that is zero for every batch stays so.
-            gradients = {name: g.requires_grad_() for name, g in found().items()}
-            fakes = [t for t in tensors(fake) if t.is_floating_point()]
-            with Line(Origin(d_loss, fakes)).at(STEPS[0]):
-                motions = {n: (g - gradients[n]).detach() / STEPS[0] for n, g in found().items()}
+        for order, ordinal in enumerate(ORDINALS, 1):
+            probe = partial(self._derivative, order)
+            layers = probe_layers(loss.discriminator, d_loss, probe)
+            blamed = innermost([n for n, finding in layers.items() if finding.verdict == "wrong"])
+            for name in blamed:
+                changed = self._changed(name.split(" ")[0], point.buffers, buffers)
+                yield (
+                    f"wrong {ordinal} derivative of layer {name} "
+                    f"(relative error {layers[name].relative_error:.1e})"
+                ) + (
+                    f": it updates its buffers {changed} in forward, outside of the graph, so that "
+                    "f_K depends on the fakes through them, too. For a spectral norm use "
+                    "torch.nn.utils.parametrizations.spectral_norm, which stands still meanwhile"
+                ) * (order == 1 and bool(changed))
+            if blamed:
+                break
+
+        # Gradients are moved as the fakes move them: one that is zero for every batch stays so.
+        gradients = {name: g.requires_grad_() for name, g in found().items()}
+        fakes = [t for t in tensors(fake) if t.is_floating_point()]
+        with Line(d_loss, fakes).at(STEPS[0]):
+            motions = {n: (g - gradients[n]).detach() / STEPS[0] for n, g in found().items()}
         own, optimizer = game.discriminator.parameters, game.optimizer
         weights = {name: torch.randn_like(p) for name, p in theta.items()}
 
-        def hooked(name: str, gradient: Tensor) -> Tensor:
-            return (after_hooks(own[name], gradient, name) * weights[name]).sum()
+        def wrong(stage: Callable[[], Mapping[str, Tensor]], names: Sequence[str]) -> bool:
+            def function() -> Tensor:
+                return torch.stack([(p * weights[n]).sum() for n, p in stage().items()]).sum()
 
-        def transformed() -> dict[str, Tensor]:
+            line = Line(function, [gradients[n] for n in names], [motions[n] for n in names])
+            return compare(line).verdict == "wrong"
+
+        def transformed() -> Mapping[str, Tensor]:
             change = loss.transform_gradients
-            return gradients if change is None else dict(change(dict(gradients)))
+            return gradients if change is None else change(dict(gradients))
 
-        def clipped() -> Tensor:
-            return torch.stack([(g * weights[n]).sum() for n, g in transformed().items()]).sum()
-
-        def updated(project: bool) -> Tensor:
+        def updated() -> dict[str, Tensor]:
             state = optimizer.initial_state
-            new, _ = optimizer.step(theta, transformed(), state, optimizer.settings)
-            new = dict(loss.project(new)) if project and loss.project is not None else new
-            return torch.stack([(p * weights[n]).sum() for n, p in new.items()]).sum()
+            return optimizer.step(theta, transformed(), state, optimizer.settings)[0]
 
-        def wrong(function: Callable[[], Tensor], names: Iterable[str]) -> bool:
-            origin = Origin(function, [gradients[n] for n in names])
-            return compare(Line(origin, [motions[n] for n in names])).verdict == "wrong"
+        def projected() -> Mapping[str, Tensor]:
+            return updated() if loss.project is None else loss.project(updated())
 
-        suspicions = [
-            f"wrong second derivative of layer {name} (relative error {layers[name].error:.1e})"
-            for name in innermost(
-                [n for n, finding in layers.items() if finding.verdict == "wrong"]
-            )
-        ]
         for name, gradient in gradients.items():
-            if own[name]._backward_hooks and wrong(partial(hooked, name, gradient), [name]):
-                suspicions.append(
-                    f"wrong derivative of the gradient hook of {name!r} (does it clip, detached?)"
+            hooked = partial(after_hooks, own[name], gradient, name)
+            if own[name]._backward_hooks and wrong(lambda: {name: hooked()}, [name]):  # noqa: B023
+                yield f"wrong derivative of the gradient hook of {name!r} (does it clip, detached?)"
+        for what, stage in (
+            ("transform_gradients= (does it detach?)", transformed),
+            ("the optimizer's update (does it clip, detached?)", updated),
+            ("project= (does it detach?)", projected),
+        ):
+            if wrong(stage, [*gradients]):
+                yield f"wrong derivative of {what}"
+                break
+
+    def _changed(
+        self, path: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    ) -> list[str]:
+        """Return the buffers of a layer that a forward pass has changed, statistics left out."""
+        modules = dict(self.loss.discriminator.named_modules())
+        prefix = "" if path == "itself" else f"{path}."
+        return [
+            name
+            for name, buffer in after.items()
+            if name.startswith(prefix)
+            and not isinstance(modules[name.rpartition(".")[0]], _NormBase)
+            and not (name in before and torch.equal(buffer, before[name]))
+        ]
+
+    def _derivative(
+        self, order: int, layer: Callable[[], Any], inputs: list[Tensor], parameters: list[Tensor]
+    ) -> Report:
+        """Compare a derivative of a layer, a function of its inputs and parameters."""
+        points, state = inputs + parameters, every_random_state(self.device)
+        weights = [[torch.randn_like(p) for p in points] for _ in range(order - 1)]
+
+        def along_weights() -> Tensor:
+            with self.replayed(state):
+                outputs = [t for t in tensors(layer()) if t.requires_grad]
+            value = torch.stack([(t + t.square() + t.sin()).sum() for t in outputs]).sum()
+            for row in weights:
+                found = torch.autograd.grad(
+                    value, points, create_graph=True, allow_unused=True, materialize_grads=True
                 )
-        if wrong(clipped, gradients):
-            suspicions.append("wrong derivative of transform_gradients= (does it detach?)")
-        elif wrong(partial(updated, False), gradients):
-            suspicions.append(
-                "wrong derivative of the optimizer's update (does it clip, detached?)"
-            )
-        elif wrong(partial(updated, True), gradients):
-            suspicions.append("wrong derivative of project= (does it detach?)")
-        return suspicions
+                value = torch.stack([(g * w).sum() for g, w in zip(found, row, strict=True)]).sum()
+            return value
 
-    def _second_derivative(
-        self, layer: Callable[[], Any], inputs: list[Tensor], parameters: list[Tensor]
-    ) -> Finding:
-        points = inputs + parameters
-        state = every_random_state(self.device)
-        weights: list[Tensor] = []
+        try:
+            return compare(Line(along_weights, points))
+        except RuntimeError as error:  # no such derivative, or nothing to differentiate
+            return unclear(str(error))
 
-        def gradient_along_weights() -> Tensor:
-            set_every_random_state(state, self.device)
-            outputs = [t for t in tensors(layer()) if t.requires_grad]
-            value = torch.stack([(t + t.square()).sum() for t in outputs]).sum()
-            found = torch.autograd.grad(value, points, create_graph=True, materialize_grads=True)
-            if not weights:
-                weights.extend(map(torch.randn_like, found))
-            return torch.stack([(g * w).sum() for g, w in zip(found, weights, strict=True)]).sum()
 
-        finding = compare(Line(Origin(gradient_along_weights, points)))
-        set_every_random_state(state, self.device)
-        return finding
+def _worst(found: Any) -> Report:
+    order = ("right", "inconclusive", "wrong")
+    worst: Report = max(found, key=lambda f: (order.index(f.verdict), f.relative_error))
+    return worst
