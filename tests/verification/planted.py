@@ -178,8 +178,11 @@ def joint_batch(b: Built) -> None:
     b.d_loss = d_loss
 
 
-def other_game(b: Built) -> None:
-    b.d_loss = lambda fake, real: unroll.Hinge().discriminator_loss(b.d, fake, real)
+def _plays(game: Any) -> Callable[[Built], None]:
+    def plant(b: Built) -> None:
+        b.d_loss = lambda fake, real: game.discriminator_loss(b.d, fake, real)
+
+    return plant
 
 
 def real_half_only(b: Built) -> None:
@@ -223,6 +226,66 @@ class HalfTanh(torch.autograd.Function):
         return gradients[0] * (1 - x.detach().tanh() ** 2)
 
 
+class Slope(torch.autograd.Function):
+    """The slope of tanh, whose own slope is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return 1 - tanh(x)^2."""
+        ctx.save_for_backward(x)
+        return 1 - x.tanh() ** 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Return the second derivative of tanh, as a constant."""
+        y = ctx.saved_tensors[0].detach().tanh()
+        slope: Tensor = gradients[0] * -2 * y * (1 - y**2)
+        return slope
+
+
+class TwiceTanh(torch.autograd.Function):
+    """Tanh whose third derivative is lost, which only a penalty needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return tanh(x)."""
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Return the first derivative, with a second."""
+        slope: Tensor = gradients[0] * Slope.apply(ctx.saved_tensors[0])
+        return slope
+
+
+class Twice(nn.Module):
+    """A layer of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return tanh(x)."""
+        y: Tensor = TwiceTanh.apply(x)
+        return y
+
+
+class HandNormed(nn.Module):
+    """A linear layer with a spectral norm by hand, which moves u in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.register_buffer("u", F.normalize(torch.randn(8), dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x times the weight over its largest singular value."""
+        u = self.get_buffer("u")
+        with torch.no_grad():
+            v = F.normalize(self.weight.t() @ u, dim=0)
+            u.copy_(F.normalize(self.weight @ v, dim=0))
+        sigma = u.clone() @ self.weight @ v
+        return F.linear(x, self.weight / sigma).tanh()
+
+
 class Wrong(nn.Module):
     """A layer of it."""
 
@@ -264,6 +327,18 @@ def _transformed(detach: bool) -> GradientTransformation:
         return tuple(g * (0.05 / norm) for g in updates), state
 
     return GradientTransformation(lambda _: (), update)
+
+
+def _strong(make: Callable[[], nn.Module], game: Any) -> Callable[[Built], None]:
+    """Plant a D at thirty times the learning rate, where a small fault shows."""
+
+    def plant(b: Built) -> None:
+        _with_d(make)(b)
+        b.game = game
+        for group in b.optimizer.param_groups:
+            group["lr"] *= 30
+
+    return plant
 
 
 def detaching_transformation(b: Built) -> None:
@@ -359,8 +434,15 @@ FAULTS: dict[str, Fault] = {
     "swapped batches": ("step", swapped, "swapped"),
     "a scheduler in the step": ("step", scheduler, "Step the scheduler outside"),
     "accumulation without a division": ("step", accumulated, "2 times the objective"),
-    "real and fake in one batch": ("step", joint_batch, "in one batch through BatchNorm"),
-    "another game": ("step", other_game, "is another than the objective's"),
+    "real and fake in one batch": ("step", joint_batch, r"in one batch through D \(BatchNorm\)"),
+    "another game": ("step", _plays(unroll.Hinge()), r"is unroll\.Hinge\(\), not"),
+    "another game, pairing": (
+        "step", _plays(unroll.RelativisticPairing()), r"is unroll\.RelativisticPairing\(\), not"
+    ),
+    "another game, halved": (
+        "step", _plays(unroll.Criterion(nn.MSELoss(), weight=0.25)),
+        r"is unroll\.LeastSquares\(\), D's loss times 0\.5",
+    ),
     "one term of the loss": ("step", real_half_only, "is another than the objective's"),
     "weight decay by hand": ("step", decayed, "project="),
     "gradient centralisation": ("step", centralised, "is another than the objective's"),
@@ -380,6 +462,14 @@ FAULTS: dict[str, Fault] = {
         "gradients",
         _with_d(lambda: mlp(nn.ReLU(inplace=True), nn.Linear(8, 8), Wrong())),
         r"second derivative of layer 3 \(Wrong\)",
+    ),
+    "a wrong third derivative under a penalty": (
+        "gradients", _strong(lambda: mlp(Twice()), GAME + unroll.R1(10.0)),
+        r"^wrong third derivative of layer 1 \(Twice\)"
+    ),
+    "a spectral norm by hand": (
+        "gradients", _strong(lambda: mlp(HandNormed()), GAME),
+        r"layer 1 \(HandNormed\).*what it updates in forward.*'1\.u'.*spectral_norm",
     ),
     "a detached gate": (
         "gradients", _with_d(lambda: mlp(DetachedGate())), r"layer 1 \(DetachedGate\)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -108,3 +108,9 @@ def compare(line: Line, size: float = 0.0) -> Report:
             return Report("wrong", gap / scale)
     rounded = noise / STEPS[0] > TOLERANCE * scale or coarse <= doubt / 2
     return Report("inconclusive", gap / scale, (ROUNDED if rounded else COARSE,))
+
+
+def worst(found: Iterable[Report]) -> Report:
+    """Return the worst of some findings."""
+    order = ("right", "inconclusive", "wrong")
+    return max(found, key=lambda f: (order.index(f.verdict), f.relative_error))

@@ -143,30 +143,23 @@ def _given_back(held: list[Any], also: list[Any], device: torch.device) -> Itera
     """Give everything back bit for bit: tensors, their gradients and flags, what holds them."""
     kept: list[tuple[Tensor, Tensor, Tensor, bool, Tensor | None]] = []
     containers: list[tuple[Any, Any]] = []
-    seen: set[int] = set()
-
-    def keep(value: Any) -> None:
-        if id(value) in seen:
-            return
-        if isinstance(value, Tensor):
-            seen.add(id(value))
+    stack: list[Any] = [getattr(item, "__dict__", None) for item in (*held, *_hooks(held[0]))]
+    seen: dict[int, Any] = {}
+    while stack:
+        value = stack.pop()
+        value = vars(value) if isinstance(value, nn.Module) else value
+        if isinstance(value, tuple):
+            stack.extend(value)
+        elif id(value) in seen:
+            continue
+        elif isinstance(value, Tensor):
             grad = value.grad if value.is_leaf else None
-            copied = value.detach().clone()
-            kept.append((value, value.data, copied, value.requires_grad, grad))
-            keep(grad)
-        elif isinstance(value, tuple):
-            for item in value:
-                keep(item)
+            kept.append((value, value.data, value.detach().clone(), value.requires_grad, grad))
+            stack.append(grad)
         elif type(value) in CONTAINERS:
-            seen.add(id(value))
             containers.append((value, copy.copy(value)))
-            for item in value.values() if isinstance(value, dict) else value:
-                keep(item)
-        elif isinstance(value, nn.Module):
-            keep(vars(value))
-
-    for item in (*held, *_hooks(held[0])):
-        keep(getattr(item, "__dict__", None))
+            stack.extend(value.values() if isinstance(value, dict) else value)
+        seen[id(value)] = value
     states = [copy.deepcopy(item.state_dict()) for item in also]
     random = every_random_state(device)
     try:

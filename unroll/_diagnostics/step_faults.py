@@ -26,46 +26,42 @@ from unroll._optimizers import listed
 from unroll._penalties import R1, R2, GradientPenalty, summands
 
 REMEDY = "Train D by loss.discriminator_loss(fake, real), or pass the objective of your loop."
-CLIPPING = "Clip in the look-ahead, too: transform_gradients=unroll."
+CLIPS = (
+    "the loop clips the gradients by {0}, to {1:.4g}: pass transform_gradients=unroll.{2}({1:.4g})."
+)
 
 
 def judged(calls: Iterable[Call]) -> Report:
     """Return verdict, relative error and suspicions; the first call that differs is explained."""
-    done: list[Call] = []
-    words: list[str] = []
-    error = 0.0
-    first, certain = None, True
-    for call in calls:
-        done.append(call)
-        words = words or list(_changes(done[0].settings, call.begun))[:1]
+    counts: list[int] = []
+    scales: list[tuple[float, float]] = []
+    changes: list[str] = []
+    error, before, first = 0.0, None, None
+    for number, call in enumerate(calls, 1):
+        before = before or call.settings
+        changes += _changes(before, call.begun)
+        counts += call.counts
         if call.begun:
-            error = error if first else max(error, call.error)
-            if first is None and (call.wrong or not call.telling):
-                first, number = call, len(done)
-    most, whole = max(max(c.counts) for c in done), sum(all(c.counts) for c in done)
-    if not most:
-        error = float("inf")
+            scales.append((norm(call.real), norm(call.ours)))
+            if first is None:
+                error = max(error, call.error)
+                first = (number, call) if call.wrong or not call.telling else None
+    words = changes[:1]
+    if set(counts) != {1}:
+        each = sorted(set(counts)) if len(set(counts)) == 1 else counts
+        taken = f"{', '.join(map(str, each))} steps" if any(counts) else "no step"
         words.append(
-            "`step` takes no step of the optimizer that the loss was made with. Call its step() in "
-            "it, or make the loss with the optimizer that trains D."
+            f"`step` takes {taken} of the optimizer that the loss was made with; a look-ahead "
+            "step takes one. Let each call of `step` take one."
         )
-    elif most > 1:
-        words.append(
-            f"`step` takes {most} steps of the optimizer in a call; a look-ahead step is one. Let "
-            "`step` take one, and count them in unroll_steps."
-        )
-    elif whole < len(done):
-        words.append(
-            f"only {whole} of {len(done)} calls of `step` took a step of each optimizer "
-            "(gradients accumulated over calls?). Let `step` take a whole one."
-        )
+    certain = bool(words)
     if first is not None:
-        scales = [(norm(c.real), norm(c.ours)) for c in done if c.begun]
-        found, certain = _explained(first, scales)
+        number, call = first
+        found, sure = _explained(call, scales)
         words += [f"step {number}: " * (number > 1) + text for text in found]
-        certain = certain or len(words) > len(found)
+        certain = certain or sure
     verdict = ("wrong" if certain else "inconclusive") if words else "right"
-    return Report(verdict, error, tuple(words))
+    return Report(verdict, error if scales else float("inf"), tuple(words))
 
 
 def _changes(settings: Sequence[Any], begun: Iterable[Begun]) -> Iterator[str]:
@@ -85,15 +81,15 @@ def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[
     if not call.telling:
         reason = "D's gradients are round-off or not finite here (is D too sure? too coarse?)."
         return [reason], False
-    words, certain = [], True
-    outside = [n for n in call.moved if n not in call.ours]  # of no optimizer of the loss
-    alone = outside + [n for n in call.off if float(call.ours[n].norm()) <= call.floor]
-    still = [n for n in call.off if float(call.real[n].norm()) <= call.floor]
+    words: list[str] = []
     if call.strangers:
         words.append(
             f"the optimizer moves tensors that are not in D (shapes {listed(call.strangers)}). "
             "Register in D what its loss uses: layers in an nn.ModuleList."
         )
+    outside = [n for n in call.moved if n not in call.ours]  # of no optimizer of the loss
+    alone = outside + [n for n in call.off if float(call.ours[n].norm()) <= call.floor]
+    still = [n for n in call.off if float(call.real[n].norm()) <= call.floor]
     if call.off and not norm(call.real):
         words.append("no gradient reaches the optimizer's step. Is it zeroed after backward?")
     elif call.off and call.early:
@@ -115,39 +111,25 @@ def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[
                 "does not use them. Freeze them by requires_grad_(False) for both."
             )
     elif call.off:
-        certain = not call.drew
+        drawn = " Random numbers are drawn, which may be all: draw noise outside, for `step`."
         words.append(
             "D's loss in `step` is another than the objective's: the gradients differ by "
             f"{call.error:.1%} (a penalty, other labels, other samples than it is given, D in "
-            f"another mode?). {REMEDY}"
-            + " But random numbers are drawn, which may be all: draw them outside, and give "
-            "noise and fakes to `step`." * call.drew
+            f"another mode?). {REMEDY}{drawn * call.drew}"
         )
-    if call.off:
-        return words, certain
-    if call.state:
+        return words, not call.drew
+    changed = [n for n in call.moved if n not in outside]
+    if call.state and not call.off:
         words.append(
             f"the optimizer's state ({listed({k for k, _ in call.state})}) differs, though the "
             "gradients agree: `step` changes it, or its class takes another step."
         )
-    elif changed := [n for n in call.moved if n not in outside]:
-        words.append(_projection(call, changed))
-    return words, certain
-
-
-def _projection(call: Call, names: list[str]) -> str:
-    """Return what happens besides the optimizer's step."""
-    ours, after = ({n: call.start[n] + moves[n] for n in names} for moves in call.moves)
-    cap = max(float(p.abs().max()) for p in after.values())
-    gap = norm({n: p.clamp(-cap, cap) - after[n] for n, p in ours.items()})
-    if gap <= 1e-3 * norm(ours) and sum(int((p.abs() == cap).sum()) for p in after.values()) > 1:
-        change = f"`step` clips {listed(names)} to {cap:.4g}"
-    else:
-        change = f"`step`, or another optimizer, changes {listed(names)}"
-    return (
-        f"{change} after the optimizer's step: give that to the look-ahead as project=, a "
-        "function of a mapping of tensors."
-    )
+    elif changed and not call.off:
+        words.append(
+            f"`step` changes {listed(changed)} after the optimizer's step (weight clipping, a "
+            "normalisation, another optimizer?): give that to the look-ahead as project=."
+        )
+    return words, True
 
 
 def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
@@ -173,10 +155,7 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
     if found := fit(ours):
         return _scaled(found[0], scales, getattr(parts[0], "weight", 1.0))
     if float((ours.clamp(-cap, cap) - real).norm()) <= allowed:
-        value = f"{cap:.4g}"
-        return (
-            f"the loop clips the gradients by value, to {value}. {CLIPPING}ClipGradValue({value})."
-        )
+        return CLIPS.format("value", cap, "ClipGradValue")
     if fit(of(objective, call.pair[::-1])):
         return "fake and real are swapped, in `step` or in the call."
     if fit(ours, vector(call.left)):
@@ -185,40 +164,36 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
     if len(parts) > 1 and (found := fit(*terms)):
         names = [(c, type(part).__name__) for c, part in zip(found, parts, strict=True)]
         said = [
-            f"no {name}" if abs(c) < 1e-3 else f"{name} with factor {c:.4g}"
+            f"{name} with factor {c:.4g}" if abs(c) > 1e-3 else f"no {name}"
             for c, name in names
             if abs(c - 1) > 1e-3
         ]
-        return f"D's loss in `step` has {', '.join(said)}, beside the objective's. {REMEDY}"
+        return f"D's loss in `step` has {', '.join(said)}, unlike the objective. {REMEDY}"
     for penalty in (R1(1.0), R2(1.0), GradientPenalty(1.0)):
         if found := fit(ours, of(penalty)):
             name = f"unroll.{type(penalty).__name__}({found[1]:.4g})"
             return f"D's loss in `step` has a penalty: add + {name}{_weighted(found[0])}."
-    for part in parts:
-        # D's loss is affine in both labels, up to a constant.
-        if criterion := _as_criterion(part):
-            labels = criterion.real_label, criterion.fake_label
-            moved = of(replace(criterion, real_label=0.5)), of(replace(criterion, fake_label=0.5))
-            if found := fit(ours, *(other - of(criterion) for other in moved)):
-                on_real, on_fake = (
-                    round(label + c / found[0] * (0.5 - label), 4) + 0.0
-                    for c, label in zip(found[1:], labels, strict=True)
-                )
-                return (
-                    f"labels in `step` are smoothed: pass real_label={on_real}, fake_label="
-                    f"{on_fake} to unroll.Criterion{_weighted(found[0])}."
-                )
-    for game in (kind() for kind in ON_LOGITS):
-        if found := fit(of(game), *terms[1:]):
+    # D's loss is affine in both labels, up to a constant.
+    for game in filter(None, map(_with_labels, parts)):
+        labels = game.real_label, game.fake_label
+        moved = of(replace(game, real_label=0.5)), of(replace(game, fake_label=0.5))
+        if found := fit(ours, *(other - of(game) for other in moved)):
+            on_real, on_fake = (
+                round(label + c / found[0] * (0.5 - label), 4) + 0.0
+                for c, label in zip(found[1:], labels, strict=True)
+            )
             return (
-                f"D's loss in `step` is unroll.{type(game).__name__}(){_weighted(found[0])}, not "
-                f"the objective's {type(parts[0]).__name__}. {REMEDY}"
+                f"labels in `step` are smoothed: pass real_label={on_real}, fake_label={on_fake} "
+                f"to unroll.Criterion{_weighted(found[0])}."
+            )
+    for kind in ON_LOGITS:
+        if found := fit(of(kind()), *terms[1:]):
+            return (
+                f"D's loss in `step` is unroll.{kind.__name__}(){_weighted(found[0])}, not the "
+                f"objective's {type(parts[0]).__name__}. {REMEDY}"
             )
     if fit(of(Losses(_in_one_batch(objective), objective.generator_loss))):
-        return (
-            "`step` runs real and fake in one batch through D (BatchNorm), the objective each in "
-            f"its own. {REMEDY}"
-        )
+        return f"`step` runs real and fake in one batch through D (BatchNorm). {REMEDY}"
     return ""
 
 
@@ -228,26 +203,21 @@ def _scaled(ratio: float, scales: Sequence[tuple[float, float]], weight: float) 
         return f"D's loss in `step` has the opposite sign (fake and real swapped?). {REMEDY}"
     ratios = [real / ours for real, ours in scales if ours]
     norms = [real for real, ours in scales if real < ours * (1 - TOLERANCE)]
-    clips = ratio < 1 and max(ratios) < 1 + TOLERANCE and _alike(norms)
-    words = []
-    if _alike(ratios) or not clips:
-        words.append(
-            f"D's loss in `step` is {ratio:.4g} times the objective's: divide it by that, or pass "
-            f"weight={weight * ratio:.4g} to unroll.Criterion."
-        )
-    if clips and (len(ratios) == 1 or not _alike(ratios)):
-        words.append(
-            f"the loop clips the gradients by norm, to {norms[0]:.4g}. "
-            f"{CLIPPING}ClipGradNorm({norms[0]:.4g})."
-        )
-    return " Or ".join(words)
+    one = len(ratios) == 1  # which cannot tell
+    clips = ratio < 1 and _alike(norms) and (one or not _alike(ratios))
+    weighs = (
+        f"D's loss in `step` is {ratio:.4g} times the objective's: divide it by that, or pass "
+        f"weight={weight * ratio:.4g} to unroll.Criterion."
+    )
+    clipped = CLIPS.format("norm", norms[0], "ClipGradNorm") if clips else ""
+    return " Or ".join([weighs] * (one or not clips) + [clipped] * clips)
 
 
 def _weighted(ratio: float) -> str:
     return "" if isclose(ratio, 1, rel_tol=1e-3) else f", D's loss times {ratio:.4g} (weight=)"
 
 
-def _as_criterion(part: object) -> Criterion | None:
+def _with_labels(part: object) -> Criterion | None:
     """Return a game with the same loss of D that has labels, if there is one."""
     if isinstance(part, (Minimax, NonSaturating)):
         return Criterion(nn.BCEWithLogitsLoss())
