@@ -173,11 +173,18 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
         if found := fit(ours, of(penalty)):
             name = f"unroll.{type(penalty).__name__}({found[1]:.4g})"
             return f"D's loss in `step` has a penalty: add + {name}{_weighted(found[0])}."
+    for kind in ON_LOGITS:
+        if found := fit(of(kind()), *terms[1:]):
+            return (
+                f"D's loss in `step` is unroll.{kind.__name__}(){_weighted(found[0])}, not the "
+                f"objective's {type(parts[0]).__name__}. {REMEDY}"
+            )
     # D's loss is affine in both labels, up to a constant.
     for game in filter(None, map(_with_labels, parts)):
         labels = game.real_label, game.fake_label
         moved = of(replace(game, real_label=0.5)), of(replace(game, fake_label=0.5))
-        if found := fit(ours, *(other - of(game) for other in moved)):
+        found = fit(ours, *(other - of(game) for other in moved))
+        if found and found[0] > 1e-3:
             on_real, on_fake = (
                 round(label + c / found[0] * (0.5 - label), 4) + 0.0
                 for c, label in zip(found[1:], labels, strict=True)
@@ -185,12 +192,6 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
             return (
                 f"labels in `step` are smoothed: pass real_label={on_real}, fake_label={on_fake} "
                 f"to unroll.Criterion{_weighted(found[0])}."
-            )
-    for kind in ON_LOGITS:
-        if found := fit(of(kind()), *terms[1:]):
-            return (
-                f"D's loss in `step` is unroll.{kind.__name__}(){_weighted(found[0])}, not the "
-                f"objective's {type(parts[0]).__name__}. {REMEDY}"
             )
     if fit(of(Losses(_in_one_batch(objective), objective.generator_loss))):
         return f"`step` runs real and fake in one batch through D (BatchNorm). {REMEDY}"

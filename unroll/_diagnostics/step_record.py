@@ -66,11 +66,12 @@ class Call:
         ]
 
         reached = {n: g for b in first for n, g in b.gradients.items()}
-        none = {n: torch.zeros_like(self.start[n]) for n in optimizer.names}
-        self.ours, self.real = none | found, none | double(reached)
+        none = {n: torch.zeros_like(self.start[n]) for b in first for n in b.parameters}
+        found, nudged = ({n: g.get(n, z) for n, z in none.items()} for g in (found, nudged))
+        self.ours, self.real = found, none | double(reached)
         kinds = {p.dtype for p in self.point.parameters.values() if p.is_floating_point()}
         eps, self.size = max(torch.finfo(kind).eps for kind in kinds), norm(self.ours)
-        self.floor, noise = 10 * eps * self.size, minus(none | nudged, self.ours)
+        self.floor, noise = 10 * eps * self.size, minus(nudged, self.ours)
         self.noise = 10 * norm(noise)
         self.telling = self.noise <= 0.1 * self.size > 0
         floors = {n: self.floor + 10 * float(noise[n].norm()) for n in none}
