@@ -182,6 +182,29 @@ def test_only_the_guilty_layer_is_named() -> None:
     ]
 
 
+class Gated(nn.Module):
+    """It detaches in its own forward, beside statistics that no training step reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 8), nn.Linear(8, 1)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.body(x))
+        output: Tensor = self.head(x * x.detach().sigmoid())
+        return output
+
+
+def test_statistics_are_not_named() -> None:
+    d = Gated().to(DEVICE)
+    report = checked(d, sgd(d), unroll.Minimax())
+    assert report.verdict == "wrong"
+    (words,) = report.suspicions
+    assert words.startswith("wrong first derivative of layer itself (Gated)")
+    assert words.endswith(")")
+
+
 # Code that was written for float32.
 
 
@@ -310,6 +333,8 @@ SAMPLE = [
     ("right", "BatchNorm1d", "trained Adam", "step"),
     ("wrong", "half the loss", "fresh Adam", "step"),
     ("wrong", "a detached norm in a projection", "trained Adam", "gradients"),
+    ("wrong", "a wrong third derivative under a penalty", "SGD", "gradients"),
+    ("wrong", "a spectral norm by hand", "SGD", "gradients"),
 ]
 
 
@@ -317,7 +342,14 @@ def test_a_sample_of_the_command() -> None:
     assert set(SAMPLE) <= set(cases())
     rows = [answer(case) for case in SAMPLE]
     assert not failures(rows)
-    assert [row["verdict"] for row in rows] == ["right", "right", "wrong", "wrong"]
+    assert [row["verdict"] for row in rows] == [
+        "right",
+        "right",
+        "wrong",
+        "wrong",
+        "wrong",
+        "wrong",
+    ]
 
 
 def test_the_command_fails_where_a_check_does() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unroll._diagnostics.central import STEPS, Line, compare, gradients_of, worst
 from unroll._diagnostics.copies import InDouble, double, in_double
-from unroll._diagnostics.report import Report, unclear
+from unroll._diagnostics.report import GradientReport, Report, unclear
 from unroll._functional import Batch, Pair, map_tensors, preserved, tensors
 from unroll._inspection import DETACHED_FAKES, calls_to_the_module_itself
 from unroll._look_ahead import Point, Value, after_hooks, leaves, surrogate
@@ -52,12 +52,12 @@ def check_gradients(
     real: Batch,
     *,
     minibatches: Iterable[Pair] | None = None,
-) -> Report:
+) -> GradientReport:
     """Compare f_K's gradient with central differences, for your own D, optimizer and objective.
 
     Everything is copied in float64 first, so nothing of yours changes. Random numbers are replayed
     from one state, so that dropout passes. With ``stop_gradient`` the differences are taken with
-    theta_D^1..K held. It costs some twenty evaluations of the loss for each tensor of fakes: call
+    theta_D^1..K held. It costs some forty evaluations of the loss for each tensor of fakes: call
     it once, on a small batch, before training.
 
     Args:

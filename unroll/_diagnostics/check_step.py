@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from unroll._diagnostics.report import Report
+from unroll._diagnostics.report import StepReport
 from unroll._diagnostics.step_faults import judged
 from unroll._diagnostics.step_record import Call
 from unroll._functional import CONTAINERS, Batch, put_back
@@ -41,7 +41,7 @@ def check_step(
     real: Batch,
     *,
     also: Iterable[Any] = (),
-) -> Report:
+) -> StepReport:
     """Tell whether the look-ahead plays the game of your loop: whether its steps are your steps.
 
     ``step`` runs K times (once at K = 0) on the real D and optimizer, and each step is compared

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unroll._diagnostics.report import Report
-from unroll._diagnostics.step_record import TOLERANCE, Begun, Call, Numbers, norm
+from unroll._diagnostics.step_record import TOLERANCE, Call, Numbers, norm
 from unroll._functional import Pair
 from unroll._objectives import (
     ON_LOGITS,
@@ -39,7 +39,7 @@ def judged(calls: Iterable[Call]) -> Report:
     error, before, first = 0.0, None, None
     for number, call in enumerate(calls, 1):
         before = before or call.settings
-        changes += _changes(before, call.begun)
+        changes += _changes(before, call.settings)
         counts += call.counts
         if call.begun:
             scales.append((norm(call.real), norm(call.ours)))
@@ -64,16 +64,15 @@ def judged(calls: Iterable[Call]) -> Report:
     return Report(verdict, error if scales else float("inf"), tuple(words))
 
 
-def _changes(settings: Sequence[Any], begun: Iterable[Begun]) -> Iterator[str]:
-    for one in begun:
-        for old, new in zip(settings[one.which], one.groups, strict=False):
-            for key, value in new.items():
-                numbers = all(isinstance(v, (int, float)) for v in (value, old.get(key)))
-                if numbers and not isclose(value, old[key], rel_tol=TOLERANCE):
-                    yield (
-                        f"{key!r} of the optimizer changes in `step`, from {old[key]:.4g} to "
-                        f"{value:.4g}; the look-ahead keeps it. Step the scheduler outside."
-                    )
+def _changes(before: Sequence[Any], now: Sequence[Any]) -> Iterator[str]:
+    for old, new in zip(before, now, strict=True):
+        for key, value in new.items():
+            numbers = all(isinstance(v, (int, float)) for v in (value, old[key]))
+            if numbers and not isclose(value, old[key], rel_tol=TOLERANCE):
+                yield (
+                    f"{key!r} of the optimizer changes in `step`, from {old[key]:.4g} to "
+                    f"{value:.4g}; the look-ahead keeps it. Step the scheduler outside."
+                )
 
 
 def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[str], bool]:

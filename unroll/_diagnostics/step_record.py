@@ -30,7 +30,6 @@ class Begun(NamedTuple):
     which: int
     gradients: dict[str, Tensor]
     parameters: Numbers
-    groups: list[dict[str, Any]]  # settings
 
 
 class Call:
@@ -47,7 +46,8 @@ class Call:
             self.game, self.point = loss._start(None)
         self.start, optimizer = double(self.point.parameters), self.game.optimizer
         several = isinstance(loss.optimizer, list)
-        self.settings = optimizer.settings if several else [optimizer.settings]
+        settings = optimizer.settings if several else [optimizer.settings]
+        self.settings = [group for groups in settings for group in groups]
         found, drawn = self.gradients(loss.objective), every_random_state(self.device)
         nudged = self.gradients(loss.objective, change=perturbed)
         set_every_random_state(self.random, self.device)
@@ -141,8 +141,7 @@ def _observed(optimizers: Iterable[Any], module: nn.Module) -> Iterator[list[Beg
             for n, p in held.items()
             if p.grad is not None
         }
-        numbers = [{**g, "params": None} for g in groups if isinstance(g, dict)]
-        seen.append(Begun(i, gradients, double(held), numbers))
+        seen.append(Begun(i, gradients, double(held)))
         return value
 
     def hook(i: int, one: Any, args: Any, kwargs: dict[str, Any]) -> Any:
