@@ -91,11 +91,12 @@ class Call:
             ours, real = (minus(double(theta), self.start) for theta in (after, named))
             small = {n: 4 * eps * float(p.norm()) for n, p in self.start.items()}
             self.moves, self.moved = [ours, real], _differing(ours, real, small)
-            exported = optimizer.export(state)
-            live = [_live_state(one, named) for one in optimizers]
-            wanted = _entries(exported if several else [exported])
-            actual = _entries(live)
-            small = {k: floors.get(k[1], 0.0) for k in wanted}
+            before, wanted = (
+                _entries(exported if several else [exported])
+                for exported in map(optimizer.export, (point.optimizer_state, state))
+            )
+            actual = _entries([_live_state(one, named) for one in optimizers])
+            small = {k: 4 * eps * float(before[k].norm()) if k in before else 0.0 for k in wanted}
             common = {k: v for k, v in wanted.items() if k in actual}
             self.state = _differing(common, actual, small)
             if not self.off:
