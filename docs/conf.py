@@ -35,7 +35,7 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!unroll\b).*")]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_type_aliases = {"Batch": "Batch"}
+autodoc_type_aliases = {name: name for name in ("Batch", "GradientReport", "StepReport")}
 python_maximum_signature_line_length = 80
 toc_object_entries_show_parents = "hide"
 

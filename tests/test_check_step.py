@@ -311,6 +311,40 @@ def test_mixed_precision_is_checked_under_the_loops_autocast() -> None:
         right(loss, plain(loss))
 
 
+LISTS: dict[str, Callable[[Any, Any], list[Any]]] = {
+    "torch": lambda weights, biases: [
+        torch.optim.Adam(weights, 1e-3), torch.optim.SGD(biases, 0.1, momentum=0.9)
+    ],
+    "both": lambda weights, biases: [
+        torchopt.SGD(weights, 0.1, momentum=0.9), torch.optim.RMSprop(biases, 1e-3)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LISTS)
+@pytest.mark.parametrize("halved", [False, True])
+def test_a_list_of_optimizers(kind: str, halved: bool) -> None:
+    d = net().to(DEVICE)
+    parts = ([p for p in d.parameters() if (p.ndim > 1) is weight] for weight in (True, False))
+    optimizers = LISTS[kind](*parts)
+    loss = Loss(d, optimizers, unroll_steps=3)
+
+    def step(fake: Any, real: Any) -> None:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        value = loss.discriminator_loss(fake, real)
+        torch.autograd.backward(value / 2 if halved else value)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    step(batch(), batch() + 1)
+    before = snapshot(d, *optimizers)
+    report = unroll.check_step(loss, step, batch(), batch() + 1)
+    assert not changes(before, d, *optimizers)
+    assert report.ok is not halved
+    assert not halved or "weight=0.5" in report.suspicions[0]
+
+
 def test_k_0_is_checked_by_one_step() -> None:
     d = net().to(DEVICE)
     loss = Loss(d, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=0)
@@ -465,6 +499,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         torchopt.adam(1e-3),
         torchopt.MetaAdam(d),
         torchopt.FuncOptimizer(torchopt.sgd(1)),
+        [torchopt.MetaAdam(d)],
     )
     for optimizer in optimizers:
         loss = Loss(d, optimizer, unroll_steps=1)

@@ -15,7 +15,7 @@ from tests.settings import DEVICE
 from tests.snapshot import changes, snapshot
 from tests.verification.planted import Game, Wrong, mlp
 from tests.verification.self_check import answer, cases, failures
-from unroll._diagnostics.central import COARSE, ROUNDED, Line, Origin, compare
+from unroll._diagnostics.central import COARSE, ROUNDED, Line, compare
 
 Loss = unroll.UnrolledGeneratorLoss
 CRITERION = nn.BCEWithLogitsLoss()
@@ -65,7 +65,7 @@ class _Claimed(torch.autograd.Function):
 
 def verdict(
     f: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor], x: float = 0.7
-) -> tuple[str, list[str]]:
+) -> tuple[str, tuple[str, ...]]:
     """Return what is said of a function and its slope, at a point and in a direction of 1."""
     point = torch.tensor([x], dtype=torch.float64, requires_grad=True)
 
@@ -73,8 +73,8 @@ def verdict(
         at = point.detach()
         return _Claimed.apply(point, f(at), slope(at)).sum()  # type: ignore[no-any-return]
 
-    found = compare(Line(Origin(function, [point]), [torch.ones_like(point)]))
-    return found.verdict, found.words
+    found = compare(Line(function, [point], [torch.ones_like(point)]))
+    return found.verdict, found.suspicions
 
 
 def _sign_like(x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def test_a_slope_against_its_differences(name: str) -> None:
     found, words = verdict(f, slope)
     assert found == wanted
     reasons = {"a kink here": COARSE, "a step finer than all": COARSE}
-    assert words == ([reasons.get(name, ROUNDED)] if found == "inconclusive" else [])
+    assert words == ((reasons.get(name, ROUNDED),) if found == "inconclusive" else ())
 
 
 # Innocents.
@@ -180,6 +180,29 @@ def test_only_the_guilty_layer_is_named() -> None:
     assert [s.split(" (rel")[0] for s in report.suspicions] == [
         "wrong second derivative of layer 3 (Wrong)"
     ]
+
+
+class Gated(nn.Module):
+    """It detaches in its own forward, beside statistics that no training step reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 8), nn.Linear(8, 1)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.body(x))
+        output: Tensor = self.head(x * x.detach().sigmoid())
+        return output
+
+
+def test_statistics_are_not_named() -> None:
+    d = Gated().to(DEVICE)
+    report = checked(d, sgd(d), unroll.Minimax())
+    assert report.verdict == "wrong"
+    (words,) = report.suspicions
+    assert words.startswith("wrong first derivative of layer itself (Gated)")
+    assert words.endswith(")")
 
 
 # Code that was written for float32.
@@ -310,6 +333,8 @@ SAMPLE = [
     ("right", "BatchNorm1d", "trained Adam", "step"),
     ("wrong", "half the loss", "fresh Adam", "step"),
     ("wrong", "a detached norm in a projection", "trained Adam", "gradients"),
+    ("wrong", "a wrong third derivative under a penalty", "SGD", "gradients"),
+    ("wrong", "a spectral norm by hand", "SGD", "gradients"),
 ]
 
 
@@ -317,7 +342,14 @@ def test_a_sample_of_the_command() -> None:
     assert set(SAMPLE) <= set(cases())
     rows = [answer(case) for case in SAMPLE]
     assert not failures(rows)
-    assert [row["verdict"] for row in rows] == ["right", "right", "wrong", "wrong"]
+    assert [row["verdict"] for row in rows] == [
+        "right",
+        "right",
+        "wrong",
+        "wrong",
+        "wrong",
+        "wrong",
+    ]
 
 
 def test_the_command_fails_where_a_check_does() -> None:

@@ -1,8 +1,9 @@
 """The surrogate loss of unrolled GANs (Metz et al., ICLR 2017), with the right gradient."""
 
-from unroll._diagnostics.check_gradients import GradientReport, check_gradients
-from unroll._diagnostics.check_step import StepReport, check_step
+from unroll._diagnostics.check_gradients import check_gradients
+from unroll._diagnostics.check_step import check_step
 from unroll._diagnostics.gradient_terms import gradient_terms
+from unroll._diagnostics.report import GradientReport, StepReport
 from unroll._functional import Batch
 from unroll._loss import UnrolledGeneratorLoss
 from unroll._objectives import (

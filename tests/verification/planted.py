@@ -178,12 +178,76 @@ def joint_batch(b: Built) -> None:
     b.d_loss = d_loss
 
 
-def other_game(b: Built) -> None:
-    b.d_loss = lambda fake, real: unroll.Hinge().discriminator_loss(b.d, fake, real)
+def _plays(game: Any) -> Callable[[Built], None]:
+    def plant(b: Built) -> None:
+        b.d_loss = lambda fake, real: game.discriminator_loss(b.d, fake, real)
+
+    return plant
 
 
 def real_half_only(b: Built) -> None:
     b.d_loss = lambda fake, real: GAME._against(b.d(real), 1.0) + 0.0 * b.d(fake).sum()
+
+
+def clipped_first(b: Built) -> None:
+    def step(fake: Any, real: Any) -> None:
+        for p in b.d.parameters():
+            p.data.clamp_(-0.2, 0.2)
+        b.whole(fake, real)
+
+    b.step = step
+
+
+def penalty_on_fakes(b: Built) -> None:
+    game = GAME + unroll.R2(2.0)
+    b.d_loss = lambda fake, real: 0.5 * game.discriminator_loss(b.d, fake, real)
+
+
+def smoothed_twice(b: Built) -> None:
+    _plays(unroll.Criterion(nn.BCEWithLogitsLoss(), 0.8, 0.3, weight=0.5))(b)
+
+
+def extra_term(b: Built) -> None:
+    b.d_loss = lambda fake, real: b.own(fake, real) + b.d(real).square().mean()
+
+
+def other_samples(b: Built) -> None:
+    b.d_loss = lambda fake, real: b.own(fake[:6], real)
+
+
+def zeroed(b: Built) -> None:
+    b.before = lambda: b.optimizer.zero_grad()
+
+
+def accumulated_over_calls(b: Built) -> None:
+    calls: list[bool] = []
+
+    def step(fake: Any, real: Any) -> None:
+        torch.autograd.backward(0.5 * b.own(fake, real))
+        calls.append(True)
+        if len(calls) % 2 == 0:
+            b.optimizer.step()
+            b.optimizer.zero_grad()
+
+    b.step = step
+
+
+def moved_again(b: Built) -> None:
+    b.after = torch.optim.SGD([b.d.get_parameter("2.bias")], 0.1).step
+
+
+def forgotten_of_a_list(b: Built) -> None:
+    """One of two optimizers is not stepped."""
+    named = dict(b.d.named_parameters())
+    first, second = (b.build([p for n, p in named.items() if n[0] == i]) for i in "02")
+
+    def step(fake: Any, real: Any) -> None:
+        first.zero_grad()
+        second.zero_grad()
+        torch.autograd.backward(b.own(fake, real))
+        second.step()
+
+    b.optimizer, b.step = [first, second], step
 
 
 def decayed(b: Built) -> None:
@@ -221,6 +285,66 @@ class HalfTanh(torch.autograd.Function):
         """Return the first derivative, as a constant."""
         x: Tensor = ctx.saved_tensors[0]
         return gradients[0] * (1 - x.detach().tanh() ** 2)
+
+
+class Slope(torch.autograd.Function):
+    """The slope of tanh, whose own slope is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return 1 - tanh(x)^2."""
+        ctx.save_for_backward(x)
+        return 1 - x.tanh() ** 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Return the second derivative of tanh, as a constant."""
+        y = ctx.saved_tensors[0].detach().tanh()
+        slope: Tensor = gradients[0] * -2 * y * (1 - y**2)
+        return slope
+
+
+class TwiceTanh(torch.autograd.Function):
+    """Tanh whose third derivative is lost, which only a penalty needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return tanh(x)."""
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Return the first derivative, with a second."""
+        slope: Tensor = gradients[0] * Slope.apply(ctx.saved_tensors[0])
+        return slope
+
+
+class Twice(nn.Module):
+    """A layer of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return tanh(x)."""
+        y: Tensor = TwiceTanh.apply(x)
+        return y
+
+
+class HandNormed(nn.Module):
+    """A linear layer with a spectral norm by hand, which moves u in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.register_buffer("u", F.normalize(torch.randn(8), dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x times the weight over its largest singular value."""
+        u = self.get_buffer("u")
+        with torch.no_grad():
+            v = F.normalize(self.weight.t() @ u, dim=0)
+            u.copy_(F.normalize(self.weight @ v, dim=0))
+        sigma = u.clone() @ self.weight @ v
+        return F.linear(x, self.weight / sigma).tanh()
 
 
 class Wrong(nn.Module):
@@ -264,6 +388,18 @@ def _transformed(detach: bool) -> GradientTransformation:
         return tuple(g * (0.05 / norm) for g in updates), state
 
     return GradientTransformation(lambda _: (), update)
+
+
+def _strong(make: Callable[[], nn.Module], game: Any) -> Callable[[Built], None]:
+    """Plant a D at thirty times the learning rate, where a small fault shows."""
+
+    def plant(b: Built) -> None:
+        _with_d(make)(b)
+        b.game = game
+        for group in b.optimizer.param_groups:
+            group["lr"] *= 30
+
+    return plant
 
 
 def detaching_transformation(b: Built) -> None:
@@ -341,28 +477,78 @@ def unregistered(b: Built) -> None:
 
 Fault = tuple[str, Callable[[Built], None], str]  # the check, what plants it, words to be found
 FAULTS: dict[str, Fault] = {
-    "half the loss": ("step", half, "weight=0.5"),
-    "clipping by norm": ("step", clipped_norm, "clips the gradients by norm"),
-    "clipping by value": ("step", clipped_value, "clips the gradients by value"),
-    "weight clipping": ("step", clipped_weights, "project="),
-    "weight normalisation": ("step", normalised_weights, "project="),
-    "a penalty that the objective lacks": ("step", more_penalty, r"unroll\.R1\(1\)"),
-    "a penalty that the loop lacks": ("step", no_penalty, "no R1"),
-    "another factor of the penalty": ("step", weaker_penalty, "R1 with factor 10"),
-    "a second optimizer": ("step", second_optimizer, "move in the loop alone|another optimizer"),
-    "a frozen layer": ("step", frozen, "in the look-ahead alone"),
-    "label smoothing": ("step", smoothed, r"real_label=0\.9"),
-    "no zero_grad": ("step", no_zero_grad, "zero_grad"),
-    "two steps of D": ("step", two_steps, "takes 2 steps"),
-    "no step of the optimizer": ("step", no_step, "takes no step of the optimizer"),
-    "the opposite sign": ("step", sign, "opposite sign"),
-    "swapped batches": ("step", swapped, "swapped"),
-    "a scheduler in the step": ("step", scheduler, "Step the scheduler outside"),
+    "half the loss": (
+        "step", half, r"^D's loss in `step` is 0\.5 times .* or pass weight=0\.5 to unroll\.Crit"
+    ),
+    "clipping by norm": (
+        "step", clipped_norm,
+        r"^the loop clips the gradients by norm, to 0\.05: .*=unroll\.ClipGradNorm\(0\.05\)\.$",
+    ),
+    "clipping by value": (
+        "step", clipped_value,
+        r"^the loop clips the gradients by value, to 0\.02: .*=unroll\.ClipGradValue\(0\.02\)\.$",
+    ),
+    "weight clipping": (
+        "step", clipped_weights, r"changes .* after the .*\(weight clipping.*project="
+    ),
+    "weight clipping before the step": (
+        "step", clipped_first, r"changes .* before the optimizer's step \(a clip\?\).*project="
+    ),
+    "weight normalisation": ("step", normalised_weights, r"changes '0\.weight' after .*project="),
+    "a penalty that the objective lacks": (
+        "step", more_penalty, r"has a penalty: add \+ unroll\.R1\(1\)\.$"
+    ),
+    "a penalty on fakes, halved": (
+        "step", penalty_on_fakes, r"add \+ unroll\.R2\(1\), D's loss times 0\.5 \(weight=\)\.$"
+    ),
+    "a penalty that the loop lacks": (
+        "step", no_penalty, r"has no R1, unlike the objective\. Train D by loss\.disc"
+    ),
+    "another factor of the penalty": ("step", weaker_penalty, "has R1 with factor 10,"),
+    "a second optimizer": (
+        "step", second_optimizer,
+        r"^'0\.bias', '2\.bias' move in the loop alone.*all of D's optimizers",
+    ),
+    "a parameter that moves twice": (
+        "step", moved_again, r"changes '2\.bias' after .*another optimizer.*project="
+    ),
+    "one optimizer of a list": ("step", forgotten_of_a_list, "takes 0, 1, 0, 1 steps"),
+    "a frozen layer": (
+        "step", frozen,
+        r"^'0\.bias', '0\.weight' move in the look-ahead alone.*requires_grad_\(False\)",
+    ),
+    "label smoothing": (
+        "step", smoothed, r"smoothed: pass real_label=0\.9, fake_label=0\.0 to unroll\.Criterion\."
+    ),
+    "label smoothing of both, halved": (
+        "step", smoothed_twice, r"real_label=0\.8, fake_label=0\.3 to .*, D's loss times 0\.5"
+    ),
+    "no zero_grad": ("step", no_zero_grad, r"gradients accumulate: call .*zero_grad"),
+    "zeroed gradients": ("step", zeroed, "no gradient reaches the optimizer's step"),
+    "two steps of D": ("step", two_steps, r"takes 2 steps of the optimizer.*Let each call of `st"),
+    "no step of the optimizer": ("step", no_step, "takes no step of the optimizer that the loss"),
+    "accumulation over calls": ("step", accumulated_over_calls, "takes 0, 1 steps of the opt"),
+    "the opposite sign": ("step", sign, "the opposite sign .*Train D by"),
+    "swapped batches": ("step", swapped, "fake and real are swapped"),
+    "a scheduler in the step": (
+        "step", scheduler, "'lr' of the optimizer changes in `step`.*Step the scheduler outside"
+    ),
     "accumulation without a division": ("step", accumulated, "2 times the objective"),
-    "real and fake in one batch": ("step", joint_batch, "in one batch through BatchNorm"),
-    "another game": ("step", other_game, "is another than the objective's"),
+    "real and fake in one batch": ("step", joint_batch, r"in one batch through D \(BatchNorm\)"),
+    "another game": ("step", _plays(unroll.Hinge()), r"is unroll\.Hinge\(\), not"),
+    "another game, pairing": (
+        "step", _plays(unroll.RelativisticPairing()), r"is unroll\.RelativisticPairing\(\), not"
+    ),
+    "another game, halved": (
+        "step", _plays(unroll.Criterion(nn.MSELoss(), weight=0.25)),
+        r"is unroll\.LeastSquares\(\), D's loss times 0\.5",
+    ),
     "one term of the loss": ("step", real_half_only, "is another than the objective's"),
-    "weight decay by hand": ("step", decayed, "project="),
+    "another term in the loss": (
+        "step", extra_term, r"is another .*: the gradients differ by .*loss\.discriminator_loss"
+    ),
+    "other samples": ("step", other_samples, "other samples than it is given"),
+    "weight decay by hand": ("step", decayed, "changes .* after .*project="),
     "gradient centralisation": ("step", centralised, "is another than the objective's"),
     "detached fakes": ("gradients", _fed(lambda x: x.detach()), "detaches the fakes"),
     "fakes through .data": ("gradients", _fed(lambda x: x.clone().data), "detaches the fakes"),
@@ -380,6 +566,14 @@ FAULTS: dict[str, Fault] = {
         "gradients",
         _with_d(lambda: mlp(nn.ReLU(inplace=True), nn.Linear(8, 8), Wrong())),
         r"second derivative of layer 3 \(Wrong\)",
+    ),
+    "a wrong third derivative under a penalty": (
+        "gradients", _strong(lambda: mlp(Twice()), GAME + unroll.R1(10.0)),
+        r"^wrong third derivative of layer 1 \(Twice\)"
+    ),
+    "a spectral norm by hand": (
+        "gradients", _strong(lambda: mlp(HandNormed()), GAME),
+        r"layer 1 \(HandNormed\).*what it updates in forward.*'1\.u'.*spectral_norm",
     ),
     "a detached gate": (
         "gradients", _with_d(lambda: mlp(DetachedGate())), r"layer 1 \(DetachedGate\)"

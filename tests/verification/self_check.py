@@ -99,6 +99,7 @@ def planted(name: str, build: Any, steps: int) -> tuple[Built, Any, Any]:
     own = unroll.Criterion(nn.BCEWithLogitsLoss())
     if "zero_grad" not in name:
         train(built.d, built.optimizer, pairs, own)
+        built.d.zero_grad()
     return built, torch.randn(8, 3, device=DEVICE), torch.randn(8, 3, device=DEVICE) + 1
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from unroll._diagnostics.report import Report
+
 TOLERANCE = 1e-5  # of check_gradients; a lost second derivative is seldom below 1e-4
 RATIO = 10**0.5
-STEPS = [1e-3 / RATIO**i for i in range(14)]  # relative to the size of what is perturbed
+STEPS = [10**-3.5 / RATIO**i for i in range(13)]  # relative to the size of what is perturbed
 EPS = torch.finfo(torch.float64).eps
-ORDER = ("right", "inconclusive", "wrong")
 ROUNDED = (
     "the gradient is too small beside the round-off of f_K to be checked, as where D is saturated. "
     "Check with a discriminator that is less sure"
@@ -25,50 +25,36 @@ COARSE = (
 )
 
 
-class Finding(NamedTuple):
-    """What differences say of a derivative: right, wrong or inconclusive, and why that."""
+class Line:
+    """A function of tensors along a direction, by default a random one."""
 
-    verdict: str
-    error: float  # relative
-    words: list[str]
-
-
-def unclear(reason: str) -> Finding:
-    """Return that nothing could be told, and why."""
-    return Finding("inconclusive", float("inf"), [reason])
-
-
-class Origin:
-    """A function of tensors where they are: its value, gradients and round-off."""
-
-    def __init__(self, function: Callable[[], Tensor], points: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        function: Callable[[], Tensor],
+        points: Sequence[Tensor],
+        directions: Sequence[Tensor] | None = None,
+    ) -> None:
         self.function, self.points = function, points
         value = function()
-        self.value, self.gradients = value.item(), gradients_of(value, points)
-        # Round-off is how far the function moves when its inputs do so in their last digits.
-        moves = [abs(Line(self).value(2 * EPS) - self.value) for _ in range(3)]
-        self.noise = 2 * max(EPS * abs(self.value), *moves)
-
-
-class Line:
-    """The function along a direction, by default a random one."""
-
-    def __init__(self, origin: Origin, directions: Sequence[Tensor] | None = None) -> None:
-        self.origin = origin
-        self.directions = directions or [
-            torch.randn_like(p) * (p.detach().square().mean().sqrt() or 1.0) for p in origin.points
-        ]
+        self.middle, self.gradients = value.item(), gradients_of(value, points)
+        noise = [EPS * abs(self.middle)]
+        for _ in range(3):  # Round-off: how far it moves when its inputs do in their last digits.
+            self.directions: Sequence[Tensor] = [
+                torch.randn_like(p) * (p.detach().square().mean().sqrt() or 1.0) for p in points
+            ]
+            noise.append(abs(self.value(2 * EPS) - self.middle))
+        self.noise = 2 * max(noise)
+        self.directions = directions or self.directions
 
     def value(self, t: float) -> float:
         """Return the function at ``t``."""
         with self.at(t):
-            return self.origin.function().item()
+            return self.function().item()
 
     def slope(self, t: float) -> float:
         """Return autograd's slope at ``t``."""
         with self.at(t):
-            found = gradients_of(self.origin.function(), self.origin.points)
-        return self.products(found).sum().item()
+            return self.products(gradients_of(self.function(), self.points)).sum().item()
 
     def products(self, gradients: Sequence[Tensor]) -> Tensor:
         """Return the summands of a slope."""
@@ -78,11 +64,11 @@ class Line:
     @contextmanager
     def at(self, t: float) -> Iterator[None]:
         """Move to ``t`` and back."""
-        saved = [p.detach().clone() for p in self.origin.points]
-        for p, d in zip(self.origin.points, self.directions, strict=True):
+        saved = [p.detach().clone() for p in self.points]
+        for p, d in zip(self.points, self.directions, strict=True):
             p.data.add_(d, alpha=t)
         yield
-        for p, s in zip(self.origin.points, saved, strict=True):
+        for p, s in zip(self.points, saved, strict=True):
             p.data.copy_(s)
 
 
@@ -91,7 +77,7 @@ def gradients_of(value: Tensor, points: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(value, points, allow_unused=True, materialize_grads=True)
 
 
-def compare(line: Line, size: float = 0.0) -> Finding:
+def compare(line: Line, size: float = 0.0) -> Report:
     """Compare a slope with central differences, each of which has an uncertainty.
 
     That is its change since the last step (truncation), what one-sided differences differ by beyond
@@ -99,8 +85,8 @@ def compare(line: Line, size: float = 0.0) -> Finding:
     difference agrees, wrong where none does and it is steady over the best one's interval. Errors
     are relative to ``size``, or to what the slope would be with random signs if that is larger.
     """
-    middle, noise = line.origin.value, line.origin.noise
-    products = line.products(line.origin.gradients)
+    middle, noise = line.middle, line.noise
+    products = line.products(line.gradients)
     claimed, size = products.sum().item(), max(size, products.norm().item())
     last_slope = last_bend = torch.nan
     found: list[tuple[float, ...]] = []
@@ -111,7 +97,7 @@ def compare(line: Line, size: float = 0.0) -> Finding:
         last_slope, last_bend = slope, bend
         gap, doubt, scale = abs(slope - claimed), coarse + noise / h, max(size, abs(slope))
         if max(doubt, gap) <= TOLERANCE * scale or up == middle == down == middle + claimed:
-            return Finding("right", gap / (scale or 1.0), [])
+            return Report("right", gap / (scale or 1.0))
         if h != STEPS[0]:
             found.append((doubt, gap, scale, coarse, h))
     doubt, gap, scale, coarse, h = min(found)
@@ -119,6 +105,12 @@ def compare(line: Line, size: float = 0.0) -> Finding:
     if gap > max(10 * doubt, TOLERANCE * scale) and not agrees:
         averages = [(line.slope(t) + line.slope(-t)) / 2 for t in (h, h / 10)]
         if all(abs(average - claimed) < gap / 3 for average in averages):
-            return Finding("wrong", gap / scale, [])
+            return Report("wrong", gap / scale)
     rounded = noise / STEPS[0] > TOLERANCE * scale or coarse <= doubt / 2
-    return Finding("inconclusive", gap / scale, [ROUNDED if rounded else COARSE])
+    return Report("inconclusive", gap / scale, (ROUNDED if rounded else COARSE,))
+
+
+def worst(found: Iterable[Report]) -> Report:
+    """Return the worst of some findings."""
+    order = ("right", "inconclusive", "wrong")
+    return max(found, key=lambda f: (order.index(f.verdict), f.relative_error))

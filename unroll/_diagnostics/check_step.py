@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +15,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from unroll._diagnostics.report import StepReport
 from unroll._diagnostics.step_faults import judged
-from unroll._diagnostics.step_record import Call, Update, double, entries, minus, taken
-from unroll._functional import CONTAINERS, Batch, Pair, map_tensors, preserved, put_back, tensors
-from unroll._look_ahead import Game, without_autocast_cache
+from unroll._diagnostics.step_record import Call
+from unroll._functional import CONTAINERS, Batch, put_back
+from unroll._look_ahead import without_autocast_cache
 from unroll._loss import UnrolledGeneratorLoss
-from unroll._modes.comparison import perturbed
-from unroll._optimizers import unwrap_optimizer
+from unroll._optimizers import inner_optimizer, unwrapped_optimizers
 from unroll._optimizers.torchopt_transformation import Transformation
 from unroll._random import every_random_state, set_every_random_state
 
@@ -35,27 +32,6 @@ _DRAWING = (
     (nn.MultiheadAttention, "dropout"),
     ((_SpectralNorm, SpectralNorm), "n_power_iterations"),
 )
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What :func:`check_step` found.
-
-    Attributes:
-        verdict: ``"right"``, ``"wrong"`` or ``"inconclusive"``.
-        relative_error: The largest difference of the gradients or of the movement of D's
-            parameters between a step of the loop and one of the look-ahead, relative to the latter.
-        suspicions: What differs and what mends it, or why nothing can be told; empty if right.
-    """
-
-    verdict: str
-    relative_error: float
-    suspicions: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether the verdict is ``"right"``."""
-        return self.verdict == "right"
 
 
 def check_step(
@@ -106,9 +82,9 @@ def check_step(
         >>> unroll.check_step(loss, step, torch.randn(16, 2), torch.randn(16, 2)).ok
         True
     """
-    optimizer = unwrap_optimizer(loss.optimizer)
-    also = _checked(optimizer, step, also)
-    held = [loss.discriminator, optimizer, loss._moving, *loss._parts[1], *also]
+    optimizers = unwrapped_optimizers(loss.optimizer)
+    also = _checked(optimizers, step, also)
+    held = [loss.discriminator, *optimizers, loss._moving, *loss._parts[1], *also]
     device = next(loss.discriminator.parameters()).device
     compiled = "torch._dynamo" in sys.modules  # compiled parts round otherwise
     with (
@@ -118,22 +94,24 @@ def check_step(
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager") if compiled else nullcontext(),
     ):
-        with preserved(*loss._parts):
-            inner = loss._start(None)[0].optimizer
-        if isinstance(inner, Transformation):  # a momentum keeps state in a closure
-            stack.callback(inner._swap, inner._first_calls)
+        for one in optimizers:  # a momentum of torchopt keeps state in a closure
+            inner: Any = inner_optimizer(one, dict(loss.discriminator.named_parameters()))
+            if isinstance(inner, Transformation):
+                stack.callback(inner._swap, inner._first_calls)
         _silence(loss.discriminator)
-        batch, steps = (fake, real), range(max(loss.unroll_steps, 1))
-        return StepReport(*judged(_called(loss, optimizer, step, batch, device) for _ in steps))
+        steps = range(max(loss.unroll_steps, 1))
+        return judged(Call(loss, optimizers, step, (fake, real)) for _ in steps)
 
 
-def _checked(optimizer: Any, step: object, also: Any) -> list[Any]:
-    if not isinstance(optimizer, (torch.optim.Optimizer, torchopt.Optimizer)):
-        raise TypeError(
-            "loss: must hold an optimizer of torch.optim or a torchopt.Optimizer, which steps D in "
-            f"place, for its steps to be compared; it holds a {type(optimizer).__name__}. Make the "
-            "loss with torchopt.Optimizer(D.parameters(), transformation), or with what trains D."
-        )
+def _checked(optimizers: list[Any], step: object, also: Any) -> list[Any]:
+    for optimizer in optimizers:
+        if not isinstance(optimizer, (torch.optim.Optimizer, torchopt.Optimizer)):
+            raise TypeError(
+                "loss: must hold an optimizer of torch.optim or a torchopt.Optimizer, which steps "
+                "D in place, for its steps to be compared; it holds a "
+                f"{type(optimizer).__name__}. Make the loss with torchopt.Optimizer("
+                "D.parameters(), transformation), or with what trains D."
+            )
     if not callable(step):
         raise TypeError(
             "step: must be your update of D, a function of (fake, real); got "
@@ -160,117 +138,28 @@ def _hooks(module: nn.Module) -> list[Any]:
     return [hook for hook in hooks if isinstance(hook, SpectralNorm)]
 
 
-def _called(
-    loss: UnrolledGeneratorLoss, optimizer: Any, step: Any, batch: Pair, device: torch.device
-) -> Call:
-    """Run ``step`` once, and the look-ahead's step from the same point and random numbers."""
-    module, random = loss.discriminator, every_random_state(device)
-    with preserved(*loss._parts), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the next look-ahead says it again
-        game, point = loss._start(None)
-    pair = map_tensors(lambda t: t.detach().clone(), batch)
-    given = point, pair, game.optimizer.settings
-    ours, drawn = taken(loss, game, *given), every_random_state(device)
-    set_every_random_state(random, device)
-    nudged = taken(loss, game, *map_tensors(perturbed, given))
-    set_every_random_state(random, device)
-    leaves = [(n, p) for n, p in module.named_parameters() if p.is_leaf]
-    left = double({n: p.grad for n, p in leaves if p.grad is not None})
-    start, aside = dict(point.parameters), [(t, t._version) for t in game.optimizer.others]
-    with _observed(optimizer, game) as seen:
-        step(*map_tensors(lambda t: t.detach().clone(), batch))
-    named = dict(module.named_parameters())
-    state = getattr(optimizer, "state_groups", None)
-    if isinstance(optimizer, torch.optim.Optimizer):
-        state = {n: optimizer.state[p] for n, p in named.items() if p in optimizer.state}
-    gradients, begun, _ = seen[0] if seen else ({}, start, None)
-    real = Update(gradients, minus(double(named), double(start)), entries(state))
-    states = [
-        repr([*map(Tensor.tolist, tensors(s[0])), *s[1:]])
-        for s in (random, drawn, every_random_state(device))
-    ]
-    return Call(
-        loss, game, point, pair, random, (real, ours, nudged),
-        settings=[settings for *_, settings in seen],
-        early=[n for n, p in start.items() if not torch.equal(p, begun[n])],
-        left=left,
-        strangers=[str(tuple(t.shape)) for t, old in aside if t._version != old],
-        drew=len(set(states)) > 1,
-    )  # fmt: skip
-
-
-@contextmanager
-def _observed(optimizer: Any, game: Game) -> Iterator[list[Any]]:
-    """Record what reaches every step of the optimizer: parameters alone hide a loss's scale."""
-    seen: list[Any] = []
-    module = game.discriminator.module
-
-    def look() -> None:
-        scale = getattr(optimizer, "grad_scale", None)  # a GradScaler's, for a fused step
-        named = dict(module.named_parameters())
-        held = {n: p.grad for n, p in named.items() if n in game.optimizer.names}
-        gradients = double({n: g for n, g in held.items() if g is not None})
-        if scale is not None:
-            gradients = {n: g / scale.item() for n, g in gradients.items()}
-        groups = [g for g in optimizer.param_groups if isinstance(g, dict)]
-        seen.append(
-            (
-                gradients,
-                {n: p.detach().clone() for n, p in named.items()},
-                [{**g, "params": None} for g in groups],
-            )
-        )
-
-    def looking(closure: Any) -> Any:
-        value = closure()  # which brings the gradients
-        look()
-        return value
-
-    def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        closure: Any = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is not None:
-            return args[:1], {**kwargs, "closure": partial(looking, closure)}
-        return looking(lambda: None)
-
-    with ExitStack() as stack:
-        if isinstance(optimizer, torch.optim.Optimizer):
-            stack.callback(optimizer.register_step_pre_hook(hook).remove)
-        else:
-            plain = optimizer.step
-            stack.callback(vars(optimizer).pop, "step")
-            optimizer.step = lambda c=None: plain(partial(looking, c or (lambda: None)))
-        yield seen
-
-
 @contextmanager
 def _given_back(held: list[Any], also: list[Any], device: torch.device) -> Iterator[None]:
     """Give everything back bit for bit: tensors, their gradients and flags, what holds them."""
     kept: list[tuple[Tensor, Tensor, Tensor, bool, Tensor | None]] = []
     containers: list[tuple[Any, Any]] = []
-    seen: set[int] = set()
-
-    def keep(value: Any) -> None:
-        if id(value) in seen:
-            return
-        if isinstance(value, Tensor):
-            seen.add(id(value))
+    stack: list[Any] = [getattr(item, "__dict__", None) for item in (*held, *_hooks(held[0]))]
+    seen: dict[int, Any] = {}
+    while stack:
+        value = stack.pop()
+        value = vars(value) if isinstance(value, nn.Module) else value
+        if isinstance(value, tuple):
+            stack.extend(value)
+        elif id(value) in seen:
+            continue
+        elif isinstance(value, Tensor):
             grad = value.grad if value.is_leaf else None
-            copied = value.detach().clone()
-            kept.append((value, value.data, copied, value.requires_grad, grad))
-            keep(grad)
-        elif isinstance(value, tuple):
-            for item in value:
-                keep(item)
+            kept.append((value, value.data, value.detach().clone(), value.requires_grad, grad))
+            stack.append(grad)
         elif type(value) in CONTAINERS:
-            seen.add(id(value))
             containers.append((value, copy.copy(value)))
-            for item in value.values() if isinstance(value, dict) else value:
-                keep(item)
-        elif isinstance(value, nn.Module):
-            keep(vars(value))
-
-    for item in (*held, *_hooks(held[0])):
-        keep(getattr(item, "__dict__", None))
+            stack.extend(value.values() if isinstance(value, dict) else value)
+        seen[id(value)] = value
     states = [copy.deepcopy(item.state_dict()) for item in also]
     random = every_random_state(device)
     try:

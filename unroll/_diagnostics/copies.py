@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torchopt
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchopt.base import GradientTransformation
-from torchopt.pytree import tree_leaves, tree_map
+from torchopt.pytree import tree_leaves
 
 from unroll._functional import tensors
 from unroll._loss import UnrolledGeneratorLoss
@@ -21,54 +20,46 @@ from unroll._optimizers import unwrapped_optimizers
 def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
     """Return the loss on float64 copies of D, the optimizer with its state, and the objective."""
     optimizers = unwrapped_optimizers(loss.optimizer)
+    held: list[Any] = [tensors(vars(part)) for part in loss.discriminator.modules()]
     memo: dict[int, Any] = {}
-    # deepcopy refuses tensors in a graph: a MetaOptimizer's parameters, torchopt's states.
-    for submodule in loss.discriminator.modules():
-        for value in tensors(vars(submodule)):
-            if value.grad_fn is not None:
-                memo[id(value)] = nn.Parameter(value.detach().clone())
-            elif value.layout != torch.strided:
-                memo[id(value)] = value.clone()
     for optimizer in optimizers:
-        states = [getattr(optimizer, name, None) for name in ("state_groups", "optim_state")]
-        for value in tree_leaves(cast(Any, states)):
-            if isinstance(value, Tensor):
-                memo[id(value)] = value.detach().clone()
+        if isinstance(optimizer, torch.optim.Optimizer):
+            # Not the step count, which torch keeps in float32.
+            states = optimizer.state.values()
+            held += [v for state in states for k, v in state.items() if k != "step"]
+        held += [getattr(optimizer, name, None) for name in ("state_groups", "optim_state")]
         impl = getattr(optimizer, "impl", optimizer)
         if isinstance(impl, GradientTransformation):  # pure functions, which deepcopy breaks
             memo[id(impl)] = impl
-    module = _copied("discriminator", loss.discriminator, memo)
-    optimizers = _copied("optimizer", optimizers, memo)
-    objective = _copied("objective", loss.objective, memo)
-    project = _copied("project", loss.project, memo)
-    transform = _copied("transform_gradients", loss.transform_gradients, memo)
-    module.double()
-    for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.Optimizer):
-            for state in optimizer.state.values():
-                state.update({k: double(v) for k, v in state.items() if k != "step"})
-        elif isinstance(optimizer, torchopt.FuncOptimizer):
-            optimizer.optim_state = tree_map(double, cast(Any, optimizer.optim_state))
-        elif isinstance(optimizer, (torchopt.Optimizer, torchopt.MetaOptimizer)):
-            optimizer.state_groups = [tree_map(double, state) for state in optimizer.state_groups]
+    # deepcopy refuses tensors in a graph: a MetaOptimizer's parameters, torchopt's states.
+    memo |= {id(t): _twin(t) for t in tree_leaves(cast(Any, held)) if isinstance(t, Tensor)}
+    given = {
+        "discriminator": loss.discriminator,
+        "optimizer": optimizers if isinstance(loss.optimizer, list) else optimizers[0],
+        "objective": loss.objective,
+        "project": loss.project,
+        "transform_gradients": loss.transform_gradients,
+    }
     copied = UnrolledGeneratorLoss(
-        module,
-        optimizers if isinstance(loss.optimizer, list) else optimizers[0],
-        objective,
+        **{name: _copied(name, part, memo) for name, part in given.items()},
         unroll_steps=loss.unroll_steps,
         stop_gradient=loss.stop_gradient,
         average=loss.average,
         checkpoint=loss.checkpoint,
-        transform_gradients=transform,
-        project=project,
         sync=False,  # the copies are this rank's alone
     )
     copied._moving = copy.copy(loss._moving)
-    originals = dict(loss.discriminator.named_parameters())
-    for name, parameter in copied.discriminator.named_parameters():  # what deepcopy leaves out
-        parameter._backward_hooks = originals[name]._backward_hooks
-        vars(parameter).update({k: double(v) for k, v in vars(originals[name]).items()})
     return copied
+
+
+def _twin(tensor: Tensor) -> Tensor:
+    """Return a copy in float64, a parameter's with its hooks and attributes."""
+    twin: Tensor = double(tensor)
+    if isinstance(tensor, nn.Parameter) or tensor.grad_fn is not None:
+        twin = nn.Parameter(twin, tensor.requires_grad)
+        twin._backward_hooks = tensor._backward_hooks
+        vars(twin).update({k: double(v) for k, v in vars(tensor).items()})
+    return twin
 
 
 def _copied(name: str, part: Any, memo: dict[int, Any]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unroll._functional import Batch, Pair, preserved
+from unroll._functional import Batch, Pair, map_tensors, preserved
 from unroll._look_ahead import surrogate
 from unroll._loss import UnrolledGeneratorLoss
 
@@ -82,13 +82,7 @@ def gradient_terms(
             near.append(tensor.detach().requires_grad_())
             return near[-1]
 
-        ends = [
-            point._replace(
-                parameters={name: cut(p) for name, p in point.parameters.items()},
-                buffers={name: cut(b) for name, b in point.buffers.items()},
-            )
-            for point in points
-        ]
+        ends = map_tensors(cut, [point._replace(optimizer_state=None) for point in points])
         f_k = surrogate(value, ends, batch)
     gradients = _gradients([f_k], [*theta_g, *near])
     first, reactions = gradients[: len(theta_g)], gradients[len(theta_g) :]

@@ -2,52 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from math import isclose
 from typing import Any
 
-from unroll._diagnostics.step_games import REMEDY, other_game
-from unroll._diagnostics.step_record import TOLERANCE, Call, double, norm
+import torch
+from torch import Tensor, nn
+
+from unroll._diagnostics.report import Report
+from unroll._diagnostics.step_record import TOLERANCE, Call, Numbers, norm
+from unroll._functional import Pair
+from unroll._objectives import (
+    ON_LOGITS,
+    Criterion,
+    LeastSquares,
+    Losses,
+    Minimax,
+    NonSaturating,
+    Objective,
+)
 from unroll._optimizers import listed
+from unroll._penalties import R1, R2, GradientPenalty, summands
+
+REMEDY = "Train D by loss.discriminator_loss(fake, real), or pass the objective of your loop."
+CLIPS = (
+    "the loop clips the gradients by {0}, to {1:.4g}: pass transform_gradients=unroll.{2}({1:.4g})."
+)
 
 
-def judged(calls: Iterable[Call]) -> tuple[str, float, tuple[str, ...]]:
+def judged(calls: Iterable[Call]) -> Report:
     """Return verdict, relative error and suspicions; the first call that differs is explained."""
     counts: list[int] = []
     scales: list[tuple[float, float]] = []
-    words: list[str] = []
-    error = 0.0
-    first, before, certain = None, None, True
-    for call in calls:
-        before = before or call.game.optimizer.settings
-        words = words or list(_changes(before, call.settings))[:1]
-        counts.append(len(call.settings))
-        if call.settings:
+    changes: list[str] = []
+    error, before, first = 0.0, None, None
+    for number, call in enumerate(calls, 1):
+        before = before or call.settings
+        changes += _changes(before, call.settings)
+        counts += call.counts
+        if call.begun:
             scales.append((norm(call.real), norm(call.ours)))
-            error = error if first else max(error, call.error)
-            if first is None and (call.wrong or not call.telling):
-                first, number = call, len(counts)
-    if not any(counts):
-        error = float("inf")
+            if first is None:
+                error = max(error, call.error)
+                first = (number, call) if call.wrong or not call.telling else None
+    words = changes[:1]
+    if set(counts) != {1}:
+        each = sorted(set(counts)) if len(set(counts)) == 1 else counts
+        taken = f"{', '.join(map(str, each))} steps" if any(counts) else "no step"
         words.append(
-            "`step` takes no step of the optimizer that the loss was made with. Call its step() in "
-            "it, or make the loss with the optimizer that trains D."
+            f"`step` takes {taken} of the optimizer that the loss was made with; a look-ahead "
+            "step takes one. Let each call of `step` take one."
         )
-    elif max(counts) > 1:
-        words.append(
-            f"`step` takes {max(counts)} steps of the optimizer in a call; a look-ahead step is "
-            "one. Let `step` take one, and count them in unroll_steps."
-        )
-    elif min(counts) < 1:
-        words.append(
-            f"only {sum(counts)} of {len(counts)} calls of `step` took a step of the optimizer "
-            "(gradients accumulated over calls?). Let `step` take a whole one."
-        )
+    certain = bool(words)
     if first is not None:
-        found, certain = _explained(first, scales)
+        number, call = first
+        found, sure = _explained(call, scales)
         words += [f"step {number}: " * (number > 1) + text for text in found]
-        certain = certain or len(words) > len(found)
-    return ("wrong" if certain else "inconclusive") if words else "right", error, tuple(words)
+        certain = certain or sure
+    verdict = ("wrong" if certain else "inconclusive") if words else "right"
+    return Report(verdict, error if scales else float("inf"), tuple(words))
+
+
+def _changes(before: Sequence[Any], now: Sequence[Any]) -> Iterator[str]:
+    for old, new in zip(before, now, strict=True):
+        for key, value in new.items():
+            numbers = all(isinstance(v, (int, float)) for v in (value, old[key]))
+            if numbers and not isclose(value, old[key], rel_tol=TOLERANCE):
+                yield (
+                    f"{key!r} of the optimizer changes in `step`, from {old[key]:.4g} to "
+                    f"{value:.4g}; the look-ahead keeps it. Step the scheduler outside."
+                )
 
 
 def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[str], bool]:
@@ -55,84 +80,172 @@ def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[
     if not call.telling:
         reason = "D's gradients are round-off or not finite here (is D too sure? too coarse?)."
         return [reason], False
-    words, certain = [], True
-    floors = (call.floor, call.floor) if call.off else (0.0, 0.0)
-    real, ours = (call.real, call.ours) if call.off else call.moves[:2]
-    wrong = call.off or ([] if call.state else call.moved)
-    alone = [n for n in wrong if float(ours[n].norm()) <= floors[0]]
-    still = [n for n in wrong if float(real[n].norm()) <= floors[1]]
-    rest = [n for n in wrong if n not in (*alone, *still)]
-    early = [n for n in call.early if n in call.game.moving]
-    if call.off and not norm(real):
-        words.append("no gradient reaches the optimizer's step. Is it zeroed after backward?")
-    elif call.off and early:
-        words.append(
-            f"`step` changes {listed(early)} before the optimizer's step (a clip?). Do it "
-            "after the step, and give it to the look-ahead as project=."
-        )
-    elif call.off or call.moved:
-        words += _alone(alone, still)
-    if call.state and not call.off:
-        words.append(
-            f"the optimizer's state ({listed({k for k, _ in call.state})}) differs, though the "
-            "gradients agree: `step` changes it, or its class takes another step."
-        )
-    elif rest and not words and not call.off:
-        words.append(_projection(call, rest))
-    elif rest and not words:
-        words.append(other_game(call, [n for n in ours if n not in (*alone, *still)], scales))
-        certain = bool(words[0]) or not call.drew
-        words[0] = words[0] or (
-            "D's loss in `step` is another than the objective's: the gradients differ by "
-            f"{call.error:.1%} (a penalty, other labels, other samples than it is given, real "
-            f"and fake in one batch of BatchNorm, D in another mode?). {REMEDY}"
-            + " But random numbers are drawn, which may be all: draw them outside, and give "
-            "noise and fakes to `step`." * call.drew
-        )
+    words: list[str] = []
     if call.strangers:
         words.append(
             f"the optimizer moves tensors that are not in D (shapes {listed(call.strangers)}). "
             "Register in D what its loss uses: layers in an nn.ModuleList."
         )
-    return words, certain
-
-
-def _projection(call: Call, names: list[str]) -> str:
-    """Return what happens besides the optimizer's step."""
-    start = double(call.point.parameters)
-    after, ours = ({n: start[n] + u.moves[n] for n in names} for u in call.updates[:2])
-    cap = max(float(p.abs().max()) for p in after.values())
-    gap = norm({n: (p.clamp(-cap, cap) - after[n]) for n, p in ours.items()})
-    clips = sum(int((p.abs() == cap).sum()) for p in after.values()) > 1
-    return (
-        f"`step` clips {listed(names)} to {cap:.4g} after the optimizer's step"
-        if clips and gap <= 1e-3 * norm(ours)
-        else f"`step`, or another optimizer, changes {listed(names)} after the optimizer's step"
-    ) + ": give that to the look-ahead as project=, a function of a mapping of tensors."
-
-
-def _changes(before: Any, settings: list[Any]) -> Iterator[str]:
-    for now in settings:
-        for old, new in zip(before, now, strict=False):
-            for key, value in new.items():
-                numbers = all(isinstance(v, (int, float)) for v in (value, old.get(key)))
-                if numbers and not isclose(value, old[key], rel_tol=TOLERANCE):
-                    yield (
-                        f"{key!r} of the optimizer changes in `step`, from {old[key]:.4g} to "
-                        f"{value:.4g}; the look-ahead keeps it. Step the scheduler outside."
-                    )
-
-
-def _alone(alone: list[str], still: list[str]) -> list[str]:
-    words = []
-    if alone:
+    outside = [n for n in call.moved if n not in call.ours]  # of no optimizer of the loss
+    alone = outside + [n for n in call.off if float(call.ours[n].norm()) <= call.floor]
+    still = [n for n in call.off if float(call.real[n].norm()) <= call.floor]
+    if call.off and not norm(call.real):
+        words.append("no gradient reaches the optimizer's step. Is it zeroed after backward?")
+    elif call.off and call.early:
         words.append(
-            f"{listed(alone)} move in the loop alone (another optimizer, or frozen for the "
-            "look-ahead only?). Let one optimizer hold all of D, and freeze alike in both."
+            f"`step` changes {listed(call.early)} before the optimizer's step (a clip?). Do it "
+            "after the step, and give it to the look-ahead as project=."
         )
-    if still:
+    elif call.off and (named := _other_game(call, scales)):
+        words.append(named)
+    elif alone or still:
+        if alone:
+            words.append(
+                f"{listed(alone)} move in the loop alone (another optimizer, or frozen for the "
+                "look-ahead only?). Make the loss with all of D's optimizers, and freeze alike."
+            )
+        if still:
+            words.append(
+                f"{listed(still)} move in the look-ahead alone: `step` freezes them, or its loss "
+                "does not use them. Freeze them by requires_grad_(False) for both."
+            )
+    elif call.off:
+        drawn = " Random numbers are drawn, which may be all: draw noise outside, for `step`."
         words.append(
-            f"{listed(still)} move in the look-ahead alone: `step` freezes them, or its loss does "
-            "not use them. Freeze them by requires_grad_(False) before the look-ahead, too."
+            "D's loss in `step` is another than the objective's: the gradients differ by "
+            f"{call.error:.1%} (a penalty, other labels, other samples than it is given, D in "
+            f"another mode?). {REMEDY}{drawn * call.drew}"
         )
-    return words
+        return words, not call.drew
+    changed = [n for n in call.moved if n not in outside]
+    if call.state and not call.off:
+        words.append(
+            f"the optimizer's state ({listed({k for k, _ in call.state})}) differs, though the "
+            "gradients agree: `step` changes it, or its class takes another step."
+        )
+    elif changed and not call.off:
+        words.append(
+            f"`step` changes {listed(changed)} after the optimizer's step (weight clipping, a "
+            "normalisation, another optimizer?): give that to the look-ahead as project=."
+        )
+    return words, True
+
+
+def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
+    """Return what turns our gradients into the loop's, "" where nothing known does."""
+
+    def vector(gradients: Numbers) -> Tensor:
+        found = {n: torch.zeros_like(g) for n, g in call.ours.items()} | gradients
+        return torch.cat([found[n].flatten() for n in call.ours])
+
+    def of(objective: Any, pair: Pair | None = None) -> Tensor:
+        try:
+            return vector(call.gradients(objective, pair))
+        except (RuntimeError, TypeError, ValueError):  # a game that cannot be played here
+            return torch.zeros_like(real)  # which explains nothing
+
+    def fit(*basis: Tensor) -> list[float]:
+        return _fit(real, basis, allowed)
+
+    real, ours = vector(call.real), vector(call.ours)
+    allowed, cap = TOLERANCE * float(real.norm()) + call.noise, float(real.abs().max())
+    objective = call.loss.objective
+    parts = summands(objective)
+    if found := fit(ours):
+        return _scaled(found[0], scales, getattr(parts[0], "weight", 1.0))
+    if float((ours.clamp(-cap, cap) - real).norm()) <= allowed:
+        return CLIPS.format("value", cap, "ClipGradValue")
+    if fit(of(objective, call.pair[::-1])):
+        return "fake and real are swapped, in `step` or in the call."
+    if fit(ours, vector(call.left)):
+        return "gradients accumulate: call the optimizer's zero_grad() in `step`, before backward."
+    terms = [of(part) for part in parts]
+    if len(parts) > 1 and (found := fit(*terms)):
+        names = [(c, type(part).__name__) for c, part in zip(found, parts, strict=True)]
+        said = [
+            f"{name} with factor {c:.4g}" if abs(c) > 1e-3 else f"no {name}"
+            for c, name in names
+            if abs(c - 1) > 1e-3
+        ]
+        return f"D's loss in `step` has {', '.join(said)}, unlike the objective. {REMEDY}"
+    for penalty in (R1(1.0), R2(1.0), GradientPenalty(1.0)):
+        if found := fit(ours, of(penalty)):
+            name = f"unroll.{type(penalty).__name__}({found[1]:.4g})"
+            return f"D's loss in `step` has a penalty: add + {name}{_weighted(found[0])}."
+    for kind in ON_LOGITS:
+        if found := fit(of(kind()), *terms[1:]):
+            return (
+                f"D's loss in `step` is unroll.{kind.__name__}(){_weighted(found[0])}, not the "
+                f"objective's {type(parts[0]).__name__}. {REMEDY}"
+            )
+    # D's loss is affine in both labels, up to a constant.
+    for game in filter(None, map(_with_labels, parts)):
+        labels = game.real_label, game.fake_label
+        moved = of(replace(game, real_label=0.5)), of(replace(game, fake_label=0.5))
+        found = fit(ours, *(other - of(game) for other in moved))
+        if found and found[0] > 1e-3:
+            on_real, on_fake = (
+                round(label + c / found[0] * (0.5 - label), 4) + 0.0
+                for c, label in zip(found[1:], labels, strict=True)
+            )
+            return (
+                f"labels in `step` are smoothed: pass real_label={on_real}, fake_label={on_fake} "
+                f"to unroll.Criterion{_weighted(found[0])}."
+            )
+    if fit(of(Losses(_in_one_batch(objective), objective.generator_loss))):
+        return f"`step` runs real and fake in one batch through D (BatchNorm). {REMEDY}"
+    return ""
+
+
+def _scaled(ratio: float, scales: Sequence[tuple[float, float]], weight: float) -> str:
+    """Return what multiplies the gradients: a weight, or a clip by their norm."""
+    if ratio < 0:
+        return f"D's loss in `step` has the opposite sign (fake and real swapped?). {REMEDY}"
+    ratios = [real / ours for real, ours in scales if ours]
+    norms = [real for real, ours in scales if real < ours * (1 - TOLERANCE)]
+    one = len(ratios) == 1  # which cannot tell
+    clips = ratio < 1 and _alike(norms) and (one or not _alike(ratios))
+    weighs = (
+        f"D's loss in `step` is {ratio:.4g} times the objective's: divide it by that, or pass "
+        f"weight={weight * ratio:.4g} to unroll.Criterion."
+    )
+    clipped = CLIPS.format("norm", norms[0], "ClipGradNorm") if clips else ""
+    return " Or ".join([weighs] * (one or not clips) + [clipped] * clips)
+
+
+def _weighted(ratio: float) -> str:
+    return "" if isclose(ratio, 1, rel_tol=1e-3) else f", D's loss times {ratio:.4g} (weight=)"
+
+
+def _with_labels(part: object) -> Criterion | None:
+    """Return a game with the same loss of D that has labels, if there is one."""
+    if isinstance(part, (Minimax, NonSaturating)):
+        return Criterion(nn.BCEWithLogitsLoss())
+    if isinstance(part, LeastSquares):
+        return Criterion(nn.MSELoss(), weight=0.5)
+    return part if isinstance(part, Criterion) else None
+
+
+def _in_one_batch(objective: Objective) -> Callable[[Any, Any, Any], Tensor]:
+    """Return D's loss where D sees real and fake samples together."""
+
+    def discriminator_loss(discriminator: Any, fake: Any, real: Any) -> Tensor:
+        on_real, on_fake = discriminator(torch.cat([real, fake])).split([len(real), len(fake)])
+        given: Any = lambda batch: on_real if batch is real else on_fake  # noqa: E731
+        return objective.discriminator_loss(given, fake, real)
+
+    return discriminator_loss
+
+
+def _fit(target: Tensor, basis: Sequence[Tensor], allowed: float) -> list[float]:
+    """Return the factors with which the basis adds up to the target, none where it does not."""
+    if target.numel() <= 2 * len(basis) or not all(b.any() for b in basis):
+        return []
+    matrix = torch.stack(list(basis), 1)
+    scale = matrix.norm(dim=0)
+    factors = torch.linalg.lstsq(matrix / scale, target[:, None]).solution[:, 0] / scale
+    return factors.tolist() if float((matrix @ factors - target).norm()) <= allowed else []
+
+
+def _alike(numbers: Sequence[float]) -> bool:
+    return not numbers or max(numbers) - min(numbers) <= TOLERANCE * max(numbers)

@@ -1,70 +1,193 @@
-"""Steps on record: of the user's loop and of the look-ahead."""
+"""Steps on record: one of the user's loop beside one of the look-ahead from the same point."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchopt.pytree import tree_leaves
 
-from unroll._functional import Pair, preserved
-from unroll._look_ahead import (
-    Game,
-    Gradients,
-    Point,
-    inner_step,
-    look_ahead,
-    one_step,
-    without_graph,
-)
+from unroll._functional import Pair, map_tensors, preserved, tensors
+from unroll._look_ahead import Gradients, inner_step, update
 from unroll._loss import UnrolledGeneratorLoss
+from unroll._modes.comparison import perturbed
+from unroll._objectives import Objective
+from unroll._random import every_random_state, set_every_random_state
 
 TOLERANCE = 1e-4  # relative, beyond round-off
 Numbers = dict[Any, Tensor]  # in float64
 
 
-class Update(NamedTuple):
-    """What a step consists of."""
+class Begun(NamedTuple):
+    """What reaches a step of an optimizer: parameters alone hide a loss's scale."""
 
-    gradients: Numbers
-    moves: Numbers  # of D's parameters
-    state: Numbers  # of the optimizer, by what it is and of which parameter
-
-
-def taken(loss: UnrolledGeneratorLoss, game: Game, point: Point, pair: Pair, h: Any) -> Update:
-    """Take one step of the look-ahead, with its gradients on record."""
-    found: Gradients = {}
-    transform = game.transform_gradients or (lambda gradients: gradients)
-
-    def record(gradients: Gradients) -> Mapping[str, Tensor]:
-        transformed = transform(gradients)
-        found.update(transformed)
-        return transformed
-
-    recording = replace(game, transform_gradients=record)
-    with preserved(*loss._parts):
-        step = one_step(without_graph(partial(look_ahead, inner_step(recording))))
-        end = step(point, pair, h)
-    state = entries(game.optimizer.export(end.optimizer_state))
-    return Update(double(found), minus(double(end.parameters), double(point.parameters)), state)
+    which: int
+    gradients: dict[str, Tensor]
+    parameters: Numbers
 
 
-def entries(states: Any) -> Numbers:
-    """Return the numbers in an optimizer's state."""
-    if isinstance(states, Mapping):
-        found = {(k, name): v for name, entry in states.items() for k, v in entry.items()}
-    else:
-        found = {(str(i), ""): v for i, v in enumerate(tree_leaves(states))}
+class Call:
+    """One call of the user's ``step`` beside a step of the look-ahead from the same point."""
+
+    def __init__(
+        self, loss: UnrolledGeneratorLoss, optimizers: Sequence[Any], step: Any, batch: Pair
+    ) -> None:
+        module, self.loss, self.pair = loss.discriminator, loss, map_tensors(_copy, batch)
+        self.device = next(module.parameters()).device
+        self.random = every_random_state(self.device)
+        with preserved(*loss._parts), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the next look-ahead says it again
+            self.game, self.point = loss._start(None)
+        self.start, optimizer = double(self.point.parameters), self.game.optimizer
+        several = isinstance(loss.optimizer, list)
+        settings = optimizer.settings if several else [optimizer.settings]
+        self.settings = [group for groups in settings for group in groups]
+        found, drawn = self.gradients(loss.objective), every_random_state(self.device)
+        nudged = self.gradients(loss.objective, change=perturbed)
+        set_every_random_state(self.random, self.device)
+        grads = {n: p.grad for n, p in module.named_parameters() if p.is_leaf}
+        self.left = double({n: g for n, g in grads.items() if g is not None})
+        aside = [(t, t._version) for t in optimizer.others]
+        with _observed(optimizers, module) as self.begun:
+            step(*map_tensors(_copy, batch))
+        states = self.random, drawn, every_random_state(self.device)
+        self.drew = len({repr([*map(Tensor.tolist, tensors(s[0])), *s[1:]]) for s in states}) > 1
+        self.strangers = [str(tuple(t.shape)) for t, old in aside if t._version != old]
+        self.counts = [sum(b.which == i for b in self.begun) for i in range(len(optimizers))]
+        first = {b.which: b for b in reversed(self.begun)}.values()
+        self.early = [
+            n for b in first for n, p in b.parameters.items() if not torch.equal(p, self.start[n])
+        ]
+
+        reached = {n: g for b in first for n, g in b.gradients.items()}
+        none = {n: torch.zeros_like(self.start[n]) for b in first for n in b.parameters}
+        found, nudged = ({n: g.get(n, z) for n, z in none.items()} for g in (found, nudged))
+        self.ours, self.real = found, none | double(reached)
+        kinds = {p.dtype for p in self.point.parameters.values() if p.is_floating_point()}
+        eps, self.size = max(torch.finfo(kind).eps for kind in kinds), norm(self.ours)
+        self.floor, noise = 10 * eps * self.size, minus(nudged, self.ours)
+        self.noise = 10 * norm(noise)
+        self.telling = self.noise <= 0.1 * self.size > 0
+        floors = {n: self.floor + 10 * float(noise[n].norm()) for n in none}
+        self.off = _differing(self.ours, self.real, floors)
+        self.error = _relative(self.ours, self.real)
+
+        # The update is compared for the loop's gradients: Adam magnifies their round-off.
+        self.moves: list[Numbers] = []
+        self.moved: list[str] = []
+        self.state: list[Any] = []
+        if set(self.counts) == {1} and reached:
+            game, point = replace(self.game, transform_gradients=None), self.point
+            given = point.parameters, reached, point.optimizer_state, optimizer.settings
+            with torch.no_grad():
+                after, state = update(game, *given)
+            named = dict(module.named_parameters())
+            ours, real = (minus(double(theta), self.start) for theta in (after, named))
+            small = {n: 4 * eps * float(p.norm()) for n, p in self.start.items()}
+            self.moves, self.moved = [ours, real], _differing(ours, real, small)
+            before, wanted = (
+                _entries(exported if several else [exported])
+                for exported in map(optimizer.export, (point.optimizer_state, state))
+            )
+            actual = _entries([_live_state(one, named) for one in optimizers])
+            small = {k: 4 * eps * float(before[k].norm()) if k in before else 0.0 for k in wanted}
+            common = {k: v for k, v in wanted.items() if k in actual}
+            self.state = _differing(common, actual, small)
+            if not self.off:
+                self.error = max(self.error, _relative(ours, real))
+        self.wrong = bool(self.off or self.strangers or self.moved or self.state)
+
+    def gradients(
+        self,
+        objective: Objective,
+        pair: Pair | None = None,
+        change: Callable[[Tensor], Tensor] = torch.clone,
+    ) -> Numbers:
+        """Return the gradients that reach the optimizer in a look-ahead step of a game."""
+        set_every_random_state(self.random, self.device)
+        found: Gradients = {}
+        transform = self.game.transform_gradients or (lambda gradients: gradients)
+
+        def record(gradients: Gradients) -> Mapping[str, Tensor]:
+            transformed = transform(gradients)
+            found.update(transformed)
+            return transformed
+
+        game = replace(self.game, transform_gradients=record, objective=objective)
+        given = self.point, pair or self.pair, game.optimizer.settings
+        with preserved(*self.loss._parts), torch.no_grad():
+            inner_step(game)(*map_tensors(lambda t: change(t.detach()), given))
+        return double(found)
+
+
+@contextmanager
+def _observed(optimizers: Iterable[Any], module: nn.Module) -> Iterator[list[Begun]]:
+    """Record what reaches every step of the optimizers."""
+    seen: list[Begun] = []
+
+    def looking(i: int, one: Any, closure: Any = None) -> Any:
+        value = closure() if closure else None  # which brings the gradients
+        groups = one.param_groups
+        own = {id(p) for g in groups for p in (g["params"] if isinstance(g, dict) else g)}
+        held = {n: p for n, p in module.named_parameters() if id(p) in own}
+        scale = getattr(one, "grad_scale", None)  # a GradScaler's, for a fused step
+        gradients = {
+            n: p.grad.clone() if scale is None else p.grad / scale
+            for n, p in held.items()
+            if p.grad is not None
+        }
+        seen.append(Begun(i, gradients, double(held)))
+        return value
+
+    def hook(i: int, one: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        closure: Any = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            return looking(i, one)
+        return args[:1], {**kwargs, "closure": partial(looking, i, one, closure)}
+
+    def stepping(i: int, one: Any, step: Any, closure: Any = None) -> Any:
+        return step(partial(looking, i, one, closure))
+
+    with ExitStack() as stack:
+        for i, one in enumerate(optimizers):
+            if isinstance(one, torch.optim.Optimizer):
+                stack.callback(one.register_step_pre_hook(partial(hook, i)).remove)
+            else:
+                stack.callback(vars(one).pop, "step")
+                one.step = partial(stepping, i, one, one.step)
+        yield seen
+
+
+def _live_state(optimizer: Any, named: Mapping[str, Tensor]) -> Any:
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return {n: optimizer.state[p] for n, p in named.items() if p in optimizer.state}
+    return optimizer.state_groups
+
+
+def _entries(states: Sequence[Any]) -> Numbers:
+    """Return the numbers in the optimizers' states, by what they are and of which parameter."""
+    found: dict[Any, Any] = {}
+    for i, state in enumerate(states):
+        if isinstance(state, Mapping):
+            found |= {(k, name): v for name, entry in state.items() for k, v in entry.items()}
+        else:
+            found |= {(f"{i}.{j}", ""): v for j, v in enumerate(tree_leaves(state))}
     return double({k: torch.as_tensor(v) for k, v in found.items() if v is not None})
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
 def double(tensors: Mapping[Any, Tensor]) -> Numbers:
     """Return copies in float64."""
-    return {name: t.detach().cpu().double().clone() for name, t in tensors.items()}
+    return {name: _copy(t).cpu().double() for name, t in tensors.items()}
 
 
 def minus(one: Numbers, other: Numbers) -> Numbers:
@@ -77,66 +200,12 @@ def norm(tensors: Numbers) -> float:
     return float(sum(float(t.norm()) ** 2 for t in tensors.values()) ** 0.5)
 
 
-@dataclass
-class Call:
-    """One call of the user's ``step`` beside a step of the look-ahead from the same point."""
-
-    loss: UnrolledGeneratorLoss
-    game: Game
-    point: Point
-    pair: Pair
-    random: Any  # state of the generators
-    updates: tuple[Update, Update, Update]  # the loop's, ours, ours off by round-off
-    settings: list[Any]  # of the param groups, at each step of the real optimizer
-    early: list[str]  # parameters that had changed when the first of these began
-    left: Numbers  # D's .grads before the call
-    strangers: list[str]  # tensors outside D that moved
-    drew: bool  # random numbers
-
-    def __post_init__(self) -> None:
-        """Compare the gradients, the state and the movement."""
-        held, start = self.game.optimizer.names, double(self.point.parameters)
-        empty = {n: torch.zeros_like(p) for n, p in start.items() if n in held}
-        self.real, self.ours, nudged = ({**empty, **u.gradients} for u in self.updates)
-        kinds = {p.dtype for p in self.point.parameters.values() if p.is_floating_point()}
-        eps, self.size = max(torch.finfo(kind).eps for kind in kinds), norm(self.ours)
-        self.floor = 10 * eps * self.size
-        self.noise = 10 * norm(minus(self.ours, nudged))
-        self.off = _differing((self.real, self.ours, nudged), dict.fromkeys(empty, self.floor))
-        self.error = _relative(self.real, self.ours)
-        # Adam makes a whole step of a gradient that is round-off.
-        told = {
-            n: (g.abs() > 10 * (nudged[n] - g).abs().amax() + self.floor)
-            | ((g == 0) & (self.real[n] == 0))
-            for n, g in self.ours.items()
-            if g.numel()
-        }
-
-        def kept(name: str, value: Tensor) -> Tensor:
-            alike = name in told and told[name].shape == value.shape
-            return (torch.where(told[name], value, 0.0) if alike else value).flatten()
-
-        self.moves = [{n: kept(n, v) for n, v in u.moves.items()} for u in self.updates]
-        floors = {n: 4 * eps * float(p.norm()) for n, p in start.items()}
-        self.moved = _differing(self.moves, floors)
-        common = self.updates[0].state.keys() & self.updates[1].state.keys()
-        states = [{k: kept(k[1], u.state[k]) for k in common} for u in self.updates]
-        self.state = _differing(states, dict.fromkeys(common, 0.0))
-        if not self.off:
-            self.error = max(self.error, _relative(*self.moves[:2]))
-        self.telling = self.noise <= 0.1 * self.size > 0
-        single = len(self.settings) == 1
-        self.wrong = bool(self.off or self.strangers or (single and (self.moved or self.state)))
+def _differing(ours: Numbers, real: Numbers, floors: Mapping[Any, float]) -> list[Any]:
+    """Return the names of what differs by more than round-off."""
+    allowed = {n: TOLERANCE * float(v.norm()) + floors[n] for n, v in ours.items()}
+    return [n for n, v in ours.items() if not float((v - real[n]).norm()) <= allowed[n]]
 
 
-def _differing(steps: Sequence[Numbers], floors: Any) -> list[Any]:
-    """Return what differs by more than round-off in the loop's, our and our nudged step."""
-    real, ours, nudged = steps
-    gap, noise = minus(ours, real), minus(ours, nudged)
-    allowed = {n: TOLERANCE * v.norm() + 10 * noise[n].norm() + floors[n] for n, v in ours.items()}
-    return [n for n in ours if not bool(gap[n].norm() <= allowed[n])]
-
-
-def _relative(real: Numbers, ours: Numbers) -> float:
+def _relative(ours: Numbers, real: Numbers) -> float:
     gap, size = norm(minus(ours, real)), norm(ours)
     return gap / size if size else float(gap > 0)
