@@ -619,8 +619,11 @@ def test_generated_code(
 @pytest.mark.parametrize("rows", [1, 2, 7])
 @pytest.mark.parametrize("inner", [1, 3, 4, 9])
 @pytest.mark.parametrize("columns", [1, 2, 4, 6])
-def test_products_that_are_written_out(rows: int, inner: int, columns: int) -> None:
-    a, b, bias = randn(rows, inner), randn(inner, columns), randn(columns)
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_products_that_are_written_out(
+    rows: int, inner: int, columns: int, batch: tuple[int, ...]
+) -> None:
+    a, b, bias = randn(*batch, rows, inner), randn(*batch, inner, columns), randn(columns)
     written = backend.product(a, b)
     with_bias = backend.product_and_bias(bias, a, b)
     if min(rows, inner, columns) > 4:

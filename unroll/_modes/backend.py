@@ -187,25 +187,26 @@ def convolution_twice(
 
 
 def product(a: Tensor, b: Tensor) -> Any:
-    """Return ``a @ b`` in operations that fuse with others, where BLAS is slow.
+    """Return ``a @ b``, of batches too, in operations that fuse with others, where BLAS is slow.
 
     The first layer of a D on points, the last one of any D, and their derivatives are products with
     a dimension of one or two, for which BLAS takes as long as for one of eight. Sums run over the
     long side, along rows, and the vectors of the processor along columns.
     """
-    (rows, inner), columns = a.shape, b.shape[1]
+    (rows, inner), columns = a.shape[-2:], b.shape[-1]
     exact = a.dtype in (torch.float32, torch.float64)  # others are added up in higher precision
     # Comparisons of a batch's length with anything but a constant would hold for that length alone.
     if a.device.type != "cpu" or not exact or rows == 0 or inner == 0 or columns == 0:
         return NotImplemented
     if inner <= FEW:
-        return reduce(torch.add, (a[:, i : i + 1] * b[i : i + 1] for i in range(inner)))
+        parts = (a[..., i : i + 1] * b[..., i : i + 1, :] for i in range(inner))
+        return reduce(torch.add, parts)
     if columns == 1:
-        return (a * b[:, 0]).sum(1, keepdim=True)
+        return (a * b.mT).sum(-1, keepdim=True)
     if rows <= FEW:
-        return torch.stack([(a[i, :, None] * b).sum(0) for i in range(rows)])
+        return torch.stack([(a[..., i, :, None] * b).sum(-2) for i in range(rows)], -2)
     if columns <= FEW:
-        return torch.stack([(a.t() * b[:, i, None]).sum(0) for i in range(columns)], 1)
+        return torch.stack([(a.mT * b[..., i, None]).sum(-2) for i in range(columns)], -1)
     return NotImplemented
 
 
@@ -240,6 +241,8 @@ def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 DECOMPOSITIONS = {
     torch.ops.aten.mm.default: product,
+    torch.ops.aten.bmm.default: product,
     torch.ops.aten.addmm.default: product_and_bias,
+    torch.ops.aten.baddbmm.default: product_and_bias,
     torch.ops.aten.tanh.default: tanh,
 }
