@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import softplus
 
+import unroll
 from tests import tiny_mnist
 from tests.examples import ROOT, command, example, refused, rows, same, trained
 
 MNIST = ("stacked_mnist", "colored_mnist", "rnn_mnist", "gan_mnist")
 FEW = {"samples": 40, "batch_size": 4, "evaluate_every": 2}
 ARMS: list[tuple[str, dict[str, Any]]] = [
-    ("stacked_mnist", {**FEW, "curve_samples": 40, "unroll_steps": 1}),
+    ("stacked_mnist", {**FEW, "seeds": 2, "compile": False, "curve_samples": 40, "unroll_steps": 1}),
     ("colored_mnist", {**FEW, "size": "1/4", "unroll_steps": 1}),
     ("rnn_mnist", {**FEW, "width": 8, "noise_size": 4, "unroll_steps": 1}),
     ("gan_mnist", {**FEW, "optimizer": "momentum", "learning_rate": 0.01, "momentum": 0.9,
@@ -82,8 +83,57 @@ def test_a_run_resumes_to_the_same_numbers(
     if name == "stacked_mnist":  # the end of the shorter run was its last evaluation
         for content in (once, again):
             for row in content["log"]["history"][:-1]:
-                del row["modes"], row["reverse_kl"]
+                for each in row["each"]:
+                    del each["modes"], each["reverse_kl"]
     same(once, again)
+
+
+def alone(name: str, config: Any, seed: int, data: Any) -> tuple[nn.Module, nn.Module]:
+    """Train one seed as ordinary networks, and return them."""
+    module, rng = example(name), torch.Generator().manual_seed(seed)
+    g, d = module.networks(config, rng)
+    betas = (config.beta1, 0.999)
+    g_optimizer = torch.optim.Adam(g.parameters(), config.generator_learning_rate, betas)
+    d_optimizer = torch.optim.Adam(d.parameters(), config.discriminator_learning_rate, betas)
+    game = unroll.NonSaturating()
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, unroll_steps=config.unroll_steps)
+    study = example("lab.study")
+
+    def noise(count: int = config.batch_size) -> Tensor:
+        return torch.randn(count, config.noise_size, generator=rng)
+
+    def real() -> Tensor:
+        return data.stacks(config.batch_size, rng)
+
+    noise(config.samples)
+    for _ in range(config.pairs):
+        study.step(d_optimizer, game.discriminator_loss(d, g(noise()).detach(), real()))
+        study.step(g_optimizer, unrolled(g(noise()), real()))
+    return g, d
+
+
+@pytest.mark.parametrize("name", ["stacked_mnist"])
+def test_seeds_side_by_side_are_as_each_alone(
+    name: str,
+    files: Callable[[str], dict[str, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = options(name, files(name))
+    digits, joined = example("lab.data.digits"), example("lab.networks.joined")
+    monkeypatch.setattr(digits, "as_floats", lambda images: images.double() / 127.5 - 1)
+    settings = {**dict(ARMS)[name], "unroll_steps": 3, "batch_size": 6}
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = trained(name, tmp_path, 3, options=own, first_seed=1, **settings)
+        config = replace(example(name).PRESETS["small"], **settings, pairs=3)
+        data = digits.mnist(own.data_root, size=28)
+        of_g, of_d = zip(*(alone(name, config, seed, data) for seed in (1, 2)), strict=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for part, network in (("g", joined.Generators(of_g)), ("d", joined.discriminators(of_d))):
+        for key, value in network.state_dict().items():
+            torch.testing.assert_close(found["parts"][part][key], value, rtol=1e-7, atol=1e-9)
 
 
 def test_a_run_that_is_killed_between_evaluations_resumes_to_the_same_numbers(
