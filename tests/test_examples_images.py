@@ -25,7 +25,8 @@ from tests.examples import ROOT, command, example, refused, rows, same, trained
 MNIST = ("stacked_mnist", "colored_mnist", "rnn_mnist", "gan_mnist")
 FEW = {"samples": 40, "batch_size": 4, "evaluate_every": 2}
 ARMS: list[tuple[str, dict[str, Any]]] = [
-    ("stacked_mnist", {**FEW, "seeds": 2, "compile": False, "curve_samples": 40, "unroll_steps": 1}),
+    ("stacked_mnist", {**FEW, "seeds": 2, "compile": False, "curve_samples": 40,
+                       "unroll_steps": 1}),
     ("colored_mnist", {**FEW, "size": "1/4", "unroll_steps": 1}),
     ("rnn_mnist", {**FEW, "width": 8, "noise_size": 4, "unroll_steps": 1}),
     ("gan_mnist", {**FEW, "optimizer": "momentum", "learning_rate": 0.01, "momentum": 0.9,
@@ -325,22 +326,20 @@ def test_samples_of_a_finished_run_are_written_once(
     assert "--out must not hold these samples already" in capsys.readouterr().err
 
 
-def test_throughput_times_pairs_and_their_data(
-    files: Callable[[str], dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_throughput_times_pairs_and_their_data_by_turns(
+    files: Callable[[str], dict[str, Path]], tmp_path: Path
 ) -> None:
-    throughput = example("throughput")
-    monkeypatch.setattr(throughput, "STEPS", {"stacked_mnist": (0, 1)})
-    given = ("--experiments", "stacked_mnist", "--presets", "small", "--timed", 2, "--record")
+    given = ("--experiments", "stacked_mnist", "--presets", "small", "--timed", 2, "--record",
+             "--unroll-steps", 0, "--seeds", 2, "--batch-sizes", 4, "--against", ROOT)  # fmt: skip
     own = (*given, *flags(files("stacked_mnist")), "--records", tmp_path)
-    throughput.main([*map(str, own)])
+    example("throughput").main([*map(str, own)])
     lines = (tmp_path / "throughput.csv").read_text().splitlines()
-    assert len(lines) == 3
-    for line in lines[1:]:
-        row = dict(zip(lines[0].split(","), line.split(","), strict=True))
-        pair, data = float(row["seconds_a_pair"]), float(row["data_seconds_a_pair"])
-        assert 0 < data < pair
-        assert float(row["images_a_second"]) == pytest.approx(int(row["batch_size"]) / pair)
-        assert row["pairs"] == "2"
+    assert len(lines) == 2  # of one revision
+    row = dict(zip(*(line.split(",") for line in lines), strict=True))
+    pair, data = float(row["seconds_a_pair"]), float(row["data_seconds_a_pair"])
+    assert 0 < data < pair
+    assert float(row["images_a_second"]) == pytest.approx(4 / pair)
+    assert (row["pairs"], row["batch_size"]) == ("2", "4")
 
 
 def test_cifar10_is_recorded_and_measured(
