@@ -9,24 +9,21 @@ be below 2 % of a pair with K = 0. Of models that are trained side by side, one'
     python examples/throughput.py --against ../another/checkout
 """
 
-import importlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 import tyro
-from lab import records, runs, study
-from lab.data import colors, digits
+from lab import records, study, timed
 from lab.metrics import classifier
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -37,12 +34,6 @@ STEPS = {
     "gan_mnist": (0, 5),
     "rnn_mnist": (0, 20),
 }
-DATA = (
-    (digits.Digits, "sample"),
-    (digits.Digits, "stacks"),
-    (colors, "draw"),
-    (colors, "coloured"),
-)
 KEY = ("experiment", "preset", "unroll_steps", "batch_size", "torch", "revision")
 
 
@@ -66,54 +57,11 @@ class Options(classifier.Options):
     """None is begun after that many, but one is timed."""
 
 
-class Clock:
-    """Adds up the seconds that functions take."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            began = time.process_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds += time.process_time() - began
-
-        return call
-
-
-def serve(name: str, preset: str, own: dict[str, Any], paths: dict[str, str]) -> None:
-    """Time a pair for every line of input; the first line of output is about the settings."""
-    module, clock = importlib.import_module(name), Clock()
-    base = module.PRESETS[preset]
-    config = replace(base, **{n: v for n, v in own.items() if n in type(base).__match_args__})
-    config = module.own(config) if name == "gan_mnist" else config
-    about = {"batch_size": config.batch_size, "preset_pairs": config.pairs, **runs.provenance()}
-    print(json.dumps({**about, "models": getattr(config, "seeds", 1)}), flush=True)
-
-    def pairs(*_: Any, **__: Any) -> Iterator[int]:
-        for pair, _ in enumerate(sys.stdin, start=1):
-            began, clock.seconds = time.process_time(), 0.0
-            yield pair
-            print(json.dumps([time.process_time() - began, clock.seconds]), flush=True)
-
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(study, "pairs", pairs))
-        for owner, function in DATA:
-            wrapped = clock.timed(getattr(owner, function))
-            stack.enter_context(mock.patch.object(owner, function, wrapped))
-        given = {n: Path(p) for n, p in paths.items() if n in type(module.Options()).__match_args__}
-        module.train(config, replace(module.Options(), **given), 0)
-
-
 def server(root: Path, *given: Any) -> subprocess.Popen[str]:
     """Start what times pairs with the code of a checkout."""
-    code = (
-        f"import runpy, sys; sys.path[:0] = {[str(root / 'examples'), str(root)]}; "
-        f"runpy.run_path({__file__!r})['serve'](*{given!r})"
-    )
+    path = str(root / "examples"), str(root)
+    code = f"import runpy, sys; sys.path[:0] = {path}; runpy.run_path({timed.__file__!r})"
+    code += f"['serve'](*{given!r})"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], text=True, **pipes)
 

@@ -114,11 +114,17 @@ class SideBySide:
     def generator_loss(self, discriminator: Callable[[Any], Any], fake: Any, real: Any) -> Tensor:
         return self.seeds * self.game.generator_loss(discriminator, fake, real)
 
-    @torch.no_grad()
-    def losses(self, discriminator: nn.Module, fake: Tensor, real: Tensor) -> list[float]:
+    def discriminator_losses(
+        self, discriminator: Callable[[Any], Any], fake: Tensor, real: Tensor
+    ) -> Tensor:
         """Return D's loss of each seed."""
         pairs = zip(discriminator(fake), discriminator(real), strict=True)
-        return [self.game.discriminator_loss(_itself, *logits).item() for logits in pairs]
+        return torch.stack([self.game.discriminator_loss(_itself, *logits) for logits in pairs])
+
+    def generator_losses(self, discriminator: Callable[[Any], Any], fake: Tensor) -> Tensor:
+        """Return G's loss of each seed, of a game in which the fakes alone make it."""
+        each = discriminator(fake)
+        return torch.stack([self.game.generator_loss(_itself, logits, logits) for logits in each])
 
 
 def _itself(logits: Tensor) -> Tensor:
