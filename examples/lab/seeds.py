@@ -118,7 +118,8 @@ class SideBySide:
         self, discriminator: Callable[[Any], Any], fake: Tensor, real: Tensor
     ) -> Tensor:
         """Return D's loss of each seed."""
-        pairs = zip(discriminator(fake), discriminator(real), strict=True)
+        of_real = discriminator(real)  # first, as games do, for what BatchNorm remembers
+        pairs = zip(discriminator(fake), of_real, strict=True)
         return torch.stack([self.game.discriminator_loss(_itself, *logits) for logits in pairs])
 
     def generator_losses(self, discriminator: Callable[[Any], Any], fake: Tensor) -> Tensor:
