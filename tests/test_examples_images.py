@@ -28,7 +28,8 @@ ARMS: list[tuple[str, dict[str, Any]]] = [
     ("stacked_mnist", {**FEW, "seeds": 2, "compile": False, "curve_samples": 40,
                        "unroll_steps": 1}),
     ("colored_mnist", {**FEW, "seeds": 2, "compile": False, "size": "1/4", "unroll_steps": 1}),
-    ("rnn_mnist", {**FEW, "width": 8, "noise_size": 4, "unroll_steps": 1}),
+    ("rnn_mnist", {**FEW, "seeds": 2, "compile": False, "width": 8, "noise_size": 4,
+                   "unroll_steps": 1}),
     ("gan_mnist", {**FEW, "optimizer": "momentum", "learning_rate": 0.01, "momentum": 0.9,
                    "unroll_steps": 1}),
     ("cifar10", {"size": 1 / 32, "batch_size": 4, "noise_size": 6, "evaluate_every": 2,
@@ -91,35 +92,50 @@ def test_a_run_resumes_to_the_same_numbers(
 
 def alone(name: str, config: Any, seed: int, data: Any) -> tuple[nn.Module, nn.Module]:
     """Train one seed as ordinary networks, and return them."""
-    module, rng = example(name), torch.Generator().manual_seed(seed)
-    stacked = name == "stacked_mnist"
+    module, study = example(name), example("lab.study")
+    rng = torch.Generator().manual_seed(seed)
     g, d = module.networks(config, rng)
-    betas = (config.beta1, 0.999)
-    g_optimizer = torch.optim.Adam(g.parameters(), config.generator_learning_rate, betas)
-    d_optimizer = torch.optim.Adam(d.parameters(), config.discriminator_learning_rate, betas)
+    g_optimizer, d_optimizer = (
+        torch.optim.Adam(
+            network.parameters(),
+            getattr(config, f"{player}_learning_rate", None) or config.learning_rate,
+            (config.beta1, 0.999),
+        )
+        for player, network in (("generator", g), ("discriminator", d))
+    )
     game = unroll.NonSaturating()
     unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, unroll_steps=config.unroll_steps)
-    study = example("lab.study")
+    if name == "rnn_mnist":  # its weights have a generator of their own
+        rng.manual_seed(seed)
 
     def noise(count: int = config.batch_size) -> Tensor:
         return torch.randn(count, config.noise_size, generator=rng)
 
     def real(count: int = config.batch_size) -> Tensor:
-        return data.stacks(count, rng) if stacked else module.batch(data, count, rng)
+        if name == "colored_mnist":
+            return module.batch(data, count, rng)
+        return (data.stacks if name == "stacked_mnist" else data.sample)(count, rng)
 
     noise(config.samples)
-    for _ in range(0 if stacked else 2):  # what the metrics are compared with
+    if name == "colored_mnist":  # what the metrics are compared with
         real(config.samples)
-    order = (noise, real, noise, real) if stacked else (real, real, noise, noise)
+        real(config.samples)
+    order = {  # the batches of D's step and of G's, as drawn
+        "stacked_mnist": (noise, real, noise, real),
+        "colored_mnist": (real, real, noise, noise),
+        "rnn_mnist": (real, noise, noise, real),
+    }[name]
     for _ in range(config.pairs):
-        drawn = [draw() for draw in order]
-        z, x, z_of_g, x_of_g = drawn if stacked else (drawn[2], drawn[0], drawn[3], drawn[1])
+        drawn = [(draw is noise, draw()) for draw in order]
+        (z, z_of_g), (x, x_of_g) = (
+            [batch for is_noise, batch in drawn if is_noise is wanted] for wanted in (True, False)
+        )
         study.step(d_optimizer, game.discriminator_loss(d, g(z).detach(), x))
         study.step(g_optimizer, unrolled(g(z_of_g), x_of_g))
     return g, d
 
 
-@pytest.mark.parametrize("name", ["stacked_mnist", "colored_mnist"])
+@pytest.mark.parametrize("name", ["stacked_mnist", "colored_mnist", "rnn_mnist"])
 def test_seeds_side_by_side_are_as_each_alone(
     name: str,
     files: Callable[[str], dict[str, Path]],
@@ -134,13 +150,15 @@ def test_seeds_side_by_side_are_as_each_alone(
     try:
         found = trained(name, tmp_path, 3, options=own, first_seed=1, **settings)
         config = replace(example(name).PRESETS["small"], **settings, pairs=3)
-        data = digits.mnist(own.data_root, size=28 if name == "stacked_mnist" else 32)
+        data = digits.mnist(own.data_root, size=32 if name == "colored_mnist" else 28)
         of_g, of_d = zip(*(alone(name, config, seed, data) for seed in (1, 2)), strict=True)
     finally:
         torch.set_default_dtype(torch.float32)
     for part, network in (("g", joined.Generators(of_g)), ("d", joined.discriminators(of_d))):
         for key, value in network.state_dict().items():
-            torch.testing.assert_close(found["parts"][part][key], value, rtol=1e-7, atol=1e-9)
+            # BatchNorm leaves the biases before it a gradient of round-off alone, which Adam scales.
+            atol = 1e-7 if key.endswith("product.bias") else 1e-9
+            torch.testing.assert_close(found["parts"][part][key], value, rtol=1e-7, atol=atol)
 
 
 def test_a_run_that_is_killed_between_evaluations_resumes_to_the_same_numbers(
@@ -157,7 +175,7 @@ def test_a_run_that_is_killed_between_evaluations_resumes_to_the_same_numbers(
     def killed(*arguments: Any) -> Any:
         nonlocal drawn
         drawn += 1
-        if drawn == 8:  # two batches a pair: in the fourth
+        if drawn == 15:  # two batches a pair and seed: in the fourth
             raise KeyboardInterrupt
         return sample(*arguments)
 
@@ -170,7 +188,9 @@ def test_a_run_that_is_killed_between_evaluations_resumes_to_the_same_numbers(
     example("rnn_mnist").train(config, replace(own, out=tmp_path / "again", resume=True), 0)
     content = torch.load(path, weights_only=True)
     for row in content["log"]["history"]:
-        del row["seconds"], row["cpu_seconds"]
+        del row["seconds"]
+        for each in row["each"]:
+            del each["cpu_seconds"]
     same(once, content)
 
 
@@ -191,7 +211,7 @@ COMMANDS: list[tuple[str, Sequence[object], list[tuple[str, ...]], list[str]]] =
     (
         "rnn_mnist",
         (*DIVERSE, "--unroll-steps", 0, 1, "--standard-pairs", 3, "--record-every", 2,
-         "--width", 8),
+         "--width", 8, "--no-compile"),
         [("8", "0", "2"), ("8", "0", "3"), ("8", "1", "2")],
         ["rnn_mnist.png", "rnn_mnist_curves.png"],
     ),
