@@ -83,9 +83,9 @@ def networks(config: Config, rng: torch.Generator) -> tuple[nn.Module, nn.Sequen
 def train(config: Config, options: Options, line: int) -> None:
     torch.set_num_threads(1)  # the networks are small
     weights = seeds.generators(replace(config, device="cpu"))
-    of_g, of_d = zip(*weights.each(partial(networks, config)), strict=True)
-    g = joined.Generators(of_g).to(config.device)
-    d = joined.discriminators(of_d).to(config.device)
+    g, d = joined.players(weights, partial(networks, config))
+    g.to(config.device)
+    d.to(config.device)
     betas = (config.beta1, 0.999)
     g_optimizer = torch.optim.Adam(g.parameters(), config.learning_rate, betas)
     d_optimizer = torch.optim.Adam(d.parameters(), config.learning_rate, betas)
@@ -130,8 +130,8 @@ def train(config: Config, options: Options, line: int) -> None:
     unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **how)
     parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
     for _ in study.pairs(config, options, line, parts, rngs, evaluate):
-        d_images = real()
-        d_loss = game.discriminator_loss(d, g(noise()).detach(), d_images)
+        batch = real()
+        d_loss = game.discriminator_loss(d, g(noise()).detach(), batch)
         study.step(d_optimizer, d_loss)
 
         g_loss = unrolled(g(noise()), real())

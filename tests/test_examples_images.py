@@ -113,8 +113,10 @@ def alone(name: str, config: Any, seed: int, data: Any) -> tuple[nn.Module, nn.M
 
     def real(count: int = config.batch_size) -> Tensor:
         if name == "colored_mnist":
-            return module.batch(data, count, rng)
-        return (data.stacks if name == "stacked_mnist" else data.sample)(count, rng)
+            found: Tensor = module.batch(data, count, rng)
+        else:
+            found = (data.stacks if name == "stacked_mnist" else data.sample)(count, rng)
+        return found
 
     noise(config.samples)
     if name == "colored_mnist":  # what the metrics are compared with
@@ -151,12 +153,13 @@ def test_seeds_side_by_side_are_as_each_alone(
         found = trained(name, tmp_path, 3, options=own, first_seed=1, **settings)
         config = replace(example(name).PRESETS["small"], **settings, pairs=3)
         data = digits.mnist(own.data_root, size=32 if name == "colored_mnist" else 28)
-        of_g, of_d = zip(*(alone(name, config, seed, data) for seed in (1, 2)), strict=True)
+        each = iter([alone(name, config, seed, data) for seed in (1, 2)])
     finally:
         torch.set_default_dtype(torch.float32)
-    for part, network in (("g", joined.Generators(of_g)), ("d", joined.discriminators(of_d))):
+    players = joined.players(example("lab.seeds").Generators((1, 2), "cpu"), lambda _: next(each))
+    for part, network in zip("gd", players, strict=True):
         for key, value in network.state_dict().items():
-            # BatchNorm leaves the biases before it a gradient of round-off alone, which Adam scales.
+            # Biases before BatchNorm have gradients of round-off alone, which Adam scales up.
             atol = 1e-7 if key.endswith("product.bias") else 1e-9
             torch.testing.assert_close(found["parts"][part][key], value, rtol=1e-7, atol=atol)
 
