@@ -6,6 +6,8 @@ of a generated digit is found by k-means, and the JS divergence between the colo
 samples is that of their Gaussian kernel densities. The paper: 5 to 10 steps are best, 1 step seems
 to hurt, and larger models do better.
 
+Seeds are trained side by side: the models and their draws are those of each alone.
+
     python examples/colored_mnist.py                    12 cells at a small scale
     python examples/colored_mnist.py --preset paper     Appendix F (for a GPU)
 """
@@ -20,21 +22,21 @@ from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import torch
-from lab import records, study
+from lab import seeds, study
 from lab.columns import moments
 from lab.data import colors, digits
 from lab.data.pixels import as_bytes
 from lab.figures import images
 from lab.figures.plots import save
-from lab.networks import dcgan
+from lab.networks import dcgan, joined
 from lab.trace import Trace
-from torch import Tensor
+from torch import Tensor, nn
 
 import unroll
 
 
 @dataclass(frozen=True)
-class Config(study.OneModel):
+class Config(study.SideBySide):
     """One run: Appendices D and F. "Ours" marks a choice where they are silent."""
 
     size: Literal["1/4", "1/2", "1"] = "1"  # X, of both networks; at 1 they are Appendix D's
@@ -44,6 +46,7 @@ class Config(study.OneModel):
     discriminator_learning_rate: float = 2e-4  # Adam's
     beta1: float = 0.5  # that of Appendices A and C
     noise_size: int = 256  # of the generator's input
+    compile: bool = True  # compile the look-ahead step and its adjoint
     samples: int = 10_000  # behind every metric, and as many digits of the data (ours)
     evaluate_every: int = 2500  # pairs
     pairs: int = 50_000  # of updates, D first (ours): the 100,000 updates of Appendix D
@@ -66,80 +69,94 @@ SMALL = {"samples": 1000, "evaluate_every": 250, "pairs": 1500, "batch_size": 16
 PRESETS = {"small": replace(PAPER, preset="small", base="1/4", **RATES, **SMALL), "paper": PAPER}
 
 
-def train(config: Config, options: "Options", line: int) -> None:
-    torch.set_num_threads(1)  # a process a core
-    rng = torch.Generator(config.device).manual_seed(config.seed)
-    data = digits.mnist(options.data_root, size=32).to(config.device)
+def networks(config: Config, rng: torch.Generator) -> tuple[nn.Sequential, nn.Sequential]:
+    """Return G and D."""
     width = float(Fraction(config.size) * Fraction(config.base))
     generator = dcgan.generator(width, rng, noise_size=config.noise_size)
-    discriminator = dcgan.discriminator(width, rng)
+    return generator, dcgan.discriminator(width, rng)
+
+
+def batch(data: digits.Digits, count: int, rng: torch.Generator) -> Tensor:
+    return colors.coloured(data.sample(count, rng), colors.draw(count, rng), rng)
+
+
+def train(config: Config, options: "Options", line: int) -> None:
+    torch.set_num_threads(1)  # a process a core
+    rngs = seeds.generators(config)
+    data = digits.mnist(options.data_root, size=32).to(config.device)
+    g, d = joined.players(rngs, partial(networks, config))
     betas = (config.beta1, 0.999)
-    g_optimizer = torch.optim.Adam(generator.parameters(), config.generator_learning_rate, betas)
-    d_optimizer = torch.optim.Adam(
-        discriminator.parameters(), config.discriminator_learning_rate, betas
-    )
-    trace = Trace("d_loss", "g_loss", "data_seconds", "seconds")
+    g_optimizer = torch.optim.Adam(g.parameters(), config.generator_learning_rate, betas)
+    d_optimizer = torch.optim.Adam(d.parameters(), config.discriminator_learning_rate, betas)
+    numbers = range(config.seeds)
+    losses = [f"{player}_loss{number}" for player in "dg" for number in numbers]
+    trace = Trace(*losses, "data_seconds", "seconds")
 
     def noise(count: int = config.batch_size) -> Tensor:
-        return torch.randn(count, config.noise_size, generator=rng, device=config.device)
+        return rngs.normal(count, config.noise_size)
 
-    def real(count: int = config.batch_size) -> Tensor:
-        return colors.coloured(data.sample(count, rng), colors.draw(count, rng), rng)
+    def real() -> Tensor:
+        return joined.last(rngs.draw(partial(batch, data, config.batch_size)))
 
     held_out = noise(config.samples)
-    of_data, again = (colors.foreground(real(config.samples)) for _ in range(2))
-    references = {
-        "js_floor": colors.js_divergence(of_data, again),
-        "js_single_colour": colors.js_divergence(
-            of_data, of_data.mean(0).expand(config.samples, 3)
-        ),
-        "discarded_data": 1 - len(of_data) / config.samples,
-    }
+
+    def references(rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Return colours of data, and what the metrics are compared with."""
+        of_data, again = (colors.foreground(batch(data, config.samples, rng)) for _ in range(2))
+        single = of_data.mean(0).expand(config.samples, 3)
+        return of_data, {
+            "js_floor": colors.js_divergence(of_data, again),
+            "js_single_colour": colors.js_divergence(of_data, single),
+            "discarded_data": 1 - len(of_data) / config.samples,
+        }
+
+    known = rngs.each(references)
 
     @torch.no_grad()
     def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Tensor]:
-        generator.eval()
-        samples = torch.cat([generator(z) for z in held_out.split(colors.CHUNK)])
-        generator.train()
-        found = colors.foreground(samples)
-        start = earlier[-1]["pairs"] if earlier else 0
-        spread = found.var(0).sum() if len(found) > 1 else torch.zeros(())
-        row = {
-            "player_updates": 2 * pairs,
-            "js_divergence": colors.js_divergence(of_data, found),
-            "discarded": 1 - len(found) / config.samples,
-            "colour_variance": (spread / of_data.var(0).sum()).item(),
-            "d_loss": trace.mean("d_loss", start),
-            "g_loss": trace.mean("g_loss", start),
-            "seconds_a_pair": trace.median("seconds"),
-            "data_seconds_a_pair": trace.median("data_seconds"),
-        }
-        return row | references, as_bytes(samples[:16]).cpu()
+        start, each = earlier[-1]["pairs"] if earlier else 0, []
+        g.eval()
+        for number, (of_data, compared) in enumerate(known):
+            parts = held_out[number].split(colors.CHUNK)
+            found = torch.cat([colors.foreground(g[number](z)) for z in parts])
+            spread = found.var(0).sum() if len(found) > 1 else torch.zeros(())
+            row = {
+                "js_divergence": colors.js_divergence(of_data, found),
+                "discarded": 1 - len(found) / config.samples,
+                "colour_variance": (spread / of_data.var(0).sum()).item(),
+                "d_loss": trace.mean(f"d_loss{number}", start),
+                "g_loss": trace.mean(f"g_loss{number}", start),
+                "seconds_a_pair": trace.median("seconds") / config.seeds,
+                "data_seconds_a_pair": trace.median("data_seconds") / config.seeds,
+            }
+            each.append(row | compared)
+        shown = g[0](held_out[0, :16])
+        g.train()
+        return {"player_updates": 2 * pairs, "each": each}, as_bytes(shown).cpu()
 
-    game = unroll.NonSaturating()
-    unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator, d_optimizer, game, unroll_steps=config.unroll_steps
-    )
-    parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
-    parts |= {"trace": trace}
-    for _ in study.pairs(config, options, line, parts, rng, evaluate):
+    game = seeds.SideBySide(unroll.NonSaturating(), config.seeds)
+    how = {"unroll_steps": config.unroll_steps, "compile": config.compile}
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **how)
+    parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer, "trace": trace}
+    for _ in study.pairs(config, options, line, parts, rngs, evaluate):
         began = time.process_time()
         d_images = real()
         g_images = real() if config.unroll_steps else d_images  # f_0 uses none
         data_seconds = time.process_time() - began
-        d_loss = game.discriminator_loss(discriminator, generator(noise()).detach(), d_images)
-        study.step(d_optimizer, d_loss)
+        d_losses = game.discriminator_losses(d, g(noise()).detach(), d_images)
+        study.step(d_optimizer, d_losses.sum())
 
-        g_loss = unrolled(generator(noise()), g_images)
-        study.step(g_optimizer, g_loss)
+        fake = g(noise())
+        g_losses = game.generator_losses(unrolled.unroll(fake, g_images), fake)
+        study.step(g_optimizer, g_losses.sum())
         seconds = time.process_time() - began
-        trace.add(d_loss=d_loss, g_loss=g_loss, data_seconds=data_seconds, seconds=seconds)
+        values = dict(zip(losses, [*d_losses, *g_losses], strict=True))
+        trace.add(**values, data_seconds=data_seconds, seconds=seconds)
 
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
-    last = log["history"][-1]
-    rate = config.batch_size / last["seconds_a_pair"]
-    return [records.row(record, config, {**last, "images_a_second": rate}, log)]
+    last = [row for row in seeds.model_rows(record, config, log) if row["pairs"] == config.pairs]
+    return [{**row, "images_a_second": config.batch_size / row["seconds_a_pair"]} for row in last]
 
 
 def report(
@@ -163,7 +180,8 @@ def report(
             mean, error = moments(values)
             ax.errorbar(x, mean, error, fmt="o", color=color, label=label)
             ax.plot([x] * len(values), values, ".", color=color, alpha=0.35)
-    floor = moments([log["history"][-1]["js_floor"] for log in logs])[0]
+    last = [history[-1] for own in histories.values() for history in own]
+    floor = moments([row["js_floor"] for row in last])[0]
     ax.axhline(floor, color="0.6", linestyle="--", linewidth=1, label="data against data")
     ax.set_xticks(range(len(steps)), [str(k) for k in steps])
     ax.set(xlabel="look-ahead steps K", ylabel="JS divergence of colours, nats", ylim=(0, None))

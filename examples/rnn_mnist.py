@@ -6,6 +6,8 @@ convolutional discriminator. Its claims: without unrolling (K = 0) the generator
 and "rotates through a sequence of single modes"; with K = 20 it "disperses and appears to cover the
 whole data distribution".
 
+Seeds are trained side by side: the models and their draws are those of each alone.
+
     python examples/rnn_mnist.py                        K = 0 and 20 at a small scale
     python examples/rnn_mnist.py --preset paper         Appendix C, for a GPU or patience
 """
@@ -18,14 +20,14 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lab import records, study
+from lab import seeds, study
 from lab.data import digits
 from lab.data.mixtures import rotation
 from lab.data.pixels import as_bytes
 from lab.figures import images
 from lab.metrics import classifier, coverage
-from lab.networks import lstm
-from torch import Tensor
+from lab.networks import joined, lstm
+from torch import Tensor, nn
 
 import unroll
 
@@ -39,7 +41,7 @@ CURVES = {
 
 
 @dataclass(frozen=True)
-class Config(study.OneModel):
+class Config(study.SideBySide):
     """One run: Appendix C. "Ours" marks a choice where the paper is silent."""
 
     unroll_steps: int = 20  # K, look-ahead steps of D in G's loss
@@ -50,7 +52,7 @@ class Config(study.OneModel):
     noise_size: int = 256  # of the generator's input
     width: int = 256  # of the LSTM and the layer before it
     initial_state: Literal["both", "hidden", "cell"] = "both"  # what the noise becomes (ours)
-    compile: bool = False  # compile the look-ahead step and its adjoint
+    compile: bool = True  # compile the look-ahead step and its adjoint
     samples: int = 10_000  # behind every metric (ours)
     classifier: str = ""
     classifier_accuracy: float = 0.0
@@ -72,22 +74,31 @@ class Options(classifier.Options):
     standard_pairs: int | None = None  # at K = 0, to compare at equal time too; else as many
 
 
+def networks(config: Config, rng: torch.Generator) -> tuple[nn.Module, nn.Sequential]:
+    """Return G and D."""
+    g = lstm.Generator(config.noise_size, config.width, config.initial_state, rng)
+    return g, lstm.discriminator(rng)
+
+
 def train(config: Config, options: Options, line: int) -> None:
     torch.set_num_threads(1)  # the networks are small
-    weights = torch.Generator().manual_seed(config.seed)
-    generator = lstm.Generator(config.noise_size, config.width, config.initial_state, weights)
-    d = lstm.discriminator(weights).to(config.device)
-    generator.to(config.device)
+    weights = seeds.generators(replace(config, device="cpu"))
+    g, d = joined.players(weights, partial(networks, config))
+    g.to(config.device)
+    d.to(config.device)
     betas = (config.beta1, 0.999)
-    g_optimizer = torch.optim.Adam(generator.parameters(), config.learning_rate, betas)
+    g_optimizer = torch.optim.Adam(g.parameters(), config.learning_rate, betas)
     d_optimizer = torch.optim.Adam(d.parameters(), config.learning_rate, betas)
     data = digits.mnist(options.data_root).to(config.device)
     counter = classifier.load(options.classifier, config.device)
     variance = data.at(torch.arange(config.samples, device=config.device)).var(0).sum()
-    rng = torch.Generator(config.device).manual_seed(config.seed)
+    rngs = seeds.generators(config)
 
     def noise(count: int = config.batch_size) -> Tensor:
-        return torch.randn(count, config.noise_size, generator=rng, device=config.device)
+        return rngs.normal(count, config.noise_size)
+
+    def real() -> Tensor:
+        return joined.last(rngs.draw(partial(data.sample, config.batch_size)))
 
     held_out = noise(config.samples)
     ticked = time.process_time()
@@ -95,41 +106,45 @@ def train(config: Config, options: Options, line: int) -> None:
     @torch.no_grad()
     def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Tensor]:
         nonlocal ticked
-        spent = time.process_time() - ticked if pairs else 0.0
-        before = earlier[-1]["cpu_seconds"] if earlier else 0.0
-        samples = torch.cat([generator(z) for z in held_out.split(1000)])
-        found = coverage.class_metrics(classifier.classify(counter, samples))
-        row = {
-            "player_updates": 2 * pairs,
-            "classes": found["classes"],
-            "class_entropy": found["class_entropy"],
-            "largest_mode": found["dominant_class"],
-            "largest_mode_share": found["dominant_share"],
-            "spread": (samples.var(0).sum() / variance).item(),
-        }
-        row |= rotation([*earlier, row]) | {"cpu_seconds": round(before + spent, 2)}
+        spent = (time.process_time() - ticked) / config.seeds if pairs else 0.0
+        each = []
+        for number, one in enumerate(g):
+            samples = torch.cat([one(z) for z in held_out[number].split(1000)])
+            found = coverage.class_metrics(classifier.classify(counter, samples))
+            row = {
+                "classes": found["classes"],
+                "class_entropy": found["class_entropy"],
+                "largest_mode": found["dominant_class"],
+                "largest_mode_share": found["dominant_share"],
+                "spread": (samples.var(0).sum() / variance).item(),
+            }
+            own = seeds.of_seed(earlier, number)
+            before = own[-1]["cpu_seconds"] if own else 0.0
+            each.append(row | rotation([*own, row]) | {"cpu_seconds": round(before + spent, 2)})
+        shown = g[0](held_out[0, :16])
         ticked = time.process_time()
-        return row, as_bytes(samples[:16]).cpu()
+        return {"player_updates": 2 * pairs, "each": each}, as_bytes(shown).cpu()
 
-    game = GAMES[config.game]
-    unrolled = unroll.UnrolledGeneratorLoss(
-        d, d_optimizer, game, unroll_steps=config.unroll_steps, compile=config.compile
-    )
-    parts = {"g": generator, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
-    for _ in study.pairs(config, options, line, parts, rng, evaluate):
-        real = data.sample(config.batch_size, rng)
-        d_loss = game.discriminator_loss(d, generator(noise()).detach(), real)
+    game = seeds.SideBySide(GAMES[config.game], config.seeds)
+    how = {"unroll_steps": config.unroll_steps, "compile": config.compile}
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **how)
+    parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    for _ in study.pairs(config, options, line, parts, rngs, evaluate):
+        batch = real()
+        d_loss = game.discriminator_loss(d, g(noise()).detach(), batch)
         study.step(d_optimizer, d_loss)
 
-        g_loss = unrolled(generator(noise()), data.sample(config.batch_size, rng))
+        g_loss = unrolled(g(noise()), real())
         study.step(g_optimizer, g_loss)
 
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
-    own = [row for row in log["history"] if row["pairs"]]
-    last = own[-1]["pairs"]
-    kept = [row for row in own if row["pairs"] % config.record_every == 0 or row["pairs"] == last]
-    return [records.row(record, config, row, log) for row in kept]
+    return [
+        row
+        for row in seeds.model_rows(record, config, log, apart=())
+        if row["pairs"] == config.pairs
+        or (row["pairs"] and row["pairs"] % config.record_every == 0)
+    ]
 
 
 def report(

@@ -8,6 +8,8 @@ Presets: `paper` has the networks and sizes of Appendix E and the rates and leng
 since E has none of its own; `long` lasts as long as PacGAN's re-run of it; `small` is `paper` with
 rates and batches with which a few hundred pairs on a CPU tell something.
 
+Seeds are trained side by side: the models and their draws are those of each alone.
+
     python examples/stacked_mnist.py                                  K = 0 and 10 at both sizes
     python examples/stacked_mnist.py --preset paper --unroll-steps 0 1 5 10 --seeds 10 --record
     python examples/stacked_mnist.py --networks D --size 1 --unroll-steps 0
@@ -16,18 +18,18 @@ rates and batches with which a few hundred pairs on a CPU tell something.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from lab import records, runs, study
+from lab import records, runs, seeds, study
 from lab.data import digits
 from lab.data.pixels import as_bytes
 from lab.figures import images
 from lab.metrics import classifier, coverage
-from lab.networks import dcgan
+from lab.networks import dcgan, joined
 from torch import Tensor, nn
 
 import unroll
@@ -37,7 +39,7 @@ WIDTHS = {"E": 1 / 8, "D": 1.0}  # of the appendices' networks, compared to D's
 
 
 @dataclass(frozen=True)
-class Config(study.OneModel):
+class Config(study.SideBySide):
     """One run. "Ours" marks a choice where the paper is silent."""
 
     unroll_steps: int = 10  # K, look-ahead steps of D in G's loss
@@ -50,6 +52,7 @@ class Config(study.OneModel):
     beta1: float = 0.5  # that of Appendices A and C
     samples: int = 25_600  # behind the metrics at the end, as in the paper
     curve_samples: int = 2_560  # behind those over training
+    compile: bool = True  # compile the look-ahead step and its adjoint
     classifier: str = ""
     evaluate_every: int = 2000  # pairs
     pairs: int = 50_000  # of updates, D first (ours); Appendix D counts 100,000 single ones
@@ -85,47 +88,45 @@ def networks(config: Config, rng: torch.Generator) -> tuple[nn.Sequential, nn.Se
     return generator, dcgan.discriminator(width * config.size, rng)
 
 
-@torch.no_grad()
-def generated(network: nn.Module, noise: Tensor) -> Tensor:
-    """Return samples, with BatchNorm's running statistics (PacGAN: those of the batch)."""
-    network.eval()
-    samples = torch.cat([network(part) for part in noise.split(128)])
-    network.train()
-    return samples
-
-
 def train(config: Config, options: classifier.Options, line: int) -> None:
     torch.set_num_threads(1)  # the networks are tiny
-    rng = torch.Generator(config.device).manual_seed(config.seed)
+    rngs = seeds.generators(config)
     data = digits.mnist(options.data_root, size=config.image_size).to(config.device)
     judge = classifier.load(options.classifier, config.device)
-    g, d = networks(config, rng)
+    g, d = joined.players(rngs, partial(networks, config))
     betas = (config.beta1, 0.999)
     g_optimizer = torch.optim.Adam(g.parameters(), config.generator_learning_rate, betas)
     d_optimizer = torch.optim.Adam(d.parameters(), config.discriminator_learning_rate, betas)
 
     def noise(count: int = config.batch_size) -> Tensor:
-        return torch.randn(count, config.noise_size, generator=rng, device=config.device)
+        return rngs.normal(count, config.noise_size)
 
     def real() -> Tensor:
-        return data.stacks(config.batch_size, rng)
+        return joined.last(rngs.draw(partial(data.stacks, config.batch_size)))
 
     held_out = noise(config.samples)
 
+    @torch.no_grad()
     def evaluate(pairs: int, _: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Tensor]:
-        count = config.samples if pairs == config.pairs else config.curve_samples
-        samples = generated(g, held_out[:count])
-        labels = coverage.stack_labels(classifier.classify(judge, samples))
-        curve = coverage.mode_metrics(labels[: config.curve_samples], MODES)
-        whole = coverage.mode_metrics(labels, MODES)
-        row = {name: value if pairs == config.pairs else "" for name, value in whole.items()}
-        row |= {f"curve_{name}": value for name, value in curve.items()}
-        return {"player_updates": 2 * pairs, **row}, as_bytes(samples[:16]).cpu()
+        ends, each = pairs == config.pairs, []
+        g.eval()  # with BatchNorm's running statistics (PacGAN: those of the batch)
+        for one, z in zip(g, held_out, strict=True):
+            parts = z[: config.samples if ends else config.curve_samples].split(128)
+            found = torch.cat([classifier.classify(judge, one(part)) for part in parts])
+            labels = coverage.stack_labels(found)
+            curve = coverage.mode_metrics(labels[: config.curve_samples], MODES)
+            whole = coverage.mode_metrics(labels, MODES)
+            row = {name: value if ends else "" for name, value in whole.items()}
+            each.append(row | {f"curve_{name}": value for name, value in curve.items()})
+        shown = g[0](held_out[0, :16])
+        g.train()
+        return {"player_updates": 2 * pairs, "each": each}, as_bytes(shown).cpu()
 
-    game = unroll.NonSaturating()
-    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, unroll_steps=config.unroll_steps)
+    game = seeds.SideBySide(unroll.NonSaturating(), config.seeds)
+    how = {"unroll_steps": config.unroll_steps, "compile": config.compile}
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **how)
     parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
-    for _ in study.pairs(config, options, line, parts, rng, evaluate):
+    for _ in study.pairs(config, options, line, parts, rngs, evaluate):
         d_loss = game.discriminator_loss(d, g(noise()).detach(), real())
         study.step(d_optimizer, d_loss)
 
@@ -134,10 +135,7 @@ def train(config: Config, options: classifier.Options, line: int) -> None:
 
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
-    settings = records.renamed(asdict(config))
-    about = {"device": settings.pop("device"), **log["provenance"]}
-    own = [row for row in log["history"] if row["pairs"]]
-    return [{"experiment": record, **settings, **row, **about} for row in own]
+    return [row for row in seeds.model_rows(record, config, log) if row["pairs"]]
 
 
 def report(

@@ -2,42 +2,38 @@
 
 For each experiment, preset and K: pairs of one D and one G update are timed, in seconds of the
 process on one core, and so is the making of their real batches (stacking, colouring), which is to
-be below 2 % of a pair with K = 0.
+be below 2 % of a pair with K = 0. Of models that are trained side by side, one's part counts.
 
     python examples/throughput.py --record
     python examples/throughput.py --experiments stacked_mnist --presets paper --timed 50
+    python examples/throughput.py --against ../another/checkout
 """
 
-import importlib
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
-import torch
 import tyro
-from lab import records, runs, study
-from lab.data import colors, digits
+from lab import records, study, timed
 from lab.metrics import classifier
 
-WARM_UP = 2
+EXAMPLES = Path(__file__).resolve().parent
+WARM_UP = 3
 STEPS = {
     "stacked_mnist": (0, 1, 5, 10),
     "colored_mnist": (0, 1, 5, 10),
     "gan_mnist": (0, 5),
     "rnn_mnist": (0, 20),
 }
-DATA = (
-    (digits.Digits, "sample"),
-    (digits.Digits, "stacks"),
-    (colors, "draw"),
-    (colors, "coloured"),
-)
 KEY = ("experiment", "preset", "unroll_steps", "batch_size", "torch", "revision")
 
 
@@ -47,83 +43,79 @@ class Options(classifier.Options):
 
     experiments: tuple[Literal[tuple(STEPS)], ...] = tuple(STEPS)
     presets: tuple[Literal["small", "paper"], ...] = ("small", "paper")
+    unroll_steps: tuple[int, ...] = ()
+    """Look-ahead steps, if not those of the experiment."""
+    batch_sizes: tuple[int, ...] = ()
+    """Those to time, if not the preset's."""
+    seeds: int = 8
+    """Models that are trained side by side, where the experiment can."""
+    against: Path | None = None
+    """A checkout of another revision, whose pairs are timed by turns with these."""
     timed: int = 10
     """Pairs to time."""
     most_seconds: float = 20.0
     """None is begun after that many, but one is timed."""
 
 
-class Clock:
-    """Adds up the seconds that functions take."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            began = time.process_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds += time.process_time() - began
-
-        return call
-
-
-def measured(module: Any, config: Any, options: Options) -> dict[str, float]:
-    """Return how many pairs were timed, and the median of their seconds and of their data's."""
-    clock, seconds, of_data = Clock(), [], []
-
-    def pairs(*_: Any, **__: Any) -> Iterator[int]:
-        started = time.process_time()
-        for pair in range(1, WARM_UP + options.timed + 1):
-            began, clock.seconds = time.process_time(), 0.0
-            yield pair
-            if pair > WARM_UP:
-                seconds.append(time.process_time() - began)
-                of_data.append(clock.seconds)
-            if seconds and time.process_time() - started > options.most_seconds:
-                break
-
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(study, "pairs", pairs))
-        for owner, name in DATA:
-            stack.enter_context(mock.patch.object(owner, name, clock.timed(getattr(owner, name))))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        own = {"data_root": options.data_root, "classifier": options.classifier, "out": folder}
-        names = type(module.Options()).__match_args__
-        given = {name: value for name, value in own.items() if name in names}
-        module.train(config, replace(module.Options(), **given), 0)
-    return {
-        "pairs": len(seconds),
-        "seconds_a_pair": statistics.median(seconds),
-        "data_seconds_a_pair": statistics.median(of_data),
-    }
+def server(root: Path, *given: Any) -> subprocess.Popen[str]:
+    """Start what times pairs with the code of a checkout."""
+    path = str(root / "examples"), str(root)
+    code = f"import runpy, sys; sys.path[:0] = {path}; runpy.run_path({timed.__file__!r})"
+    code += f"['serve'](*{given!r})"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], text=True, **pipes)
 
 
 def rows(options: Options) -> Iterator[dict[str, Any]]:
-    """Measure what the command line asks for, a row an experiment, preset and K."""
-    provenance = runs.provenance()
+    """Measure what the command line asks for, a row an experiment, preset, K and revision."""
     for name in options.experiments:
-        module = importlib.import_module(name)
-        for preset in options.presets:
-            for k in STEPS[name]:
-                config = replace(module.PRESETS[preset], unroll_steps=k)
-                config = module.own(config) if name == "gan_mnist" else config
-                found = measured(module, config, options)
-                yield {
-                    "experiment": name,
-                    "preset": preset,
-                    "unroll_steps": k,
-                    "batch_size": config.batch_size,
-                    "preset_pairs": config.pairs,
-                    **found,
-                    "images_a_second": config.batch_size / found["seconds_a_pair"],
-                    "cores": torch.get_num_threads(),
-                    "device": "cpu",
-                    **provenance,
-                }
+        steps, sizes = options.unroll_steps or STEPS[name], options.batch_sizes or (None,)
+        for preset, k, size in product(options.presets, steps, sizes):
+            own = {"unroll_steps": k, "seeds": options.seeds}
+            own |= {"batch_size": size} if size else {}
+            with tempfile.TemporaryDirectory() as folder:
+                for about, seconds in by_turns(options, name, preset, own, folder):
+                    models = about.pop("models")
+                    pair, data = (
+                        statistics.median(each) / models for each in zip(*seconds, strict=True)
+                    )
+                    yield {
+                        "experiment": name,
+                        "preset": preset,
+                        "unroll_steps": k,
+                        **about,
+                        "pairs": len(seconds),
+                        "seconds_a_pair": pair,
+                        "data_seconds_a_pair": data,
+                        "images_a_second": about["batch_size"] / pair,
+                        "cores": 1,
+                        "device": "cpu",
+                    }
+
+
+def by_turns(
+    options: Options, name: str, preset: str, own: dict[str, Any], folder: str
+) -> list[tuple[dict[str, Any], list[list[float]]]]:
+    """Return what is known of each side, and the seconds of its pairs and of their data."""
+    files = {"data_root": options.data_root, "classifier": options.classifier, "out": folder}
+    given = name, preset, own, {n: str(path) for n, path in files.items() if path}
+    roots = [EXAMPLES.parent, *([options.against] if options.against else [])]
+    with ExitStack() as stack:
+        sides = [stack.enter_context(server(root, *given)) for root in roots]
+        read = [json.loads(side.stdout.readline()) for side in sides]
+        seconds: list[list[list[float]]] = [[] for _ in sides]
+        began = time.perf_counter()
+        for turn in range(WARM_UP + options.timed):
+            for side, found in zip(sides, seconds, strict=True):
+                print(file=side.stdin, flush=True)
+                found.append(json.loads(side.stdout.readline()))
+            if turn < WARM_UP:
+                began = time.perf_counter()
+            elif time.perf_counter() - began > options.most_seconds:
+                break
+        for side in sides:
+            side.communicate()
+    return [(about, found[WARM_UP:]) for about, found in zip(read, seconds, strict=True)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -136,9 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows(options):
         share = row["data_seconds_a_pair"] / row["seconds_a_pair"]
         print(
-            f"{row['experiment']}, {row['preset']}, K = {row['unroll_steps']}: "
-            f"{1e3 * row['seconds_a_pair']:.1f} ms a pair, data {100 * share:.2f} %, "
-            f"{row['images_a_second']:,.0f} images/s",
+            f"{row['experiment']}, {row['preset']}, K = {row['unroll_steps']}, batches of "
+            f"{row['batch_size']}, {row['revision']}: {1e3 * row['seconds_a_pair']:.1f} ms a pair, "
+            f"data {100 * share:.2f} %, {row['images_a_second']:,.0f} images/s",
             flush=True,
         )
         if options.record:

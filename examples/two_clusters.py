@@ -112,7 +112,7 @@ def train(config: Config, options: study.Options, line: int) -> None:
         for _ in range(ALONE):
             d_loss = game.discriminator_loss(discriminator, generator(z).detach(), real)
             study.step(d_optimizer, d_loss)
-    d_losses = game.losses(discriminator, generator(z), real)
+    d_losses = game.discriminator_losses(discriminator, generator(z), real).tolist()
 
     @torch.no_grad()
     def evaluate(epochs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
@@ -136,7 +136,7 @@ def train(config: Config, options: study.Options, line: int) -> None:
         fake = generator(z).detach()
         for _ in range(config.discriminator_steps):
             study.step(d_optimizer, game.discriminator_loss(discriminator, fake, real))
-        d_losses = game.losses(discriminator, fake, real)
+        d_losses = game.discriminator_losses(discriminator, fake, real).tolist()
 
         for _ in range(config.generator_steps):
             study.step(g_optimizer, unrolled(generator(z), real))

@@ -58,8 +58,9 @@ def trained(name: str, folder: Path, *lengths: int, options: Any = None, **setti
         module.train(config, replace(options, resume=number > 0), 0)
     content = torch.load(config.checkpoint(folder), weights_only=True)
     for row in content["log"]["history"]:
-        for timing in TIMINGS & row.keys():
-            del row[timing]
+        for own in (row, *row.get("each", ())):
+            for timing in TIMINGS & own.keys():
+                del own[timing]
     return content
 
 

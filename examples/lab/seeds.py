@@ -31,7 +31,11 @@ class Generators:
 
     def draw(self, sample: Callable[[torch.Generator], Tensor]) -> Tensor:
         """Return what `sample` draws for each seed, stacked."""
-        return torch.stack([sample(rng) for rng in self._each])
+        return torch.stack(self.each(sample))
+
+    def each(self, make: Callable[[torch.Generator], Any]) -> list[Any]:
+        """Return what `make` makes for each seed."""
+        return [make(rng) for rng in self._each]
 
     def get_state(self) -> Tensor:
         return torch.stack([rng.get_state() for rng in self._each])
@@ -47,42 +51,36 @@ def generators(config: Any) -> Generators:
 
 
 class Linears(nn.Module):
-    """An `nn.Linear` for each seed; `gain` is of orthogonal weights, else they are PyTorch's."""
+    """An `nn.Linear` for each seed, of weights `(seeds, outputs, inputs)`."""
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        rngs: Generators,
-        *,
-        bias: bool = True,
-        gain: float | None = None,
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(inputs)
-
-        def uniform(*shape: int) -> nn.Parameter:
-            def draw(rng: torch.Generator) -> Tensor:
-                drawn = torch.rand(*shape, generator=rng, device=rng.device)
-                return bound * (2 * drawn - 1)
-
-            return nn.Parameter(rngs.draw(draw))
-
-        def orthogonal(rng: torch.Generator) -> Tensor:
-            weight = torch.empty(outputs, inputs, device=rng.device)
-            return nn.init.orthogonal_(weight, gain or 0.0, generator=rng)
-
-        if gain is None:
-            self.weight = uniform(outputs, inputs)
-            self.bias = uniform(outputs, 1) if bias else None
-        else:
-            self.weight = nn.Parameter(rngs.draw(orthogonal))
-            zeros = torch.zeros(len(self.weight), outputs, 1, device=rngs.device)
-            self.bias = nn.Parameter(zeros) if bias else None
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return every seed's weights times its samples."""
         return self.weight @ x if self.bias is None else torch.baddbmm(self.bias, self.weight, x)
+
+
+def linears(
+    inputs: int, outputs: int, rngs: Generators, *, bias: bool = True, gain: float | None = None
+) -> Linears:
+    """Return new ones; `gain` is of orthogonal weights, else they are PyTorch's."""
+
+    def uniform(*shape: int) -> Tensor:
+        drawn = rngs.draw(lambda rng: torch.rand(*shape, generator=rng, device=rng.device))
+        return 1 / math.sqrt(inputs) * (2 * drawn - 1)
+
+    def orthogonal(rng: torch.Generator) -> Tensor:
+        weight = torch.empty(outputs, inputs, device=rng.device)
+        return nn.init.orthogonal_(weight, gain or 0.0, generator=rng)
+
+    weight = uniform(outputs, inputs) if gain is None else rngs.draw(orthogonal)
+    if not bias:
+        return Linears(weight)
+    zeros = torch.zeros(len(weight), outputs, 1, device=rngs.device)
+    return Linears(weight, uniform(outputs, 1) if gain is None else zeros)
 
 
 def perceptrons(
@@ -93,11 +91,11 @@ def perceptrons(
     last_bias: bool = True,
     gain: float | None = None,
 ) -> nn.Sequential:
-    """Return a perceptron for each seed, linear at the end; `gain` is that of `Linears`."""
+    """Return a perceptron for each seed, linear at the end; `gain` is that of `linears`."""
     layers: list[nn.Module] = []
     for number, (inputs, outputs) in enumerate(pairwise(sizes), start=2):
         bias = last_bias or number < len(sizes)
-        layers += [Linears(inputs, outputs, rngs, bias=bias, gain=gain), ACTIVATIONS[activation]()]
+        layers += [linears(inputs, outputs, rngs, bias=bias, gain=gain), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -116,15 +114,38 @@ class SideBySide:
     def generator_loss(self, discriminator: Callable[[Any], Any], fake: Any, real: Any) -> Tensor:
         return self.seeds * self.game.generator_loss(discriminator, fake, real)
 
-    @torch.no_grad()
-    def losses(self, discriminator: nn.Module, fake: Tensor, real: Tensor) -> list[float]:
+    def discriminator_losses(
+        self, discriminator: Callable[[Any], Any], fake: Tensor, real: Tensor
+    ) -> Tensor:
         """Return D's loss of each seed."""
-        pairs = zip(discriminator(fake), discriminator(real), strict=True)
-        return [self.game.discriminator_loss(_itself, *logits).item() for logits in pairs]
+        of_real = discriminator(real)  # first, as games do, for what BatchNorm remembers
+        pairs = zip(discriminator(fake), of_real, strict=True)
+        return torch.stack([self.game.discriminator_loss(_itself, *logits) for logits in pairs])
+
+    def generator_losses(self, discriminator: Callable[[Any], Any], fake: Tensor) -> Tensor:
+        """Return G's loss of each seed, of a game in which the fakes alone make it."""
+        each = discriminator(fake)
+        return torch.stack([self.game.generator_loss(_itself, logits, logits) for logits in each])
 
 
 def _itself(logits: Tensor) -> Tensor:
     return logits
+
+
+def model_rows(
+    experiment: str, config: Any, log: Mapping[str, Any], *, apart: Sequence[str] = ("compile",)
+) -> list[dict[str, Any]]:
+    """Return what is kept of every model over training, with its part of the seconds."""
+    apart = ("device", "first_seed", "seeds", *apart)
+    everything = records.renamed(asdict(config))
+    settings = {name: value for name, value in everything.items() if name not in apart}
+    about = {"device": config.device, **log["provenance"]}
+    return [
+        {"experiment": experiment, **settings, "seed": config.first_seed + number}
+        | {**row, "seconds": round(row["seconds"] / config.seeds, 2), **about}
+        for number, history in enumerate(histories(log))
+        for row in history
+    ]
 
 
 def histories(log: Mapping[str, Any]) -> list[list[dict[str, Any]]]:

@@ -331,7 +331,9 @@ def _seconds(config: Any, record: Path) -> float:
     length = "epochs" if "epochs" in wanted else "pairs"
     if found.empty or length not in wanted:
         return float("nan")
-    return float((found["seconds"] / found[length]).median() * wanted[length])
+    together = found.get("seeds_together", 1)  # models that the seconds are of
+    per_model = (found["seconds"] / found[length] / together).median()
+    return float(per_model * wanted[length] * wanted.get("seeds", 1))
 
 
 def default_rows(record: str, config: Any, log: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def report(
         folder / f"{name}.png",
         cells,
         [f"{moment:,}" for moment in moments],
-        caption=f"pairs of updates (preset {first.preset}, seed {first.seed})",
+        caption=f"pairs of updates (preset {first.preset}, seed {options.first_seed})",
     )
     shortest = {k: min(map(len, own)) for k, own in histories.items()}
     drawn = {k: [history[: shortest[k]] for history in own] for k, own in histories.items()}
