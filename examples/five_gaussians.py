@@ -46,6 +46,7 @@ class Config(study.SideBySide):
     beta2: float = 0.9  # Adam's
     noise_size: int = 2  # of the generator's input
     samples: int = 2500  # behind every metric
+    compile: bool = True  # compile the look-ahead step and its adjoint
     evaluate_every: int = 250  # pairs
     pairs: int = 20_000  # of an update of D and one of G
     batch_size: int = 128
@@ -101,6 +102,7 @@ def train(config: Config, options: study.Options, line: int) -> None:
         d_optimizer,
         game,
         unroll_steps=config.unroll_steps,
+        compile=config.compile,
         stop_gradient=config.stop_gradient,
         project=normalised if config.normalise else None,
     )

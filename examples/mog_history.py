@@ -35,6 +35,7 @@ class Config(study.SideBySide):
     generator_steps: int = 1  # updates of G a pair
     learning_rate: float = 1e-4  # Adam's, of both players
     samples: int = 2500  # behind every metric
+    compile: bool = True  # compile the look-ahead step and its adjoint
     evaluate_every: int = 250  # pairs
     members: int = 1  # N; 1 is the standard GAN
     delay: int = 1  # updates of D from one member to the next
@@ -115,7 +116,7 @@ def train(config: Config, options: study.Options, line: int) -> None:
 
     game = seeds.SideBySide(unroll.Minimax(), config.seeds)
     unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator, d_optimizer, game, unroll_steps=config.unroll_steps
+        discriminator, d_optimizer, game, unroll_steps=config.unroll_steps, compile=config.compile
     )
     evaluate = planar.evaluation(generator, noise(config.samples), mixture, window=planar.WINDOW)
     parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}

@@ -42,6 +42,7 @@ class Config(study.SideBySide):
     radius: float = 2.0  # of the ring
     deviation: float = 0.02  # of every mode
     samples: int = 2500  # behind every metric
+    compile: bool = True  # compile the look-ahead step and its adjoint
     evaluate_every: int = 900  # pairs
     pairs: int = 27_000  # as far as its figures go; its code stops at 3,000
     batch_size: int = 512
@@ -114,6 +115,7 @@ def train(config: Config, options: study.Options, line: int) -> None:
         d_optimizer,
         game,
         unroll_steps=config.unroll_steps,
+        compile=config.compile,
         stop_gradient=config.stop_gradient,
     )
     evaluate = planar.evaluation(generator, noise(config.samples), mixture)

@@ -44,6 +44,7 @@ class Config(study.SideBySide):
     generator_steps: int = 1  # updates of G for each of D; 5 keeps D out of equilibrium
     learning_rate: float = 1e-4  # Adam's, of both players
     samples: int = 2500  # behind every metric
+    compile: bool = True  # compile the look-ahead step and its adjoint
     evaluate_every: int = 250  # pairs
     stop_gradient: bool = False
     average: bool = False
@@ -92,6 +93,7 @@ def train(config: Config, options: study.Options, line: int) -> None:
         d_optimizer,
         game,
         unroll_steps=config.unroll_steps,
+        compile=config.compile,
     )
     unrolled = look_ahead(stop_gradient=config.stop_gradient, average=config.average)
     whole, held_out = look_ahead(), noise(config.samples)

@@ -63,6 +63,7 @@ class Config(study.SideBySide):
     discriminator_steps: int = 10  # an epoch
     generator_width: int = 5  # of two hidden layers, tanh
     discriminator_width: int = 10  # of two hidden layers, sigmoid
+    compile: bool = True  # compile the look-ahead step and its adjoint
     evaluate_every: int = 10  # epochs
     epochs: int = 5000  # of 10 D and 10 G steps
 
@@ -129,6 +130,7 @@ def train(config: Config, options: study.Options, line: int) -> None:
         d_optimizer,
         game,
         unroll_steps=config.unroll_steps,
+        compile=config.compile,
         stop_gradient=config.stop_gradient,
     )
     parts = {"g": generator, "d": discriminator, "g_sgd": g_optimizer, "d_sgd": d_optimizer}

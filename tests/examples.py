@@ -33,7 +33,9 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def command(name: str, folder: Path, *arguments: object) -> str:
     """Run an experiment in this process, with its checkpoints and records in a folder."""
-    own = ("--out", folder / "out", "--records", folder, "--workers", 1)
+    own = ["--out", folder / "out", "--records", folder, "--workers", 1]
+    if getattr(next(iter(example(name).PRESETS.values())), "compile", False):
+        own.append("--no-compile")  # which takes half a minute
     example(name).main(arguments=list(map(str, (*arguments, *own))))
     return str(folder / "out")
 
@@ -53,6 +55,8 @@ def trained(name: str, folder: Path, *lengths: int, options: Any = None, **setti
     base = next(iter(module.PRESETS.values()))
     length = "epochs" if hasattr(base, "epochs") else "pairs"
     options = replace(options or study.Options(), out=folder)
+    if hasattr(base, "compile"):
+        base = replace(base, compile=False)
     for number, until in enumerate(lengths):
         config = replace(base, **settings, **{length: until})
         module.train(config, replace(options, resume=number > 0), 0)

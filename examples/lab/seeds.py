@@ -167,7 +167,7 @@ def record_rows(
 ) -> list[dict[str, Any]]:
     """Return what is kept of finished runs: settings, last metrics, provenance, a row a seed."""
     size = size or {"pairs": config.pairs, "batch_size": config.batch_size}
-    apart = ("device", "first_seed", "seeds", *size)
+    apart = ("device", "first_seed", "seeds", "compile", *size)
     everything = records.renamed(asdict(config))
     settings = {name: value for name, value in everything.items() if name not in apart}
     rows = []
