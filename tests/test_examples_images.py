@@ -21,6 +21,8 @@ from torch.nn.functional import softplus
 import unroll
 from tests import tiny_mnist
 from tests.examples import ROOT, command, example, refused, rows, same, trained
+from tests.test_compile import as_it_is
+from unroll._modes import backend
 
 MNIST = ("stacked_mnist", "colored_mnist", "rnn_mnist", "gan_mnist")
 FEW = {"samples": 40, "batch_size": 4, "evaluate_every": 2}
@@ -87,6 +89,24 @@ def test_a_run_resumes_to_the_same_numbers(
             for row in content["log"]["history"][:-1]:
                 for each in row["each"]:
                     del each["modes"], each["reverse_kl"]
+    same(once, again)
+
+
+def test_a_compiled_run_resumes_to_the_same_numbers(
+    files: Callable[[str], dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(True)
+        return as_it_is(*arguments, **options)
+
+    monkeypatch.setattr(backend, "generated", counted)  # traced and rounded as compiled code is
+    own, settings = options("rnn_mnist", files("rnn_mnist")), dict(ARMS)["rnn_mnist"]
+    settings = {**settings, "compile": True, "unroll_steps": 2, "learning_rate": 0.01}
+    once = trained("rnn_mnist", tmp_path / "once", 4, options=own, **settings)
+    assert calls
+    again = trained("rnn_mnist", tmp_path / "again", 2, 4, options=own, **settings)
     same(once, again)
 
 

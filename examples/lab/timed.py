@@ -58,7 +58,8 @@ def serve(name: str, preset: str, own: dict[str, Any], files: dict[str, str]) ->
             names = type(module.Options()).__match_args__
             given = {n: path for n, path in paths.items() if n in names}
             module.train(config, replace(module.Options(), **given), 0)
-        else:  # up to 169e8af
-            paths |= {"folder": paths["out"], "classifier_file": paths.get("classifier")}
+        else:  # at 169e8af
+            known = {"data_root": paths.get("data_root"), "folder": paths["out"]}
+            paths = {**known, "classifier_file": paths.get("classifier")}
             given = {n: path for n, path in paths.items() if n in wanted}
             module.train(config, 0, resume=False, **given)
