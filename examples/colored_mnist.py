@@ -137,7 +137,6 @@ def train(config: Config, options: "Options", line: int) -> None:
     game = seeds.SideBySide(unroll.NonSaturating(), config.seeds)
     how = {"unroll_steps": config.unroll_steps, "compile": config.compile}
     unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **how)
-    warm = seeds.Warm(unrolled, compile=config.compile)
     parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer, "trace": trace}
     for _ in study.pairs(config, options, line, parts, rngs, evaluate):
         began = time.process_time()
@@ -147,7 +146,7 @@ def train(config: Config, options: "Options", line: int) -> None:
         d_losses = game.discriminator_losses(d, g(noise()).detach(), d_images)
         study.step(d_optimizer, d_losses.sum())
 
-        fake, _ = warm(g(noise()), g_images)
+        fake = g(noise())
         g_losses = game.generator_losses(unrolled.unroll(fake, g_images), fake)
         study.step(g_optimizer, g_losses.sum())
         seconds = time.process_time() - began

@@ -125,13 +125,12 @@ def train(config: Config, options: classifier.Options, line: int) -> None:
     game = seeds.SideBySide(unroll.NonSaturating(), config.seeds)
     how = {"unroll_steps": config.unroll_steps, "compile": config.compile}
     unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **how)
-    warm = seeds.Warm(unrolled, compile=config.compile)
     parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
     for _ in study.pairs(config, options, line, parts, rngs, evaluate):
         d_loss = game.discriminator_loss(d, g(noise()).detach(), real())
         study.step(d_optimizer, d_loss)
 
-        g_loss = unrolled(*warm(g(noise()), real()))  # a fresh batch (ours)
+        g_loss = unrolled(g(noise()), real())  # a fresh batch (ours)
         study.step(g_optimizer, g_loss)
 
 

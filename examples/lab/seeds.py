@@ -128,25 +128,6 @@ class SideBySide:
         return torch.stack([self.game.generator_loss(_itself, logits, logits) for logits in each])
 
 
-class Warm:
-    """Let the first pair of a process look ahead once for nothing, where that is compiled.
-
-    The very first step of a process is taken before there is code, and code rounds differently: a
-    resumed run would not have the same numbers.
-    """
-
-    def __init__(self, unrolled: unroll.UnrolledGeneratorLoss, *, compile: bool) -> None:
-        self.unrolled = unrolled
-        self.left = compile
-
-    def __call__(self, fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the pair."""
-        if self.left:
-            self.left = False
-            self.unrolled.unroll(fake, real)
-        return fake, real
-
-
 def _itself(logits: Tensor) -> Tensor:
     return logits
 

@@ -107,8 +107,8 @@ class Code:
         self, step: Step, game: Game, point: Point, run: Sequence[Pair], settings: Any, every: bool
     ) -> tuple[list[Point], list[Tensor]]:
         """Take one step or more; return the last point, or every one, and D's losses."""
-        state, settings = game.optimizer.as_inputs(point.optimizer_state, settings, self._varying)
-        point = point._replace(optimizer_state=state)
+        state, inputs = game.optimizer.as_inputs(point.optimizer_state, settings, self._varying)
+        start = point._replace(optimizer_state=state)
         structure = form(state) if game.optimizer.traceable else None
         key = game.discriminator.layers, game.moving, structure
         reached = self._reached.get(key)
@@ -117,13 +117,13 @@ class Code:
             before = random_state(device)
             try:
                 with _quiet():
-                    found = self._run(game, reached, point, run, settings, every)
+                    found = self._run(game, reached, start, run, inputs, every)
                     if not self._compared:
 
                         def single(point: Point, pair: Pair, settings: Any) -> Point:
                             return self._run(game, reached, point, [pair], settings, every)[0][0]
 
-                        given = _alike(game, point, run[0], settings)
+                        given = _alike(game, start, run[0], inputs)
                         compare(single, step, given, before, device)
                 self._compared = self._serves = True
                 return found
@@ -136,12 +136,10 @@ class Code:
                 else:
                     self._give_up(cause(error, self._code))
                 return self._some(step, game, point, run, settings, every)
-        names = None
         if not self._given_up and reached is None:
-            names = self._prepare(game, point, run[0])
+            self._reached[key] = self._prepare(game, start, run[0], inputs)
+            return self._some(step, game, point, run, settings, every)
         following = step(point, run[0], settings)
-        if names is not None:  # a fresh optimizer's first step is not worth compiling
-            self._reached[key] = names if _size(state) == _size(following.optimizer_state) else ()
         return [following], [following.loss]
 
     def _run(
@@ -195,17 +193,22 @@ class Code:
             points.append(Point(parameters, buffers, state, loss))
         return points, losses
 
-    def _prepare(self, game: Game, point: Point, pair: Pair) -> tuple[str, ...]:
-        """Return the parameters that D's loss depends on; give up where code cannot serve."""
+    def _prepare(self, game: Game, point: Point, pair: Pair, settings: Any) -> tuple[str, ...]:
+        """Return the parameters that D's loss depends on; give up where code cannot serve.
+
+        None at a fresh optimizer's first step, which is not worth compiling.
+        """
         device = next(iter(point.parameters.values())).device
         with replayed(random_state(device), device):
             theta = leaves(point.parameters, game.moving)
             _, gradients, buffers = differentiate(
                 game, theta, point.buffers, pair, create_graph=False
             )
+            before = point.optimizer_state
+            _, after = update(game, theta, gradients, before, settings)
         if buffers.keys() != point.buffers.keys():
             self._give_up("D makes or drops a buffer as it runs")
-        return tuple(gradients)
+        return tuple(gradients) if _size(before) == _size(after) else ()
 
     def _give_up(self, reason: str) -> None:
         """Stay eager from now on, and say why, once."""
