@@ -170,7 +170,9 @@ def test_only_the_objective_is_named(make: Callable[[], nn.Module], build: Any) 
     d = make()
     report = checked(d, build(d), Relativistic())
     assert report.verdict == "wrong"
-    assert report.suspicions == ("the objective: its own operations have a wrong derivative",)
+    assert report.suspicions == (
+        "the objective: its own operations have a wrong derivative (does it detach, or use .data?)",
+    )
 
 
 def test_only_the_guilty_layer_is_named() -> None:

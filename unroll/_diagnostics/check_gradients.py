@@ -100,6 +100,6 @@ def check_gradients(
     if not words and (report.verdict != "wrong" or report.suspicions):
         return report
     words = [*report.suspicions, *words] or [
-        "the objective: its own operations have a wrong derivative"
+        "the objective: its own operations have a wrong derivative (does it detach, or use .data?)"
     ]
     return Report("wrong", report.relative_error, tuple(words))
