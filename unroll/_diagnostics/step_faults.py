@@ -148,9 +148,9 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
         return _fit(real, basis, allowed)
 
     def positive(*basis: Tensor) -> list[float]:
-        found = fit(*basis)  # of which each counts
-        counts = [c * float(b.norm()) > allowed for c, b in zip(found, basis, strict=False)]
-        return found if all(counts) else []
+        found = fit(*basis)
+        counted = all(c * float(b.norm()) > allowed for c, b in zip(found, basis, strict=False))
+        return found if counted else []
 
     real, ours = vector(call.real), vector(call.ours)
     # In proportion to what is explained: round-off of a larger gradient explains everything.

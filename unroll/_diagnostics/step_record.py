@@ -86,9 +86,9 @@ class Call:
         eps, self.size = max(torch.finfo(kind).eps for kind in kinds), norm(self.ours)
         # The largest of several: one nudge may leave a sum of a few numbers as it is.
         noise = {n: 10 * max(float((g[n] - found[n]).norm()) for g in nudged) for n in none}
-        self.noise = sum(value**2 for value in noise.values()) ** 0.5
+        self.noise = sum(v**2 for v in noise.values()) ** 0.5
         self.telling = self.noise <= 0.1 * self.size > 0
-        floors = {n: 10 * eps * self.size + value for n, value in noise.items()}
+        floors = {n: 10 * eps * self.size + v for n, v in noise.items()}
         self.off = _differing(self.ours, self.real, floors)
         self.error = _relative(self.ours, self.real)
 
