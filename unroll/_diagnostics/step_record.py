@@ -87,10 +87,11 @@ class Call:
         # The largest of several: one nudge may leave a sum of a few numbers as it is.
         noise = {n: 10 * max(float((g[n] - found[n]).norm()) for g in nudged) for n in none}
         self.noise = sum(v**2 for v in noise.values()) ** 0.5
-        self.telling = self.noise <= 0.1 * self.size > 0
         floors = {n: 10 * eps * self.size + v for n, v in noise.items()}
         self.off = _differing(self.ours, self.real, floors)
         self.error = _relative(self.ours, self.real)
+        certain = self.noise <= 0.1 * self.size or self.error <= TOLERANCE  # more than chance
+        self.telling = certain and self.size > 0
 
         # The update is compared for the loop's gradients: Adam magnifies their round-off.
         self.moves: list[Numbers] = []
