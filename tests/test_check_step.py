@@ -347,6 +347,26 @@ def test_mixed_precision_is_checked_under_the_loops_autocast() -> None:
         right(loss, plain(loss))
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_autocast_rounds_otherwise_in_one_call_of_d(factor: float) -> None:
+    """Which is no fault, though far more than float32's round-off; a weight is one."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        d = net().to(DEVICE)
+        loss = Loss(d, torch.optim.Adam(d.parameters(), 1e-3), unroll_steps=2)
+
+        def step(fake: Tensor, real: Tensor, d: Any = d, loss: Loss = loss) -> None:
+            on_fake, on_real = d(torch.cat([fake, real])).split(len(fake))
+            softplus = nn.functional.softplus
+            loss.optimizer.zero_grad()
+            (factor * (softplus(on_fake).mean() + softplus(-on_real).mean())).backward()
+            loss.optimizer.step()
+
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            report = unroll.check_step(loss, step, batch(), batch() + 1)
+        assert (report.verdict == "wrong") is (factor != 1), report
+
+
 LISTS: dict[str, Callable[[Any, Any], list[Any]]] = {
     "torch": lambda weights, biases: [
         torch.optim.Adam(weights, 1e-3), torch.optim.SGD(biases, 0.1, momentum=0.9)
