@@ -214,6 +214,42 @@ def test_a_loop_in_the_style_of_pytorch_gan() -> None:
     right(Loss(d, optimizer, game, unroll_steps=3), by_criterion(d, optimizer, halved=True))
 
 
+def by_relativistic_average(d: nn.Module, fake: Tensor, real: Tensor) -> Tensor:
+    on_real, on_fake = d(real), d(fake)
+    bce, ones = nn.functional.binary_cross_entropy_with_logits, torch.ones_like(on_real)
+    return bce(on_real - on_fake.mean(), ones) + bce(on_fake - on_real.mean(), 0 * ones)
+
+
+def by_wasserstein(d: nn.Module, fake: Tensor, real: Tensor) -> Tensor:
+    on_fake, on_real = d(torch.cat([fake, real])).split(len(fake))
+    value: Tensor = on_fake.mean() - on_real.mean()
+    return value
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize(
+    ("game", "d_loss"),
+    [
+        (unroll.RelativisticAverage(), by_relativistic_average),
+        (unroll.Wasserstein(), by_wasserstein),
+    ],
+)
+def test_a_gradient_that_is_cancelled_to_round_off(game: Any, d_loss: Any, scale: float) -> None:
+    """That of the last bias: other operations for the same game round otherwise."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        d = nn.Sequential(nn.Linear(64, 16), nn.LeakyReLU(0.2), nn.Linear(16, 1)).to(DEVICE)
+        optimizer = torch.optim.Adam(d.parameters(), 2e-4, betas=(0.5, 0.999))
+
+        def step(fake: Tensor, real: Tensor, d: Any = d, optimizer: Any = optimizer) -> None:
+            optimizer.zero_grad()
+            d_loss(d, fake, real).backward()
+            optimizer.step()
+
+        pair = [scale * torch.rand(7, 64, device=DEVICE) for _ in range(2)]
+        right(Loss(d, optimizer, game, unroll_steps=2), step, *pair)
+
+
 class LightningOptimizer:
     """As Lightning's: it passes a closure, and clips in it what backward has left."""
 
@@ -311,6 +347,26 @@ def test_mixed_precision_is_checked_under_the_loops_autocast() -> None:
         right(loss, plain(loss))
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_autocast_rounds_otherwise_in_one_call_of_d(factor: float) -> None:
+    """Which is no fault, though far more than float32's round-off; a weight is one."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        d = net().to(DEVICE)
+        loss = Loss(d, torch.optim.Adam(d.parameters(), 1e-3), unroll_steps=2)
+
+        def step(fake: Tensor, real: Tensor, d: Any = d, loss: Loss = loss) -> None:
+            on_fake, on_real = d(torch.cat([fake, real])).split(len(fake))
+            softplus = nn.functional.softplus
+            loss.optimizer.zero_grad()
+            (factor * (softplus(on_fake).mean() + softplus(-on_real).mean())).backward()
+            loss.optimizer.step()
+
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            report = unroll.check_step(loss, step, batch(), batch() + 1)
+        assert (report.verdict == "wrong") is (factor != 1), report
+
+
 LISTS: dict[str, Callable[[Any, Any], list[Any]]] = {
     "torch": lambda weights, biases: [
         torch.optim.Adam(weights, 1e-3), torch.optim.SGD(biases, 0.1, momentum=0.9)
@@ -362,15 +418,26 @@ def test_k_0_is_checked_by_one_step() -> None:
     assert len(calls) == 4
 
 
-def test_fakes_come_detached_and_the_batch_is_left_alone() -> None:
+class PenaltyOnFakes:
+    """A penalty that differentiates in the fakes as they are given."""
+
+    generator_loss = unroll.Minimax.generator_loss
+
+    def discriminator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
+        (gradient,) = torch.autograd.grad(discriminator(fake).sum(), fake, create_graph=True)
+        value: Tensor = discriminator(real).square().mean() + gradient.square().sum()
+        return value
+
+
+def test_fakes_can_be_differentiated_in_and_the_batch_is_left_alone() -> None:
     d = net().to(DEVICE)
-    loss = Loss(d, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=2)
+    loss = Loss(d, torch.optim.SGD(d.parameters(), 0.1), PenaltyOnFakes(), unroll_steps=2)
     fake, real = batch().requires_grad_(), batch()
-    one = plain(loss)
 
     def step(x: Tensor, y: Tensor) -> None:
-        assert not x.requires_grad
-        one(x, y)
+        loss.optimizer.zero_grad()
+        loss.objective.discriminator_loss(d, x, y).backward()
+        loss.optimizer.step()
         x.zero_()
         y.zero_()
 

@@ -127,6 +127,89 @@ def test_labels_of_other_games() -> None:
         wrong(loss, looped(loss, value=smoothed), r"pass real_label=0\.7, fake_label=-?0\.0 to")
 
 
+@pytest.mark.parametrize("scale", [1e-3, 3e-5, 3e-6])
+def test_nothing_is_proposed_that_explains_round_off_alone(scale: float) -> None:
+    """The loop's gradient is far smaller than the objective's: anything would fit within its."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        d = net().to(DEVICE)
+        loss = Loss(d, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=1)
+
+        def small(d: nn.Module, _: Tensor, real: Tensor) -> Tensor:
+            value: Tensor = scale * d(real).square().mean()
+            return value
+
+        (words,) = unroll.check_step(loss, looped(loss, value=small), batch(), batch()).suspicions
+        assert words.startswith("D's loss in `step` is another than the objective's")
+
+
+def test_a_fault_that_is_lost_in_the_whole_gradient_is_not_called_a_weight() -> None:
+    d = Faint().to(DEVICE)
+    loss = Loss(d, torch.optim.SGD(d.parameters(), 0.1), unroll.Wasserstein(), unroll_steps=1)
+
+    def other(d: Any, fake: Tensor, real: Tensor) -> Tensor:
+        value: Tensor = loss.discriminator_loss(fake, real) + 1e-5 * d.faint.sum()
+        return value
+
+    wrong(loss, looped(loss, value=other), r"gradients differ by 0\.\d%, in 'faint' \(a penalty")
+
+
+class Faint(nn.Module):
+    """A parameter has a gradient far below the others'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.faint = nn.Linear(3, 1), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(x) + 1e-5 * (x @ self.faint)[:, None]
+        return output
+
+
+def test_labels_that_no_loop_has_are_not_proposed() -> None:
+    d = net().to(DEVICE)
+    loss = Loss(d, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=2)
+
+    def odd(d: nn.Module, fake: Tensor, real: Tensor) -> Tensor:
+        return terms(d, fake, real, (0.5, 0.45))
+
+    wrong(loss, looped(loss, value=odd), r"^D's loss in `step` is another than the objective's")
+
+
+def test_a_penalty_of_negative_weight_is_not_proposed() -> None:
+    d = net().to(DEVICE)
+    loss = Loss(d, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=2)
+
+    def odd(d: nn.Module, fake: Tensor, real: Tensor) -> Tensor:
+        return terms(d, fake, real) - unroll.R1(1.0).discriminator_loss(d, fake, real)
+
+    wrong(loss, looped(loss, value=odd), r"^D's loss in `step` is another than the objective's")
+
+
+def test_probabilities_under_an_objective_on_logits_are_named() -> None:
+    """Among the values at 0.5 the two losses are alike up to a factor."""
+    d = nn.Sequential(net(), nn.Sigmoid()).to(DEVICE)
+    loss = Loss(d, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=2)
+
+    def own(d: nn.Module, fake: Tensor, real: Tensor) -> Tensor:
+        value: Tensor = -(d(real).log() + (1 - d(fake)).log()).mean()
+        return value
+
+    wrong(loss, looped(loss, value=own), "^discriminator: returns what comes out of a sigmoid")
+
+
+def test_another_loss_is_named_beside_parameters_that_it_does_not_use() -> None:
+    d = net().to(DEVICE)
+    loss = Loss(d, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=1)
+
+    def alone(d: nn.Module, fake: Tensor, real: Tensor) -> Tensor:
+        return unroll.R1(1.0).discriminator_loss(d, fake, real)
+
+    step = looped(loss, value=alone)
+    wrong(loss, step, r"^'4\.bias' move in the look-ahead alone")
+    wrong(loss, step, r"^D's loss in `step` is another.*'0\.weight'")
+
+
 def test_parameters_that_another_optimizer_moves() -> None:
     d = net().to(DEVICE)
     first = torch.optim.SGD([p for p in d.parameters() if p.ndim > 1], 0.1)

@@ -58,7 +58,7 @@ def check_step(
         loss: The unrolled loss.
         step: Your own update of D, a function of ``(fake, real)``: ``zero_grad``, the loss, its
             ``backward``, the optimizer's ``step`` and what follows it.
-        fake: Generated samples, as for ``loss``; ``step`` gets them detached.
+        fake: Generated samples, as for ``loss``; ``step`` gets copies, cut off from G.
         real: Real samples.
         also: What else ``step`` changes and has a ``state_dict``: a generator, a scheduler, a
             GradScaler, an average of weights. Default: nothing.

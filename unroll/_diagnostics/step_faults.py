@@ -87,8 +87,8 @@ def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[
             "Register in D what its loss uses: layers in an nn.ModuleList."
         )
     outside = [n for n in call.moved if n not in call.ours]  # of no optimizer of the loss
-    alone = outside + [n for n in call.off if float(call.ours[n].norm()) <= call.floor]
-    still = [n for n in call.off if float(call.real[n].norm()) <= call.floor]
+    alone = outside + [n for n in call.off if not call.ours[n].any()]
+    still = [n for n in call.off if not call.real[n].any()]
     if call.off and not norm(call.real):
         words.append("no gradient reaches the optimizer's step. Is it zeroed after backward?")
     elif call.off and call.early:
@@ -96,9 +96,9 @@ def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[
             f"`step` changes {listed(call.early)} before the optimizer's step (a clip?). Do it "
             "after the step, and give it to the look-ahead as project=."
         )
-    elif call.off and (named := _other_game(call, scales)):
+    elif call.off and (named := call.sigmoid or _other_game(call, scales)):
         words.append(named)
-    elif alone or still:
+    else:
         if alone:
             words.append(
                 f"{listed(alone)} move in the loop alone (another optimizer, or frozen for the "
@@ -109,14 +109,14 @@ def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[
                 f"{listed(still)} move in the look-ahead alone: `step` freezes them, or its loss "
                 "does not use them. Freeze them by requires_grad_(False) for both."
             )
-    elif call.off:
-        drawn = " Random numbers are drawn, which may be all: draw noise outside, for `step`."
-        words.append(
-            "D's loss in `step` is another than the objective's: the gradients differ by "
-            f"{call.error:.1%} (a penalty, other labels, other samples than it is given, D in "
-            f"another mode?). {REMEDY}{drawn * call.drew}"
-        )
-        return words, not call.drew
+        if others := set(call.off).difference(alone, still):
+            drawn = " Random numbers are drawn, which may be all: draw noise outside, for `step`."
+            words.append(
+                "D's loss in `step` is another than the objective's: the gradients differ by "
+                f"{call.error:.1%}, in {listed(others)} (a penalty, other labels, other samples "
+                f"than it is given, D in another mode?). {REMEDY}{drawn * call.drew}"
+            )
+            return words, bool(words[1:]) or not call.drew
     changed = [n for n in call.moved if n not in outside]
     if call.state and not call.off:
         words.append(
@@ -147,11 +147,20 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
     def fit(*basis: Tensor) -> list[float]:
         return _fit(real, basis, allowed)
 
+    def positive(*basis: Tensor) -> list[float]:
+        found = fit(*basis)
+        counted = all(c * float(b.norm()) > allowed for c, b in zip(found, basis, strict=False))
+        return found if counted else []
+
     real, ours = vector(call.real), vector(call.ours)
-    allowed, cap = TOLERANCE * float(real.norm()) + call.noise, float(real.abs().max())
+    # In proportion to what is explained: round-off of a larger gradient explains everything.
+    allowed = (TOLERANCE + call.noise / call.size) * float(real.norm())
+    cap = float(real.abs().max())
     objective = call.loss.objective
     parts = summands(objective)
     if found := fit(ours):
+        if isclose(found[0], 1, rel_tol=TOLERANCE):  # what differs is too small for any fit
+            return ""
         return _scaled(found[0], scales, getattr(parts[0], "weight", 1.0))
     if float((ours.clamp(-cap, cap) - real).norm()) <= allowed:
         return CLIPS.format("value", cap, "ClipGradValue")
@@ -169,11 +178,11 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
         ]
         return f"D's loss in `step` has {', '.join(said)}, unlike the objective. {REMEDY}"
     for penalty in (R1(1.0), R2(1.0), GradientPenalty(1.0)):
-        if found := fit(ours, of(penalty)):
+        if found := positive(ours, of(penalty)):
             name = f"unroll.{type(penalty).__name__}({found[1]:.4g})"
             return f"D's loss in `step` has a penalty: add + {name}{_weighted(found[0])}."
     for kind in ON_LOGITS:
-        if found := fit(of(kind()), *terms[1:]):
+        if found := positive(of(kind()), *terms[1:]):
             return (
                 f"D's loss in `step` is unroll.{kind.__name__}(){_weighted(found[0])}, not the "
                 f"objective's {type(parts[0]).__name__}. {REMEDY}"
@@ -183,10 +192,12 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
         labels = game.real_label, game.fake_label
         moved = of(replace(game, real_label=0.5)), of(replace(game, fake_label=0.5))
         found = fit(ours, *(other - of(game) for other in moved))
-        if found and found[0] > 1e-3:
+        if not found or found[0] <= 0:
+            continue
+        moves = [c / found[0] * (0.5 - old) for c, old in zip(found[1:], labels, strict=True)]
+        if max(map(abs, moves)) < 0.4 * abs(labels[0] - labels[1]):  # else no smoothing
             on_real, on_fake = (
-                round(label + c / found[0] * (0.5 - label), 4) + 0.0
-                for c, label in zip(found[1:], labels, strict=True)
+                round(old + move, 4) + 0.0 for old, move in zip(labels, moves, strict=True)
             )
             return (
                 f"labels in `step` are smoothed: pass real_label={on_real}, fake_label={on_fake} "
@@ -204,7 +215,7 @@ def _scaled(ratio: float, scales: Sequence[tuple[float, float]], weight: float) 
     ratios = [real / ours for real, ours in scales if ours]
     norms = [real for real, ours in scales if real < ours * (1 - TOLERANCE)]
     one = len(ratios) == 1  # which cannot tell
-    clips = ratio < 1 and _alike(norms) and (one or not _alike(ratios))
+    clips = ratio < 1 and bool(norms) and _alike(norms) and (one or not _alike(ratios))
     weighs = (
         f"D's loss in `step` is {ratio:.4g} times the objective's: divide it by that, or pass "
         f"weight={weight * ratio:.4g} to unroll.Criterion."
