@@ -167,6 +167,22 @@ def compiled(rows: Sequence[Row]) -> str:
     return f"{summary}\n\n{markdown(['discriminator', 'optimizer', 'reason'], lines)}"
 
 
+def self_checks(rows: Sequence[Row]) -> str:
+    """Return how often the self-checks answer what they should."""
+    lines = []
+    for check, expected in (("check_gradients", "right"), ("check_step", "right"), ("", "wrong")):
+        of_kind = [r for r in rows if r["check"].startswith(check) and r["expected"] == expected]
+        what = f"`{check}`, games that are right" if check else "planted faults, either check"
+        line = [what]
+        for optimizer in ("SGD", "trained Adam", "fresh Adam"):
+            cells = [r for r in of_kind if r["optimizer"] == optimizer]
+            told = [r for r in cells if r["verdict"] in (expected, "refused")]
+            named = [r for r in told if expected == "right" or r["named"] == "True"]
+            line.append(f"{len(named)} of {len(cells)}")
+        lines.append(line)
+    return markdown(["", "SGD", "trained Adam", "fresh Adam"], lines)
+
+
 def whole_words(text: str, cut: int = 120) -> str:
     """Return a text that the record has cut, up to its last whole word."""
     return text if len(text) < cut else f"{text.rpartition(' ')[0]} ..."
@@ -197,6 +213,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "correctness": lambda: correctness(records("correctness")),
     "optimizers": lambda: optimizers(records("optimizers")),
     "compiled": lambda: compiled(records("compiled")),
+    "self_checks": lambda: self_checks(records("self_check")),
     "benchmarks": lambda: benchmarks(records("benchmarks")),
     "costs": lambda: costs(records("benchmarks")),
 }
