@@ -1,6 +1,6 @@
 """Write the animation of the start page: that of `examples/mog.py` in fewer colours.
 
-python examples/mog.py && python docs/animation.py
+python examples/mog.py --preset quick && python docs/animation.py runs/mog/training.gif
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageSequence
 
 
-def main(source: str = "runs/training.gif") -> None:
+def main(source: str) -> None:
     """Write docs/figures/mog_training.gif with one palette for all frames."""
     with Image.open(source) as movie:
         frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(movie)]
