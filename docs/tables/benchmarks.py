@@ -176,9 +176,9 @@ def self_checks(rows: Sequence[Row]) -> str:
         line = [what]
         for optimizer in ("SGD", "trained Adam", "fresh Adam"):
             cells = [r for r in of_kind if r["optimizer"] == optimizer]
-            told = [r for r in cells if r["verdict"] in (expected, "refused")]
-            named = [r for r in told if expected == "right" or r["named"] == "True"]
-            line.append(f"{len(named)} of {len(cells)}")
+            answers = {expected} if check else {expected, "refused"}
+            told = [r for r in cells if r["verdict"] in answers and r["named"] == "True"]
+            line.append(f"{len(told)} of {len(cells)}")
         lines.append(line)
     return markdown(["", "SGD", "trained Adam", "fresh Adam"], lines)
 
