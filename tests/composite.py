@@ -374,7 +374,8 @@ FUNCTIONS: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     nn.Softplus: lambda x: torch.where(x > 20, x, -F.logsigmoid(-x)),
     nn.SiLU: lambda x: x / (1 + (-x).exp()),
     nn.GELU: lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
-    nn.ELU: lambda x: torch.where(x > 0, x, x.clamp_max(0).exp() - 1),
+    # Zeros are met: those of a dead ReLU, normalised. The slope there is 1; that of clamp_max is 0.
+    nn.ELU: lambda x: torch.where(x > 0, x, torch.where(x > 0, 0.0, x).exp() - 1),
     nn.ReLU: lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
     nn.LeakyReLU: lambda x: torch.where(x > 0, x, 0.2 * x),
 }

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests import fuzz, games
-from tests.composite import LEAVES
+from tests.composite import FUNCTIONS, LEAVES
 from tests.fuzz import Case, cases, check
 from unroll import _autograd_fixes as derivatives
 from unroll._functional import Functional
@@ -58,6 +58,16 @@ def test_every_layer(layer: str, objective: str) -> None:
     block = ("then", ("linear",), (layer,))
     case = Case(block=block, optimizer="torch Adam decay", objective=objective, warm=1)
     assert check(case).kind == "compared"
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_functions_that_are_spelled_out_have_the_layers_slope_at_zero(
+    kind: type[nn.Module],
+) -> None:
+    layer = nn.LeakyReLU(0.2) if kind is nn.LeakyReLU else kind()
+    x = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
+    slopes = [torch.autograd.grad(f(x).sum(), x)[0].item() for f in (layer, FUNCTIONS[kind])]
+    assert slopes[0] == pytest.approx(slopes[1], abs=1e-15)
 
 
 # What random games have found: logits beyond 20, in the look-ahead or in the real steps before it.

