@@ -367,6 +367,20 @@ def test_autocast_rounds_otherwise_in_one_call_of_d(factor: float) -> None:
         assert (report.verdict == "wrong") is (factor != 1), report
 
 
+def test_a_deep_discriminator_with_layer_norms_under_autocast() -> None:
+    """PyTorch sums their gradients in bfloat16 on a CPU, a percent off; so must the look-ahead."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        blocks = [
+            nn.Sequential(nn.Linear(32 if i else 3, 32), nn.LayerNorm(32), nn.ReLU())
+            for i in range(6)
+        ]
+        d = nn.Sequential(*blocks, nn.Linear(32, 1)).to(DEVICE)
+        loss = Loss(d, torch.optim.Adam(d.parameters(), 1e-3), unroll_steps=2)
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            right(trained(loss), plain(loss))
+
+
 LISTS: dict[str, Callable[[Any, Any], list[Any]]] = {
     "torch": lambda weights, biases: [
         torch.optim.Adam(weights, 1e-3), torch.optim.SGD(biases, 0.1, momentum=0.9)

@@ -38,58 +38,39 @@ def _normalised(input: Tensor, dims: list[int], eps: float) -> Tensor:
 
 
 def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,  # noqa: ARG001
+    input: Tensor, *, weight: Tensor | None, bias: Tensor | None, dims: list[int], eps: float
 ) -> Tensor:
-    """PyTorch's third derivative, which a gradient penalty needs, is silently wrong."""
-    y = _normalised(input, list(range(-len(normalized_shape), 0)), eps)
-    if weight is not None:
-        y = y * weight
-    if bias is not None:
-        y = y + bias
-    return y if torch.is_autocast_enabled(input.device.type) else y.to(input.dtype)
-
-
-def _native_layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, mean, rstd = torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
-    return _layer_norm(input, normalized_shape, weight, bias, eps), mean, rstd
+    y = _normalised(input, dims, eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
 
 
 def _batch_norm(
     input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    first: int = 0,
-    **_: Any,
+    *,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Sequence[Tensor],
+    eps: float,
+    first: int,
 ) -> Tensor:
     """Use the statistics given, or those over all dimensions from ``first`` on but channels."""
     each = [-1, *[1] * (input.dim() - 2)]
-    if running_mean is None or running_var is None:
-        y = _normalised(input, [d for d in range(first, input.dim()) if d != 1], eps)
+    if statistics:
+        mean, variance = (t.view(each) for t in statistics)
+        y = (input - mean) * torch.rsqrt(variance + eps)
     else:
-        y = (input - running_mean.view(each)) * torch.rsqrt(running_var.view(each) + eps)
+        y = _normalised(input, [d for d in range(first, input.dim()) if d != 1], eps)
     y = y if weight is None else y * weight.view(each)
     return y if bias is None else y + bias.view(each)
 
 
 class _NormGradients(torch.autograd.Function):
-    """The gradients of a batch norm as they are, with derivatives of every order.
+    """The gradients of a norm as they are, with derivatives of every order.
 
-    PyTorch's own derivative of them must be the last: up to torch 2.13 the next one is wrong, then
-    it is refused. Where a graph is asked for, composite operations take its place.
+    PyTorch's own derivative of them must be the last: the next one of a layer norm is wrong, and
+    of a batch norm, too, up to torch 2.13; then it is refused. Where a graph is asked for,
+    composite operations take its place.
     """
 
     @staticmethod
@@ -117,7 +98,11 @@ class _NormGradients(torch.autograd.Function):
         return None, *again, *(None,) * len(wanted)
 
 
-def _differentiable(found: Sequence[Tensor | None], gradients: Sequence[Tensor]) -> Any:
+def _differentiable(
+    norm_of: Callable[[Any], Callable[..., Tensor]],
+    found: Sequence[Tensor | None],
+    gradients: Sequence[Tensor],
+) -> Any:
     """Replace the gradients that a norm's node has found, as a hook of it."""
     nodes = [g.grad_fn for g in found if g is not None and g.grad_fn is not None]
     if not nodes or not torch.is_grad_enabled():
@@ -125,39 +110,52 @@ def _differentiable(found: Sequence[Tensor | None], gradients: Sequence[Tensor])
     node: Any = nodes[0]  # their derivative, the same for all of them
     if node.name().startswith("_NormGradients"):  # a D within a D: it has been replaced
         return None
-    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon  # cuDNN's
-    evaluated = not getattr(node, "_saved_train", True)
-    statistics = {name: getattr(node, f"_saved_{name}") for name in _STATISTICS if evaluated}
     x, weight = node._saved_input, node._saved_weight
-    weight = x.new_ones(x.shape[1]) if weight is None else weight
-    norm = partial(_batch_norm, eps=eps, **statistics)
-    return _NormGradients.apply(norm, gradients[0], x, weight, *found)
+    weight = x.new_ones(1) if weight is None else weight
+    return _NormGradients.apply(norm_of(node), gradients[0], x, weight, *found)
 
 
-def _norm(function: Callable[..., Any], order: Sequence[str], first: int) -> Callable[..., Any]:
-    """Let a norm have derivatives of every order, and be PyTorch's otherwise."""
-    names = ("input", *order, "training", "momentum", "eps")
+def _norm(
+    function: Callable[..., Any], names: str, norm_of: Callable[..., Callable[..., Tensor]]
+) -> Callable[..., Any]:
+    """Let a norm have derivatives of every order, and be PyTorch's otherwise.
+
+    ``norm_of`` makes it a function of input, weight and bias in elementary operations, out of the
+    arguments, which have ``names``, and a node of the derivative.
+    """
 
     def norm(*args: Any, **kwargs: Any) -> Any:
         output = function(*args, **kwargs)
         y, *others = output if isinstance(output, tuple) else (output,)
+        given = {**dict(zip(names.split(), args, strict=False)), **kwargs}
         # No hook reaches graphs that a transform of torch.func or the compiler differentiates.
         compiling = torch.compiler.is_compiling()
-        transformed = compiling or torch._C._functorch.maybe_current_level() is not None
-        if not transformed and y.grad_fn is None:
-            return output
-        if not transformed:
-            is_norm = "BatchNorm" in y.grad_fn.name()  # or the view behind an instance norm
-            node = y.grad_fn if is_norm else y.grad_fn.next_functions[0][0]
-            node.register_hook(_differentiable)
-            return output
-        given = {"training": bool(first), **dict(zip(names, args, strict=False)), **kwargs}
-        if given.get("use_input_stats", given["training"]):
-            given = {**given, **dict.fromkeys(_STATISTICS)}  # torch 2.7 cannot trace |=
-        y = _batch_norm(**given, first=first).to(y.dtype)
-        return (y, *others) if others else y
+        if compiling or torch._C._functorch.maybe_current_level() is not None:
+            affine = {name: given.get(name) for name in ("weight", "bias")}
+            y = norm_of(given)(given["input"], **affine).to(y.dtype)
+            return (y, *others) if others else y
+        if y.grad_fn is not None:
+            node = y.grad_fn
+            if "Norm" not in node.name():  # the view behind an instance norm
+                node = node.next_functions[0][0]
+            node.register_hook(partial(_differentiable, partial(norm_of, given)))
+        return output
 
     return norm
+
+
+def _layer_norm_of(given: Any, _: Any = None) -> Callable[..., Tensor]:
+    dims = list(range(-len(given["normalized_shape"]), 0))
+    return partial(_layer_norm, dims=dims, eps=given.get("eps", 1e-5))
+
+
+def _batch_norm_of(given: Any, node: Any = None, *, first: int = 0) -> Callable[..., Tensor]:
+    statistics: list[Tensor] = []
+    if not given.get("use_input_stats", given.get("training", first == 2)):
+        # The node's complain where they have changed meanwhile.
+        names = ["running_mean", "running_var"]
+        statistics = [getattr(node, f"_saved_{n}") if node is not None else given[n] for n in names]
+    return partial(_batch_norm, statistics=statistics, eps=given.get("eps", 1e-5), first=first)
 
 
 def _group_norm(
@@ -168,13 +166,14 @@ def _group_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """In compiled code, PyTorch's derivatives hold for one length of the batch only."""
+    output = F.group_norm(input, num_groups, weight, bias, eps)
     if not torch.compiler.is_compiling():
-        return F.group_norm(input, num_groups, weight, bias, eps)
+        return output
     y = _normalised(input.reshape(len(input), num_groups, -1), [2], eps).view_as(input)
     each = [-1, *[1] * (input.dim() - 2)]
     y = y if weight is None else y * weight.view(each)
     y = y if bias is None else y + bias.view(each)
-    return y if torch.is_autocast_enabled(input.device.type) else y.to(input.dtype)
+    return y.to(output.dtype)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -204,20 +203,26 @@ def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
     return recurrent
 
 
-_STATISTICS, _AFFINE = ("running_mean", "running_var"), ("weight", "bias")
+_instance_norm_of = partial(_batch_norm_of, first=2)
+_LAYER = "input normalized_shape weight bias eps"
+_TORCHS = "input weight bias running_mean running_var {} momentum eps"
+_FUNCTIONAL = "input running_mean running_var weight bias {} momentum eps"
+_NORMS: dict[Callable[..., Any], tuple[str, Callable[..., Callable[..., Tensor]]]] = {
+    F.layer_norm: (_LAYER, _layer_norm_of),
+    torch.layer_norm: (_LAYER, _layer_norm_of),
+    torch.native_layer_norm: (_LAYER, _layer_norm_of),
+    F.batch_norm: (_FUNCTIONAL.format("training"), _batch_norm_of),
+    torch.batch_norm: (_TORCHS.format("training"), _batch_norm_of),
+    torch.native_batch_norm: (_TORCHS.format("training"), _batch_norm_of),
+    F.instance_norm: (_FUNCTIONAL.format("use_input_stats"), _instance_norm_of),
+    torch.instance_norm: (_TORCHS.format("use_input_stats"), _instance_norm_of),
+}
 _TWICE: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.layer_norm: _layer_norm,
-    torch.layer_norm: _layer_norm,
+    **{function: _norm(function, *how) for function, how in _NORMS.items()},
     F.group_norm: _group_norm,
-    torch.native_layer_norm: _native_layer_norm,
     torch._weight_norm: _weight_norm,
     F.scaled_dot_product_attention: _math_attention(F.scaled_dot_product_attention),
     F.multi_head_attention_forward: _math_attention(F.multi_head_attention_forward),
-    F.batch_norm: _norm(F.batch_norm, _STATISTICS + _AFFINE, 0),
-    F.instance_norm: _norm(F.instance_norm, _STATISTICS + _AFFINE, 2),
-    torch.batch_norm: _norm(torch.batch_norm, _AFFINE + _STATISTICS, 0),
-    torch.native_batch_norm: _norm(torch.native_batch_norm, _AFFINE + _STATISTICS, 0),
-    torch.instance_norm: _norm(torch.instance_norm, _AFFINE + _STATISTICS, 2),
     **{f: _without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }
 _ROOT: dict[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(

@@ -159,7 +159,7 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
     objective = call.loss.objective
     parts = summands(objective)
     if found := fit(ours):
-        if isclose(found[0], 1, rel_tol=TOLERANCE):  # what differs is too small for any fit
+        if isclose(found[0], 1, rel_tol=TOLERANCE + call.noise / call.size):  # too small to fit
             return ""
         return _scaled(found[0], scales, getattr(parts[0], "weight", 1.0))
     if float((ours.clamp(-cap, cap) - real).norm()) <= allowed:
