@@ -32,9 +32,13 @@ class Parts:
         torch.manual_seed(0)
         g = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
         d = nn.Sequential(nn.Linear(2, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1)).to(dtype)
-        optimizers = (torch.optim.Adam(p.parameters(), lr=0.01, eps=1e-3) for p in (g, d))
-        samples = torch.randn(SAMPLES, 4, dtype=dtype), torch.randn(SAMPLES, 2, dtype=dtype)
-        return cls(g, d, *optimizers, *(s.chunk(world)[rank] for s in samples))
+        g_optimizer, d_optimizer = (
+            torch.optim.Adam(p.parameters(), lr=0.01, eps=1e-3) for p in (g, d)
+        )
+        noise, real = (
+            torch.randn(SAMPLES, size, dtype=dtype).chunk(world)[rank] for size in (4, 2)
+        )
+        return cls(g, d, g_optimizer, d_optimizer, noise, real)
 
 
 class Mixed(nn.Module):

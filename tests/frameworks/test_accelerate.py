@@ -17,11 +17,12 @@ def found_by(**options: Any) -> Found:
     accelerator = accelerate.Accelerator(cpu=True, **options)
     rank, world = accelerator.process_index, accelerator.num_processes
     parts = Parts.of_rank(rank, world, torch.float32 if options else torch.float64)
-    prepared = accelerator.prepare(
+    g, d, g_optimizer, d_optimizer = accelerator.prepare(
         parts.generator, parts.discriminator, parts.g_optimizer, parts.d_optimizer
     )
-    assert type(prepared[3]).__name__ == "AcceleratedOptimizer"
-    return train(Parts(*prepared, parts.noise, parts.real), accelerator.backward)
+    assert type(d_optimizer).__name__ == "AcceleratedOptimizer"
+    prepared = Parts(g, d, g_optimizer, d_optimizer, parts.noise, parts.real)
+    return train(prepared, accelerator.backward)
 
 
 def save(folder: str) -> None:

@@ -1,6 +1,6 @@
 """Lightning: manual optimisation, the page's module, and two processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from tests.frameworks.loop import Found, Parts, assert_live, assert_same, plain, train
 from tests.test_migrating import DIFFS, LIGHTNING, PLAIN, difference, run
@@ -39,26 +38,38 @@ class GAN(lightning.LightningModule):  # type: ignore[misc]
 
     def training_step(self, _: Tensor) -> None:
         share = Parts.of_rank(self.global_rank, self.trainer.world_size)
-        players = self.generator, self.discriminator, *self.optimizers()
-        parts = Parts(*players, share.noise, share.real)
-        assert type(parts.d_optimizer).__name__ == "LightningAdam"
+        g_optimizer, d_optimizer = self.optimizers()
+        assert type(d_optimizer).__name__ == "LightningAdam"
+        players = self.generator, self.discriminator
+        parts = Parts(*players, g_optimizer, d_optimizer, share.noise, share.real)
         found = train(parts, self.manual_backward, self.turn, **self.options)
         torch.save(vars(found), self.folder / f"{self.global_rank}.pt")
 
 
-def fit(module: Any, data: Any = (torch.zeros(1),), **options: Any) -> None:
-    """Train on what ``data`` has, without drawing from the global generator of random numbers."""
+class Loader:
+    """Batches as they are; a DataLoader would draw from the generator of random numbers."""
+
+    def __init__(self, batches: Sequence[Tensor]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def fit(module: Any, batches: Sequence[Tensor] = (torch.zeros(1),), **options: Any) -> None:
     trainer = lightning.Trainer(
         accelerator="cpu",
-        devices=options.pop("devices", 1),
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **options,
+        **{"devices": 1, **options},
     )
-    trainer.fit(module, DataLoader(data, batch_size=None, generator=torch.Generator()))
+    trainer.fit(module, Loader(batches))
 
 
 def found_in(folder: Path, rank: int = 0) -> Found:
@@ -90,7 +101,7 @@ def test_mixed_precision() -> None:
 def test_two_processes(tmp_path: Path) -> None:
     """Lightning wraps the module, not D in it, so that ``sync=True`` has to be said."""
     strategy = "ddp_spawn_find_unused_parameters_true"
-    fit(GAN(tmp_path, sync=True), [torch.zeros(1)] * 2, devices=2, strategy=strategy)
+    fit(GAN(tmp_path, sync=True), devices=2, strategy=strategy)
     for rank in range(2):
         assert_same(found_in(tmp_path, rank), plain(), 1e-12)
         assert_live(found_in(tmp_path, rank))
