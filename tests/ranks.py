@@ -1,4 +1,4 @@
-"""One game played by several processes; run by ``test_ranks.py``."""
+"""One game played by several processes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from unroll import NonSaturating, UnrolledGeneratorLoss
+
+Outcome = Callable[[Any, int, int], Any]  # of a play, a rank and the number of ranks
 
 SAMPLES = 16  # of all ranks together
 PAIRS = 4  # of minibatches: the first for f itself
@@ -96,26 +98,26 @@ def gradients(play: Play, rank: int, world: int) -> list[Tensor]:
     return [p.grad for p in g.parameters() if p.grad is not None]
 
 
-def _outcome(play: Play, rank: int, world: int) -> list[Tensor] | str:
+def _outcome(of: Outcome, play: Any, rank: int, world: int) -> Any:
     try:
-        return gradients(play, rank, world)
+        return of(play, rank, world)
     except (RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
 
 
-def _rank(rank: int, world: int, plays: list[Play], folder: str) -> None:
+def _rank(rank: int, world: int, of: Outcome, plays: list[Any], folder: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    results = [_outcome(play, rank, world) for play in plays]
+    results = [_outcome(of, play, rank, world) for play in plays]
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     dist.barrier()  # a rank that leaves early breaks the others' connections
     dist.destroy_process_group()
 
 
-def played(plays: list[Play], world: int, folder: Path) -> list[list[Any]]:
-    """Return what each rank got in each play: gradients, or the text of an error."""
-    context: Any = spawn(_rank, (world, plays, str(folder)), nprocs=world, join=False)
+def played(plays: list[Any], world: int, folder: Path, of: Outcome = gradients) -> list[list[Any]]:
+    """Return what each rank got in each play: what ``of`` returns, or the text of an error."""
+    context: Any = spawn(_rank, (world, of, plays, str(folder)), nprocs=world, join=False)
     deadline = time.monotonic() + 240
     try:
         while not context.join(timeout=10):

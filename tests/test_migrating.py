@@ -311,7 +311,7 @@ def test_meta_adam_left_more_behind_in_d() -> None:
     assert not torch.allclose(d_gradient(old), d_gradient(new))
 
 
-# Lightning and Accelerate, by stand-ins with what a GAN uses of them
+# Lightning and Accelerate, by stand-ins with what a GAN uses of them; tests/frameworks has the real
 
 
 class LightningOptimizer:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.ranks import OPTIMIZERS, Play, Routed, gradients, normalised, plain, played, synchronised
 from unroll import R1, Minimax, RelativisticAverage, UnrolledGeneratorLoss
@@ -137,6 +138,29 @@ def test_sync_needs_a_process_group() -> None:
     with pytest.raises(TypeError, match=r"^sync: must be True, False or None; got 'yes'"):
         UnrolledGeneratorLoss(d, optimizer, unroll_steps=1, sync="yes")  # type: ignore[arg-type]
     assert UnrolledGeneratorLoss(d, optimizer, unroll_steps=1).sync is False
+
+
+class _FabricModule(nn.Module):
+    """A wrapper as Fabric's ``setup`` returns it; tests/frameworks has the real one."""
+
+    def __init__(self, forward_module: nn.Module) -> None:
+        super().__init__()
+        self._forward_module = forward_module
+
+
+def test_a_discriminator_set_up_by_fabric_is_looked_through(tmp_path: Path) -> None:
+    d = plain()
+    optimizer = torch.optim.SGD(d.parameters(), lr=0.1)
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        loss = UnrolledGeneratorLoss(
+            _FabricModule(DistributedDataParallel(d)), optimizer, unroll_steps=1
+        )
+        assert loss.sync
+        assert loss.discriminator is d
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_sharded_discriminator_is_refused(tmp_path: Path) -> None:

@@ -83,12 +83,14 @@ def outside_compiled_code(method: F) -> F:
 
 
 def unwrap_once(module: nn.Module) -> nn.Module | None:
-    """Return what ``torch.compile``'s or a data-parallel wrapper holds, None for other modules."""
+    """Return what a wrapper of ``torch.compile``, data parallelism or Fabric holds, else None."""
     dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled before it is imported
     if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
         inner: nn.Module = module._orig_mod
     elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         inner = module.module
+    elif type(module).__name__ == "_FabricModule":  # holds Fabric's DistributedDataParallel
+        inner = module.get_submodule("_forward_module")
     else:
         return None
     return inner

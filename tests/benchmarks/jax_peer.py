@@ -10,11 +10,12 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from tests.benchmarks.networks import BETAS, EPS, EPS_ROOT, LR, STEPS, Game
 
