@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import ranks, study
+from lab import ranks, runs, study
 from lab.data import image_folder
 from lab.data.pixels import as_bytes
 from lab.figures import images
@@ -81,7 +81,6 @@ class Options(study.Options):
 
 
 def train(config: Config, options: Options, line: int) -> None:
-    torch.set_num_threads(1)  # a process a core
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     device = ranks.join(config.device)
     rng = torch.Generator(device).manual_seed(config.seed)
@@ -127,7 +126,7 @@ def train(config: Config, options: Options, line: int) -> None:
     precision = partial(torch.autocast, torch.device(device).type, torch.bfloat16, config.amp)
     path, run = config.checkpoint(options.out), f"{config.label}, seed {config.seed}"
     writes = ranks.first()
-    for pair in study.pairs(config, options, line, parts, rng, evaluate, writes=writes):
+    for pair in runs.iterate(config, options, line, parts, rng, evaluate, writes=writes):
         with torch.no_grad(), precision():
             fake = generator(ranks.share(noise()))
         with precision():
@@ -180,12 +179,9 @@ def sampler(path: Path, device: str = "cpu") -> Sampler:
     return make
 
 
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
-    how = {"curves": LOSSES, "table": tuple(LOSSES)}
-    histories = images.report("cifar10_samples", configs, logs, options, **how)
-    return study.sentence(histories, "f_0", "ends with a generator's loss of {}")
+def report(results: study.Results) -> str:
+    images.report("cifar10_samples", results, curves=LOSSES, table=tuple(LOSSES))
+    return results.sentence("f_0", "ends with a generator's loss of {}")
 
 
 def arms(configs: Sequence[Config], options: Options) -> list[Config]:

@@ -11,13 +11,13 @@ anew, and `--normalise` is for all games that are trained, in real and in look-a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from lab import planar, seeds, study
+from lab import planar, runs, seeds, study
 from lab.data.mixtures import Mixture, ring
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -82,7 +82,6 @@ def data(config: Config) -> Mixture:
 
 
 def train(config: Config, options: study.Options, line: int) -> None:
-    torch.set_num_threads(1)  # the networks are tiny
     rngs = seeds.generators(config)
     mixture, hidden = data(config), [config.width, config.width]
     generator = seeds.perceptrons([config.noise_size, *hidden, 2], "relu", rngs)
@@ -108,7 +107,7 @@ def train(config: Config, options: study.Options, line: int) -> None:
     )
     evaluate = planar.evaluation(generator, noise(config.samples), mixture)
     parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
-    for _ in study.pairs(config, options, line, parts, rngs, evaluate):
+    for _ in runs.iterate(config, options, line, parts, rngs, evaluate):
         real, z = rngs.draw(lambda rng: mixture.sample(config.batch_size, rng).T), noise()
         d_loss = game.discriminator_loss(discriminator, generator(z).detach(), real)
         study.step(d_optimizer, d_loss)
@@ -117,13 +116,11 @@ def train(config: Config, options: study.Options, line: int) -> None:
         study.step(g_optimizer, unrolled(generator(z), real))  # the same batch, as the authors
 
 
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
+def report(results: study.Results) -> str:
     def name(config: Config) -> str:
         return f"five_gaussians_{config.width}" + "_normalised" * config.normalise
 
-    return planar.report_by(name, data, configs, logs, options)
+    return planar.report_by(name, data, results)
 
 
 SWEEP = {"width": None, "unroll_steps": (0, 5), "game": ("JS", "Rp")}

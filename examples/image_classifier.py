@@ -11,14 +11,14 @@ features rank generators; they are comparable with nothing that was computed by 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from lab import study
+from lab import runs, study
 from lab.data import image_folder
 from lab.metrics.features import Classifier, Extractor, classes, fingerprint
 from torch import Tensor
@@ -64,7 +64,6 @@ def augmented(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def train(config: Config, options: Options, line: int) -> None:
-    torch.set_num_threads(1)
     data, test = (image_folder.load(options.data_root, split=s) for s in image_folder.SPLITS)
     pixels, labels = (part.to(config.device) for part in (data.pixels, data.labels))
     torch.manual_seed(config.seed)
@@ -85,7 +84,7 @@ def train(config: Config, options: Options, line: int) -> None:
         }, None
 
     parts = {"net": network, "sgd": optimizer}
-    for epoch in study.pairs(config, options, line, parts, rng, evaluate):
+    for epoch in runs.iterate(config, options, line, parts, rng, evaluate):
         batches = torch.randperm(len(labels), generator=rng, device=rng.device)
         batches = batches.split(config.batch_size)
         for step, chosen in enumerate(batches):
@@ -100,16 +99,16 @@ def train(config: Config, options: Options, line: int) -> None:
 
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
-    row = {"experiment": record} | asdict(config) | log["history"][-1]
+    (row,) = study.last_rows(record, config, log)
     del row["preset"]
-    return [row | log["provenance"]]
+    return [row]
 
 
-def report(configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: Options) -> str:
+def report(results: study.Results) -> str:
     return "\n".join(
-        f"{config.checkpoint(options.out)}: {log['history'][-1]['test_accuracy']:.1f} % of "
-        f"{log['history'][-1]['test_images']:,} test images"
-        for config, log in zip(configs, logs, strict=True)
+        f"{config.checkpoint(results.options.out)}: {row.test_accuracy:.1f} % of "
+        f"{row.test_images:,} test images"
+        for config, row in zip(results.configs, results.last.itertuples(), strict=True)
     )
 
 

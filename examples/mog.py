@@ -10,16 +10,15 @@ generator rotates through the modes; with K = 10 it spreads over all of them.
     python examples/mog.py --compare real-steps         K real steps of D in place of unrolled ones
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from lab import planar, seeds, study
+from lab import planar, runs, seeds, study
 from lab.data.mixtures import Mixture, grid, ring
 from lab.figures import plots
-from lab.networks.perceptrons import Scale
 from torch import Tensor, nn
 
 import unroll
@@ -101,13 +100,12 @@ def data(config: Config) -> Mixture:
 
 
 def train(config: Config, options: study.Options, line: int) -> None:
-    torch.set_num_threads(1)  # the networks are tiny
     rngs = seeds.generators(config)
     mixture = data(config)
     layers = partial(seeds.perceptrons, activation=config.activation, rngs=rngs, gain=config.gain)
     hidden = [config.width] * config.discriminator_layers
     generator = layers([config.noise_size, config.width, config.width, 2])
-    discriminator = nn.Sequential(Scale(config.input_scale), layers([2, *hidden, 1]))
+    discriminator = nn.Sequential(seeds.Scale(config.input_scale), layers([2, *hidden, 1]))
     rates = config.generator_learning_rate, config.discriminator_learning_rate
     betas = (config.beta1, 0.999)
     g_optimizer = torch.optim.Adam(generator.parameters(), rates[0], betas)
@@ -132,7 +130,7 @@ def train(config: Config, options: study.Options, line: int) -> None:
     updates = config.generator_steps + config.discriminator_steps
     evaluate = planar.evaluation(generator, noise(config.samples), mixture, updates=updates)
     parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
-    for pair in study.pairs(config, options, line, parts, rngs, evaluate):
+    for pair in runs.iterate(config, options, line, parts, rngs, evaluate):
         if config.half_life:
             for optimizer, rate in zip((g_optimizer, d_optimizer), rates, strict=True):
                 optimizer.param_groups[0]["lr"] = rate * 0.5 ** (pair / config.half_life)
@@ -147,22 +145,19 @@ def train(config: Config, options: study.Options, line: int) -> None:
             study.step(g_optimizer, unrolled(generator(noise()), real(), minibatches=minibatches))
 
 
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
+def report(results: study.Results) -> str:
     def name(config: Config) -> str:
         return f"mog_seeds_{config.preset}_{config.mixture}" + "_halved" * bool(config.half_life)
 
-    kept = {label: log["snapshots"] for label, log in study.first_logs(configs, logs).items()}
-    updates = [row["player_updates"] for row in logs[0]["history"]]
+    first = results.first
     plots.animation(
-        (options.figures or options.out) / "training.gif",
-        {label: [moment[0] for moment in snapshots] for label, snapshots in kept.items()},
-        [f"{update:,} updates of G and D" for update in updates],
-        data(configs[0]).sample(configs[0].samples, torch.Generator().manual_seed(0)),
-        extent=1.4 * configs[0].radius,
+        results.folder / "training.gif",
+        {k: [moment[0] for moment in log["snapshots"]] for k, log in results.first_logs.items()},
+        [f"{row['player_updates']:,} updates of G and D" for row in results.logs[0]["history"]],
+        data(first).sample(first.samples, torch.Generator().manual_seed(0)),
+        extent=1.4 * first.radius,
     )
-    return planar.report_by(name, data, configs, logs, options)
+    return planar.report_by(name, data, results)
 
 
 @dataclass(frozen=True)
@@ -187,7 +182,7 @@ SWEEP = {"unroll_steps": (0, 10)}
 HOOKS = {
     "options": Options(),
     "arms": arms,
-    "rows": lambda _, config, log: seeds.record_rows("mog", config, log),
+    "rows": lambda _, config, log: study.last_rows("mog", config, log),
 }
 main = partial(
     study.main,

@@ -16,9 +16,8 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lab import planar, seeds, study
+from lab import planar, runs, seeds, study
 from lab.data.mixtures import Mixture, ring
-from lab.networks.perceptrons import Scale
 from torch import Tensor, nn
 
 import unroll
@@ -69,12 +68,11 @@ def data(config: Config) -> Mixture:
 
 
 def train(config: Config, options: study.Options, line: int) -> None:
-    torch.set_num_threads(1)  # the networks are tiny
     rngs = seeds.generators(config)
     mixture = data(config)
     layers = partial(seeds.perceptrons, activation="relu", rngs=rngs, gain=0.8)
     generator = layers([256, 128, 128, 2])
-    discriminator = nn.Sequential(Scale(0.25), *layers([2, 128, 1]))
+    discriminator = nn.Sequential(seeds.Scale(0.25), *layers([2, 128, 1]))
     g_optimizer, d_optimizer = (
         torch.optim.Adam(network.parameters(), config.learning_rate, (0.5, 0.999))
         for network in (generator, discriminator)
@@ -111,7 +109,7 @@ def train(config: Config, options: study.Options, line: int) -> None:
         return row, snapshot
 
     parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
-    for _ in study.pairs(config, options, line, parts, rngs, evaluate):
+    for _ in runs.iterate(config, options, line, parts, rngs, evaluate):
         fake = generator(noise()).detach()
         study.step(d_optimizer, game.discriminator_loss(discriminator, fake, real()))
         for _ in range(config.generator_steps):
@@ -123,14 +121,12 @@ def norms(gradients: Sequence[Tensor]) -> Tensor:
     return torch.cat([gradient.flatten(1) for gradient in gradients], 1).norm(dim=1)
 
 
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
+def report(results: study.Results) -> str:
     def name(config: Config) -> str:
         return f"mog_second_gradient_{config.generator_steps}_{config.gradient}"
 
     how = {"curves": CURVES, "table": (*planar.TABLE, "second_term")}
-    return planar.report_by(name, data, configs, logs, options, **how)
+    return planar.report_by(name, data, results, **how)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ An iteration ("pair") is one G update, then one D update (five with the ResNets)
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lab import records, study
+from lab import runs, study
 from lab.data import image_folder, stl10
 from lab.data.pixels import as_bytes
 from lab.figures.images import report as draw
@@ -132,7 +132,6 @@ def images(preset: str, root: Path | None, split: str, size: int) -> image_folde
 
 
 def train(config: Config, options: Options, line: int) -> None:
-    torch.set_num_threads(1)
     of_data = partial(images, config.preset, options.data_root, size=config.image_size)
     pixels = of_data("train").pixels.to(config.device)
     torch.manual_seed(config.seed)
@@ -184,7 +183,7 @@ def train(config: Config, options: Options, line: int) -> None:
         discriminator, d_optimizer, game, unroll_steps=config.unroll_steps
     )
     path, run = config.checkpoint(options.out), f"{config.label}, seed {config.seed}"
-    for pair in study.pairs(config, options, line, parts, rng, evaluate):
+    for pair in runs.iterate(config, options, line, parts, rng, evaluate):
         for optimizer, rate in zip((g_optimizer, d_optimizer), rates, strict=True):
             optimizer.param_groups[0]["lr"] = config.rate(pair) * rate
 
@@ -198,19 +197,11 @@ def train(config: Config, options: Options, line: int) -> None:
             update(d_optimizer, d_loss, f"D at pair {pair} of {run}", path)
 
 
-def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
-    row = {"experiment": record} | records.renamed(asdict(config)) | log["history"][-1]
-    return [row | log["provenance"]]
-
-
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
+def report(results: study.Results) -> str:
     curves = {"d_loss": "D's loss", "g_loss": "G's loss"} | image_metrics.METRICS
     del curves["kid"]  # it says what FID says
-    name = f"rsgan_{configs[0].preset}"
-    histories = draw(name, configs, logs, options, curves=curves, table=tuple(curves))
-    return study.sentence(histories, "fid", "has a FID of {} by these features")
+    draw(f"rsgan_{results.first.preset}", results, curves=curves, table=tuple(curves))
+    return results.sentence("fid", "has a FID of {} by these features")
 
 
 def arms(configs: Sequence[Config], options: Options) -> list[Config]:
@@ -233,7 +224,7 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
 
 
 SWEEP = {"unroll_steps": (0, 1), "game": ("JS", "Rp")}
-HOOKS = {"options": Options(), "arms": arms, "rows": rows}
+HOOKS = {"options": Options(), "arms": arms}
 main = partial(study.main, __doc__, PRESETS, train, report, "rsgan", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

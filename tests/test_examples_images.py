@@ -560,7 +560,7 @@ def test_the_networks_of_cifar10_are_those_of_appendix_d() -> None:
 
 
 def test_the_lstm_starts_from_the_noise_and_emits_columns() -> None:
-    lstm, z = example("lab.networks.lstm"), torch.randn(3, 6)
+    lstm, z = example("rnn_mnist"), torch.randn(3, 6)
     generator = lstm.Generator(6, 5, "both", torch.Generator().manual_seed(0))
     cell = nn.LSTMCell(1, 5)
     cell.load_state_dict(
@@ -581,7 +581,8 @@ def test_the_lstm_starts_from_the_noise_and_emits_columns() -> None:
 
 
 def test_the_networks_of_rnn_mnist_are_those_of_appendix_c() -> None:
-    lstm, config = example("lab.networks.lstm"), example("rnn_mnist").PRESETS["paper"]
+    lstm = example("rnn_mnist")
+    config = lstm.PRESETS["paper"]
     size = config.noise_size, config.width, config.initial_state
     generator = lstm.Generator(*size, torch.Generator().manual_seed(0))
     biases = generator.lstm.bias_ih_l0 + generator.lstm.bias_hh_l0

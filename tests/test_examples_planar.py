@@ -253,7 +253,7 @@ def test_the_plateaus_of_two_clusters_are_the_best_losses_at_a_collapsed_state()
 
 
 def test_two_clusters_tells_collapsed_from_covered() -> None:
-    clusters = example("lab.data.clusters")
+    clusters = example("two_clusters")
     history: list[dict[str, int]] = []
     for first, second, loss in (
         (95, 0, 0.47), (95, 0, 0.6), (90, 1, 0.4774), (40, 25, 0.69), (100, 0, 0.48)

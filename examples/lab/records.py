@@ -3,7 +3,6 @@
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,6 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings under the names that the records have for them."""
     return {RENAMED.get(name, name): value for name, value in settings.items()}
-
-
-def row(
-    experiment: str, config: Any, result: Mapping[str, Any], log: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return a row of a finished run: its settings, what came of it, and its provenance."""
-    settings = renamed(asdict(config))
-    batch_size, device = settings.pop("batch_size"), settings.pop("device")
-    size = {"player_updates": result["player_updates"], "batch_size": batch_size}
-    row = {"experiment": experiment, **settings, **size, **result, "device": device}
-    return row | log["provenance"]
-
-
-def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write a CSV file of rows that have the same columns."""
-
-    def draw_up(draft: Path) -> None:
-        with draft.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, draw_up)
 
 
 def write_json(path: Path, content: object) -> None:
