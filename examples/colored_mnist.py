@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
@@ -67,6 +66,7 @@ PAPER = Config()
 RATES = {"generator_learning_rate": 2e-3, "discriminator_learning_rate": 2e-3}
 SMALL = {"samples": 1000, "evaluate_every": 250, "pairs": 1500, "batch_size": 16}
 PRESETS = {"small": replace(PAPER, preset="small", base="1/4", **RATES, **SMALL), "paper": PAPER}
+Options = study.DataOptions
 
 
 def networks(config: Config, rng: torch.Generator) -> tuple[nn.Sequential, nn.Sequential]:
@@ -80,7 +80,7 @@ def batch(data: digits.Digits, count: int, rng: torch.Generator) -> Tensor:
     return colors.coloured(data.sample(count, rng), colors.draw(count, rng), rng)
 
 
-def train(config: Config, options: "Options", line: int) -> None:
+def train(config: Config, options: Options, line: int) -> None:
     rngs = seeds.generators(config)
     data = digits.mnist(options.data_root, size=32).to(config.device)
     g, d = joined.players(rngs, partial(networks, config))
@@ -134,8 +134,7 @@ def train(config: Config, options: "Options", line: int) -> None:
         return {"player_updates": 2 * pairs, "each": each}, as_bytes(shown).cpu()
 
     game = seeds.SideBySide(unroll.NonSaturating(), config.seeds)
-    how = {"unroll_steps": config.unroll_steps, "compile": config.compile}
-    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **how)
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **config.look_ahead)
     parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer, "trace": trace}
     for _ in runs.iterate(config, options, line, parts, rngs, evaluate):
         began = time.process_time()
@@ -185,13 +184,6 @@ def report(results: study.Results) -> str:
     ax.legend()
     save(figure, results.folder / "colored_mnist_js.png")
     return results.sentence("js_divergence", "is {} nats from the data's colours")
-
-
-@dataclass(frozen=True)
-class Options(study.Options):
-    """Where the data are, and the runs."""
-
-    data_root: Path | None = None  # holds MNIST/raw; else $UNROLL_DATA, else data/, downloaded
 
 
 def arms(configs: Sequence[Config], options: Options) -> list[Config]:

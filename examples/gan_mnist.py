@@ -163,9 +163,7 @@ def train(config: Config, options: classifier.Options, line: int) -> None:
         return row, as_bytes(samples[:49]).cpu()
 
     game = unroll.Criterion(nn.BCELoss())
-    unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator, d_optimizer, game, unroll_steps=config.unroll_steps
-    )
+    unrolled = unroll.UnrolledGeneratorLoss(discriminator, d_optimizer, game, **config.look_ahead)
     parts = {"g": generator, "d": discriminator, "trace": trace}
     parts |= {"g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
     for _ in runs.iterate(config, options, line, parts, rng, evaluate):

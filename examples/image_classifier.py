@@ -13,14 +13,14 @@ features rank generators; they are comparable with nothing that was computed by 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from lab import runs, study
 from lab.data import image_folder
-from lab.metrics.features import Classifier, Extractor, classes, fingerprint
+from lab.data.pixels import as_floats
+from lab.metrics.features import Classifier, Extractor, fingerprint
 from torch import Tensor
 
 SHIFT = 4  # pixels at most, of an augmented image
@@ -47,11 +47,7 @@ class Config(study.OneModel):
         return f"width{self.width}"
 
 
-@dataclass(frozen=True)
-class Options(study.Options):
-    """The images, and the runs."""
-
-    data_root: Path | None = None  # folders train and test, with one for each class; else CIFAR-10
+PRESETS = {"default": Config("default")}
 
 
 def augmented(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -63,7 +59,7 @@ def augmented(images: Tensor, rng: torch.Generator) -> Tensor:
     return padded[:, :, up : up + height, left : left + width]
 
 
-def train(config: Config, options: Options, line: int) -> None:
+def train(config: Config, options: study.DataOptions, line: int) -> None:
     data, test = (image_folder.load(options.data_root, split=s) for s in image_folder.SPLITS)
     pixels, labels = (part.to(config.device) for part in (data.pixels, data.labels))
     torch.manual_seed(config.seed)
@@ -73,13 +69,14 @@ def train(config: Config, options: Options, line: int) -> None:
     optimizer = torch.optim.SGD(network.parameters(), config.peak_lr, config.momentum, **how)
 
     def evaluate(_: int, __: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
-        guesses = classes(Extractor("classifier", network.eval(), config.device)(test.pixels))
+        found = Extractor("classifier", network.eval(), config.device)(test.pixels)
+        right = found.logits.argmax(1) == test.labels
         network.train()
         return {
             "data": data.name,
             "train_images": len(data.labels),
             "test_images": len(test.labels),
-            "test_accuracy": 100 * (guesses == test.labels).double().mean().item(),
+            "test_accuracy": 100 * right.double().mean().item(),
             "weights": fingerprint(network),
         }, None
 
@@ -91,7 +88,7 @@ def train(config: Config, options: Options, line: int) -> None:
             done = (epoch - 1 + (step + 0.5) / len(batches)) / config.epochs
             rate = config.peak_lr * min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
             optimizer.param_groups[0]["lr"] = rate
-            images = augmented(image_folder.batch(pixels, chosen), rng)
+            images = augmented(as_floats(pixels[chosen]), rng)
             loss = F.cross_entropy(network(images)[1], labels[chosen])
             optimizer.zero_grad()
             loss.backward()
@@ -112,7 +109,7 @@ def report(results: study.Results) -> str:
     )
 
 
-def arms(configs: Sequence[Config], options: Options) -> list[Config]:
+def arms(configs: Sequence[Config], options: study.DataOptions) -> list[Config]:
     data, test = (image_folder.load(options.data_root, split=s) for s in image_folder.SPLITS)
     if torch.equal(data.pixels, test.pixels):
         raise ValueError(
@@ -124,16 +121,7 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
 
 
 SWEEP = {}
-HOOKS = {"options": Options(), "arms": arms, "rows": rows}
-main = partial(
-    study.main,
-    __doc__,
-    {"default": Config("default")},
-    train,
-    report,
-    "image_classifier",
-    SWEEP,
-    **HOOKS,
-)
+HOOKS = {"options": study.DataOptions(), "arms": arms, "rows": rows}
+main = partial(study.main, __doc__, PRESETS, train, report, "image_classifier", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

@@ -10,10 +10,10 @@ generator rotates through the modes; with K = 10 it spreads over all of them.
     python examples/mog.py --compare real-steps         K real steps of D in place of unrolled ones
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lab import planar, runs, seeds, study
@@ -104,12 +104,12 @@ def train(config: Config, options: study.Options, line: int) -> None:
     mixture = data(config)
     layers = partial(seeds.perceptrons, activation=config.activation, rngs=rngs, gain=config.gain)
     hidden = [config.width] * config.discriminator_layers
-    generator = layers([config.noise_size, config.width, config.width, 2])
-    discriminator = nn.Sequential(seeds.Scale(config.input_scale), layers([2, *hidden, 1]))
+    g = layers([config.noise_size, config.width, config.width, 2])
+    d = nn.Sequential(seeds.Scale(config.input_scale), layers([2, *hidden, 1]))
     rates = config.generator_learning_rate, config.discriminator_learning_rate
     betas = (config.beta1, 0.999)
-    g_optimizer = torch.optim.Adam(generator.parameters(), rates[0], betas)
-    d_optimizer = torch.optim.Adam(discriminator.parameters(), rates[1], betas)
+    g_optimizer = torch.optim.Adam(g.parameters(), rates[0], betas)
+    d_optimizer = torch.optim.Adam(d.parameters(), rates[1], betas)
 
     def noise(count: int = config.batch_size) -> Tensor:
         return rngs.normal(count, config.noise_size).mT.contiguous()
@@ -118,31 +118,23 @@ def train(config: Config, options: study.Options, line: int) -> None:
         return rngs.draw(lambda rng: mixture.sample(config.batch_size, rng).T)
 
     game = seeds.SideBySide(unroll.Minimax(), config.seeds)
-    unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator,
-        d_optimizer,
-        game,
-        unroll_steps=config.unroll_steps,
-        compile=config.compile,
-        stop_gradient=config.stop_gradient,
-        average=config.average,
-    )
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **config.look_ahead)
     updates = config.generator_steps + config.discriminator_steps
-    evaluate = planar.evaluation(generator, noise(config.samples), mixture, updates=updates)
-    parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    evaluate = planar.evaluation(g, noise(config.samples), mixture, updates=updates)
+    parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
     for pair in runs.iterate(config, options, line, parts, rngs, evaluate):
         if config.half_life:
             for optimizer, rate in zip((g_optimizer, d_optimizer), rates, strict=True):
                 optimizer.param_groups[0]["lr"] = rate * 0.5 ** (pair / config.half_life)
 
         for _ in range(config.discriminator_steps):
-            fake = generator(noise()).detach()
-            study.step(d_optimizer, game.discriminator_loss(discriminator, fake, real()))
+            fake = g(noise()).detach()
+            study.step(d_optimizer, game.discriminator_loss(d, fake, real()))
 
         for _ in range(config.generator_steps):
-            fresh = ((generator(noise()), real()) for _ in range(config.unroll_steps))
+            fresh = ((g(noise()), real()) for _ in range(config.unroll_steps))
             minibatches = fresh if config.resample else None
-            study.step(g_optimizer, unrolled(generator(noise()), real(), minibatches=minibatches))
+            study.step(g_optimizer, unrolled(g(noise()), real(), minibatches=minibatches))
 
 
 def report(results: study.Results) -> str:
@@ -178,21 +170,16 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     return configs
 
 
+def record(options: Options) -> str:
+    return RECORDS[options.compare]
+
+
+def rows(_: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return study.last_rows("mog", config, log)
+
+
 SWEEP = {"unroll_steps": (0, 10)}
-HOOKS = {
-    "options": Options(),
-    "arms": arms,
-    "rows": lambda _, config, log: study.last_rows("mog", config, log),
-}
-main = partial(
-    study.main,
-    __doc__,
-    PRESETS,
-    train,
-    report,
-    lambda options: RECORDS[options.compare],
-    SWEEP,
-    **HOOKS,
-)
+HOOKS = {"options": Options(), "arms": arms, "rows": rows}
+main = partial(study.main, __doc__, PRESETS, train, report, record, SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

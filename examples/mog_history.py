@@ -97,13 +97,11 @@ def train(config: Config, options: study.Options, line: int) -> None:
     rngs = seeds.generators(config)
     mixture = data(config)
     layers = partial(seeds.perceptrons, activation="relu", rngs=rngs, gain=0.8)
-    generator = layers([256, 128, 128, 2])
-    discriminator = nn.Sequential(seeds.Scale(0.25), *layers([2, 128, 1]))
-    g_optimizer, d_optimizer = (
-        torch.optim.Adam(network.parameters(), config.learning_rate, (0.5, 0.999))
-        for network in (generator, discriminator)
-    )
-    ensemble = Ensemble(discriminator, members=config.members, delay=config.delay, live=config.live)
+    g = layers([256, 128, 128, 2])
+    d = nn.Sequential(seeds.Scale(0.25), *layers([2, 128, 1]))
+    g_optimizer = torch.optim.Adam(g.parameters(), config.learning_rate, (0.5, 0.999))
+    d_optimizer = torch.optim.Adam(d.parameters(), config.learning_rate, (0.5, 0.999))
+    ensemble = Ensemble(d, members=config.members, delay=config.delay, live=config.live)
 
     def noise(count: int = config.batch_size) -> Tensor:
         return rngs.normal(count, 256).mT.contiguous()
@@ -112,18 +110,16 @@ def train(config: Config, options: study.Options, line: int) -> None:
         return rngs.draw(lambda rng: mixture.sample(config.batch_size, rng).T)
 
     game = seeds.SideBySide(unroll.Minimax(), config.seeds)
-    unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator, d_optimizer, game, unroll_steps=config.unroll_steps, compile=config.compile
-    )
-    evaluate = planar.evaluation(generator, noise(config.samples), mixture, window=planar.WINDOW)
-    parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **config.look_ahead)
+    evaluate = planar.evaluation(g, noise(config.samples), mixture, window=planar.WINDOW)
+    parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
     parts |= {"ensemble": ensemble}
     for _ in runs.iterate(config, options, line, parts, rngs, evaluate):
-        fake = generator(noise()).detach()
-        study.step(d_optimizer, game.discriminator_loss(discriminator, fake, real()))
+        fake = g(noise()).detach()
+        study.step(d_optimizer, game.discriminator_loss(d, fake, real()))
         ensemble.follow()
 
-        fake, images = generator(noise()), real()
+        fake, images = g(noise()), real()
         if config.unroll_steps:
             study.step(g_optimizer, unrolled(fake, images))
         else:  # f, without its real-data term, which is constant in theta_G here

@@ -94,13 +94,11 @@ def data(config: Config) -> Mixture:
 def train(config: Config, options: study.Options, line: int) -> None:
     rngs = seeds.generators(config)
     mixture, hidden = data(config), [config.width, config.width]
-    generator = seeds.perceptrons([config.noise_size, *hidden, 2], config.activation, rngs)
-    discriminator = seeds.perceptrons([2, *hidden, 1], "relu", rngs)
+    g = seeds.perceptrons([config.noise_size, *hidden, 2], config.activation, rngs)
+    d = seeds.perceptrons([2, *hidden, 1], "relu", rngs)
     betas = (config.beta1, 0.999)
-    g_optimizer = torch.optim.Adam(generator.parameters(), config.generator_learning_rate, betas)
-    d_optimizer = torch.optim.Adam(
-        discriminator.parameters(), config.discriminator_learning_rate, betas
-    )
+    g_optimizer = torch.optim.Adam(g.parameters(), config.generator_learning_rate, betas)
+    d_optimizer = torch.optim.Adam(d.parameters(), config.discriminator_learning_rate, betas)
 
     def noise(count: int = config.batch_size) -> Tensor:
         return rngs.normal(config.noise_size, count)
@@ -109,20 +107,13 @@ def train(config: Config, options: study.Options, line: int) -> None:
         return rngs.draw(lambda rng: mixture.sample(config.batch_size, rng).T)
 
     game = seeds.SideBySide(unroll.NonSaturating(), config.seeds)
-    unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator,
-        d_optimizer,
-        game,
-        unroll_steps=config.unroll_steps,
-        compile=config.compile,
-        stop_gradient=config.stop_gradient,
-    )
-    evaluate = planar.evaluation(generator, noise(config.samples), mixture)
-    parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **config.look_ahead)
+    evaluate = planar.evaluation(g, noise(config.samples), mixture)
+    parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
     for _ in runs.iterate(config, options, line, parts, rngs, evaluate):
-        fake = generator(noise()).detach()
-        study.step(d_optimizer, game.discriminator_loss(discriminator, fake, real()))
-        study.step(g_optimizer, unrolled(generator(noise()), real()))
+        fake = g(noise()).detach()
+        study.step(d_optimizer, game.discriminator_loss(d, fake, real()))
+        study.step(g_optimizer, unrolled(g(noise()), real()))
 
 
 def report(results: study.Results) -> str:

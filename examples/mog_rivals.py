@@ -128,33 +128,29 @@ def train(config: Config, options: study.Options, line: int) -> None:
     method = METHODS[config.method]
     rngs = seeds.generators(config)
     mixture, width = mixture_of(config), config.width
-    generator = seeds.perceptrons([config.noise_size, width, width, 2], "relu", rngs)
-    discriminator = Discriminators(config, method.packing, rngs)
-    g_optimizer, d_optimizer = (
-        torch.optim.Adam(network.parameters(), config.learning_rate, method.betas)
-        for network in (generator, discriminator)
-    )
+    g = seeds.perceptrons([config.noise_size, width, width, 2], "relu", rngs)
+    d = Discriminators(config, method.packing, rngs)
+    g_optimizer = torch.optim.Adam(g.parameters(), config.learning_rate, method.betas)
+    d_optimizer = torch.optim.Adam(d.parameters(), config.learning_rate, method.betas)
     batch_size = config.batch_size * method.packing
 
     def batches() -> Iterator[Tensor]:
         """Return generated samples and data, the first seed's first."""
-        fake = generator(rngs.normal(config.noise_size, batch_size))
+        fake = g(rngs.normal(config.noise_size, batch_size))
         real = rngs.draw(lambda rng: mixture.sample(batch_size, rng).T)
         return (x.mT.flatten(0, 1) for x in (fake, real))
 
     updates = 1 + method.discriminator_steps
     held_out = rngs.normal(config.noise_size, config.samples)
-    evaluate = planar.evaluation(generator, held_out, mixture, updates=updates)
+    evaluate = planar.evaluation(g, held_out, mixture, updates=updates)
     game = seeds.SideBySide(method.game, config.seeds)
-    unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator, d_optimizer, game, unroll_steps=config.unroll_steps
-    )
-    parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **config.look_ahead)
+    parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
     for iteration in runs.iterate(config, options, line, parts, rngs, evaluate):
         torch.manual_seed(iteration)  # GradientPenalty's points: the same in a resumed run
         for _ in range(method.discriminator_steps):
             fake, real = batches()
-            study.step(d_optimizer, game.discriminator_loss(discriminator, fake.detach(), real))
+            study.step(d_optimizer, game.discriminator_loss(d, fake.detach(), real))
 
         if method.gradient_norm:
             g_loss = regularised(unrolled, *batches(), method.gradient_norm)

@@ -174,8 +174,7 @@ def train(config: Config, options: Options, line: int) -> None:
         return {"player_updates": 2 * pairs, "each": each}, as_bytes(shown).cpu()
 
     game = seeds.SideBySide(GAMES[config.game], config.seeds)
-    how = {"unroll_steps": config.unroll_steps, "compile": config.compile}
-    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **how)
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **config.look_ahead)
     parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
     for _ in runs.iterate(config, options, line, parts, rngs, evaluate):
         batch = real()

@@ -159,26 +159,22 @@ def train(config: Config, options: study.Options, line: int) -> None:
     real, z = rngs.draw(clusters), rngs.draw(noises)
     g_sizes = [1, config.generator_width, config.generator_width, 1]
     d_sizes = [1, config.discriminator_width, config.discriminator_width, 1]
-    generator = seeds.perceptrons(g_sizes, "tanh", rngs)
-    discriminator = seeds.perceptrons(d_sizes, "sigmoid", rngs)
-    g_optimizer, d_optimizer = (
-        torch.optim.SGD(network.parameters(), rate, config.momentum)
-        for network, rate in (
-            (generator, config.generator_learning_rate),
-            (discriminator, config.discriminator_learning_rate),
-        )
-    )
+    g = seeds.perceptrons(g_sizes, "tanh", rngs)
+    d = seeds.perceptrons(d_sizes, "sigmoid", rngs)
+    rates = config.generator_learning_rate, config.discriminator_learning_rate
+    g_optimizer = torch.optim.SGD(g.parameters(), rates[0], config.momentum)
+    d_optimizer = torch.optim.SGD(d.parameters(), rates[1], config.momentum)
     game = seeds.SideBySide(GAMES[config.game], config.seeds)
     if config.start == "collapsed":
-        collapse(generator, z)
+        collapse(g, z)
         for _ in range(ALONE):
-            d_loss = game.discriminator_loss(discriminator, generator(z).detach(), real)
+            d_loss = game.discriminator_loss(d, g(z).detach(), real)
             study.step(d_optimizer, d_loss)
-    d_losses = game.discriminator_losses(discriminator, generator(z), real).tolist()
+    d_losses = game.discriminator_losses(d, g(z), real).tolist()
 
     @torch.no_grad()
     def evaluate(epochs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
-        fake = generator(z)
+        fake = g(z)
         updates = epochs * (config.generator_steps + config.discriminator_steps)
         each = []
         for seed, loss in enumerate(d_losses):
@@ -186,23 +182,16 @@ def train(config: Config, options: study.Options, line: int) -> None:
             each.append(row | landmarks(epochs, row, seeds.of_seed(earlier, seed), config.game))
         return {"player_updates": updates, "each": each}, fake[:, 0].cpu()
 
-    unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator,
-        d_optimizer,
-        game,
-        unroll_steps=config.unroll_steps,
-        compile=config.compile,
-        stop_gradient=config.stop_gradient,
-    )
-    parts = {"g": generator, "d": discriminator, "g_sgd": g_optimizer, "d_sgd": d_optimizer}
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **config.look_ahead)
+    parts = {"g": g, "d": d, "g_sgd": g_optimizer, "d_sgd": d_optimizer}
     for _ in runs.iterate(config, options, line, parts, rngs, evaluate):
-        fake = generator(z).detach()
+        fake = g(z).detach()
         for _ in range(config.discriminator_steps):
-            study.step(d_optimizer, game.discriminator_loss(discriminator, fake, real))
-        d_losses = game.discriminator_losses(discriminator, fake, real).tolist()
+            study.step(d_optimizer, game.discriminator_loss(d, fake, real))
+        d_losses = game.discriminator_losses(d, fake, real).tolist()
 
         for _ in range(config.generator_steps):
-            study.step(g_optimizer, unrolled(generator(z), real))
+            study.step(g_optimizer, unrolled(g(z), real))
 
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:

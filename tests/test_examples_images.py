@@ -336,7 +336,7 @@ def test_bad_arguments_are_refused_before_any_work(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(example("lab.data.stl10").STL10, "__init__", fail)
+    monkeypatch.setattr(example("lab.data.image_folder").STL10, "__init__", fail)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     own = files(name) if "--preset" not in arguments else {}
@@ -703,7 +703,7 @@ def test_a_longer_run_of_rsgan_decays_until_its_end_and_knows_its_data(
 def test_the_sampler_draws_from_the_averaged_generator_where_there_is_one(
     files: Callable[[str], dict[str, Path]], tmp_path: Path
 ) -> None:
-    rsgan, samples = example("rsgan"), example("lab.metrics.samples")
+    rsgan = example("rsgan")
     settings = {**ARMS[6][1], "unroll_steps": 0, "ema": 0.5}
     own = options("rsgan", files("rsgan"))
     content = trained("rsgan", tmp_path, 3, options=own, **settings)
@@ -716,8 +716,8 @@ def test_the_sampler_draws_from_the_averaged_generator_where_there_is_one(
     generator.load_state_dict(content["parts"]["g"])
     noise = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
     as_bytes = example("lab.data.pixels").as_bytes
-    assert not torch.equal(images, as_bytes(samples.sample(generator, noise)))
+    assert not torch.equal(images, as_bytes(rsgan.sample(generator, noise)))
     before = {name: value.clone() for name, value in generator.state_dict().items()}
-    samples.sample(generator, noise)
+    rsgan.sample(generator, noise)
     assert all(torch.equal(v, before[name]) for name, v in generator.state_dict().items())
     assert re.fullmatch(r"small-dcgan-quarter-Rp-K0-seed0", config.name)

@@ -1,14 +1,11 @@
 """One row a finished run, appended to a CSV file that the documentation is generated from."""
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-
-from lab.runs import write_atomically
 
 RENAMED = {  # fields of settings, and what the records have called them from the start
     "generator_learning_rate": "generator_lr",
@@ -20,11 +17,6 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings under the names that the records have for them."""
     return {RENAMED.get(name, name): value for name, value in settings.items()}
-
-
-def write_json(path: Path, content: object) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda draft: draft.write_text(text))
 
 
 def append(path: Path, row: Mapping[str, object], *, key: Sequence[str]) -> bool:

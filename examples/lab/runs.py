@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 SECONDS_BETWEEN_CHECKPOINTS = 10
@@ -80,6 +81,35 @@ def load(path: Path, parts: Parts, rng: Any) -> dict[str, Any]:
 def read_log(path: Path) -> dict[str, Any]:
     log: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)["log"]
     return log
+
+
+def update(
+    optimizer: torch.optim.Optimizer, loss: torch.Tensor, who: str, checkpoint: Path
+) -> None:
+    """Take a step of finite numbers, or stop before it reaches a checkpoint."""
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not torch.isfinite(loss + norm):
+        found = f"the loss and its gradient must be finite, they are {loss.item():g} and {norm:g}"
+        raise FloatingPointError(_stopped(f"{who}: {found}", checkpoint))
+    optimizer.step()
+    if not torch.isfinite(length := get_total_norm(parameters)):
+        found = f"the step must leave the parameters finite, their norm is {length:g}"
+        raise FloatingPointError(_stopped(f"{who}: {found}", checkpoint))
+
+
+def _stopped(what: str, checkpoint: Path) -> str:
+    kept = "none yet"
+    if checkpoint.exists():
+        log = read_log(checkpoint)
+        pair = log["since"][0] if "since" in log else log["history"][-1]["pairs"]
+        kept = f"{checkpoint} is of pair {pair}"
+    return (
+        f"{what} (the last checkpoint: {kept}): lower the learning rates, or leave --amp, in "
+        "another folder"
+    )
 
 
 def check(path: Path, settings: Mapping[str, Any], *, length: str) -> None:

@@ -9,6 +9,7 @@ are those of `Options`.
 
 import argparse
 import inspect
+import json
 import re
 import sys
 import tempfile
@@ -44,6 +45,8 @@ class Settings:
             flag = f"--{name.replace('_', '-')}"
             if name == "unroll_steps" and value < 0:
                 raise ValueError(f"{flag} must not be negative, got {value}")
+            if name == "ema" and not 0 <= value < 1:
+                raise ValueError(f"{flag} must be at least 0 and below 1, got {value}")
             if POSITIVE.search(name) and isinstance(value, int | float) and value <= 0:
                 raise ValueError(f"{flag} must be positive, got {value}")
 
@@ -57,6 +60,12 @@ class Settings:
         """Return the name of its checkpoint, without the folder."""
         setting = re.sub(r"[^\w.+]+", "-", self.label.replace(" = ", ""))
         return f"{setting}-{self.models}"
+
+    @property
+    def look_ahead(self) -> dict[str, Any]:
+        """Return those of the settings that are arguments of `unroll.UnrolledGeneratorLoss`."""
+        names = "unroll_steps", "stop_gradient", "average", "compile"
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def checkpoint(self, folder: Path) -> Path:
         return folder / "checkpoints" / f"{self.name}.pt"
@@ -105,6 +114,13 @@ class Options:
     record: bool = False  # append a row for each model to the record
     records: Path = RESULTS  # the folder of the records
     figures: Path | None = None  # the folder of the figures, if not that of --out
+
+
+@dataclass(frozen=True)
+class DataOptions(Options):
+    """The data, and the runs."""
+
+    data_root: Path | None = None  # of MNIST/raw or images; else $UNROLL_DATA or data/, downloaded
 
 
 def comments(kind: type) -> Mapping[str, str]:
@@ -356,7 +372,8 @@ def main(
     if leads():
         print(_start_line(configs, options, RESULTS / f"{record}.csv"), flush=True)
         settings = {"command": sys.argv, **runs.provenance(), "runs": [asdict(c) for c in configs]}
-        records.write_json(options.out / "config.json", settings)
+        text = json.dumps(settings, indent=2) + "\n"
+        runs.write_atomically(options.out / "config.json", lambda draft: draft.write_text(text))
     slowest = sorted(configs, key=lambda c: (getattr(c, "seed", 0), -c.unroll_steps))
     try:
         task = partial(_carry_out, train, options)
@@ -374,6 +391,8 @@ def main(
     if not leads():
         return
     results = Results(configs, options)
-    runs.write_atomically(options.out / "metrics.csv", partial(results.frame.to_csv, index=False, na_rep="nan"))
+    runs.write_atomically(
+        options.out / "metrics.csv", partial(results.frame.to_csv, index=False, na_rep="nan")
+    )
     print(f"\n{report(results)}")
     print(f"Figures, time series and checkpoints are in {results.folder}/.")
