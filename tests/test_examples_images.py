@@ -360,6 +360,16 @@ def test_real_stacks_are_scored(
     assert [(row["seed"], row["test_accuracy"]) for row in found] == [("0", "10.0"), ("1", "10.0")]
 
 
+def test_runs_at_two_learning_rates_are_both_recorded(
+    files: Callable[[str], dict[str, Path]], tmp_path: Path
+) -> None:
+    given = (*DIVERSE, "--unroll-steps", 0, "--optimizer", "SGD", "--record", "--force")
+    for rate in (0.1, 0.2, 0.2):
+        own = *flags(files("gan_mnist")), "--learning-rate", rate
+        command("gan_mnist", tmp_path, *given, *own)
+    assert [row["lr"] for row in rows(tmp_path / "gan_mnist.csv")] == ["0.1", "0.2"]
+
+
 def test_samples_of_a_finished_run_are_written_once(
     files: Callable[[str], dict[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

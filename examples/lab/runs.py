@@ -182,8 +182,6 @@ def iterate(
             save(path, settings, parts, rng, log)
         saved = time.perf_counter()
 
-    if not history:
-        look(0)
     progress = tqdm(
         range(done + 1, length + 1),
         f"{config.label}, {config.models}",
@@ -193,6 +191,8 @@ def iterate(
         position=line,
         unit=counts[:-1],
     )
+    if not history:
+        look(0)
     for number in progress:
         yield number
         if number % every == 0 or number == length:

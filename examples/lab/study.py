@@ -234,8 +234,6 @@ def _seconds(config: Any, record: Path) -> float:
         if name in found and name in wanted:
             found = found[found[name] == wanted[name]]
     length = "epochs" if "epochs" in wanted else "pairs"
-    if found.empty or length not in wanted:
-        return float("nan")
     together = found.get("seeds_together", 1)  # models that the seconds are of
     per_model = (found["seconds"] / found[length] / together).median()
     return float(per_model * wanted[length] * wanted.get("seeds", 1))
@@ -380,8 +378,8 @@ def main(
         for config in runs.run_all(task, slowest, options.workers, options.device):
             log = runs.read_log(config.checkpoint(options.out))
             for row in rows(record, config, log) if options.record and leads() else ():
-                names = [*asdict(config), *records.RENAMED.values(), "seed", "pairs", "revision"]
-                records.append(path, row, key=[name for name in names if name in row])
+                names = {*asdict(config), *records.RENAMED.values(), "lr", "seed", "revision"}
+                records.append(path, row, key=[name for name in row if name in names])
     except KeyboardInterrupt:
         sys.exit("\nInterrupted: the same command with --resume continues.")
     except (FloatingPointError, OSError, ValueError) as error:
