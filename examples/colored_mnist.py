@@ -154,9 +154,7 @@ def train(config: Config, options: Options, line: int) -> None:
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
-        row
-        | {"seconds": round(row["seconds"] / config.seeds, 2)}
-        | {"images_a_second": config.batch_size / row["seconds_a_pair"]}
+        row | {"images_a_second": config.batch_size / row["seconds_a_pair"]}
         for row in study.model_rows(record, config, log)
         if row["pairs"] == config.pairs
     ]

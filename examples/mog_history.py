@@ -30,7 +30,7 @@ class Config(study.SideBySide):
     """The settings: Appendix A's. "Ours" marks a choice where the paper is silent."""
 
     unroll_steps: int = 0  # look-ahead steps of D in G's loss, without an ensemble
-    generator_steps: int = 1  # updates of G a pair
+    generator_steps: int = 1
     learning_rate: float = 1e-4  # Adam's, of both players
     samples: int = 2500  # behind every metric
     compile: bool = True  # compile the look-ahead step and its adjoint

@@ -187,7 +187,7 @@ def train(config: Config, options: Options, line: int) -> None:
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
-        row | {"compile": config.compile, "seconds": round(row["seconds"] / config.seeds, 2)}
+        row | {"compile": config.compile}
         for row in study.model_rows(record, config, log)
         if row["pairs"] == config.pairs
         or (row["pairs"] and row["pairs"] % config.record_every == 0)

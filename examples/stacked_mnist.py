@@ -133,11 +133,7 @@ def train(config: Config, options: classifier.Options, line: int) -> None:
 
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [
-        row | {"seconds": round(row["seconds"] / config.seeds, 2)}
-        for row in study.model_rows(record, config, log)
-        if row["pairs"]
-    ]
+    return [row for row in study.model_rows(record, config, log) if row["pairs"]]
 
 
 def report(results: study.Results) -> str:

@@ -38,9 +38,13 @@ KEY = ("experiment", "preset", "unroll_steps", "batch_size", "torch", "revision"
 
 
 @dataclass(frozen=True)
-class Options(classifier.Options):
-    """What is timed."""
+class Options:
+    """What is timed, with which files."""
 
+    data_root: Path | None = None  # of MNIST/raw; else $UNROLL_DATA or data/, downloaded
+    classifier: Path | None = None  # tells digits apart; else $UNROLL_CLASSIFIER, else trained once
+    record: bool = False  # append the rows to the record
+    records: Path = records.RESULTS  # the folder of the records
     experiments: tuple[Literal[tuple(STEPS)], ...] = tuple(STEPS)
     presets: tuple[Literal["small", "paper"], ...] = ("small", "paper")
     unroll_steps: tuple[int, ...] = ()  # look-ahead steps, if not those of the experiment

@@ -41,17 +41,13 @@ PLATEAU = dict.fromkeys(("JS", "minimax"), math.log(3) / 4 + math.log(3 / 2) / 2
 PLATEAU["Rp"] = math.log(2) / 2
 MATCHED = math.log(2)
 ALONE = 3000  # steps of D at the collapsed start
-Network = Callable[[Tensor], Tensor]
 
 
-class HalfMinimax:
+class HalfMinimax(unroll.Minimax):
     """The minimax game, with D's loss the mean of its two terms as in the authors' code."""
 
-    def discriminator_loss(self, discriminator: Network, fake: Tensor, real: Tensor) -> Tensor:
-        return unroll.Minimax().discriminator_loss(discriminator, fake, real) / 2
-
-    def generator_loss(self, discriminator: Network, fake: Tensor, real: Tensor) -> Tensor:
-        return unroll.Minimax().generator_loss(discriminator, fake, real)
+    def discriminator_loss(self, discriminator: Any, fake: Tensor, real: Tensor) -> Tensor:
+        return super().discriminator_loss(discriminator, fake, real) / 2
 
 
 GAMES: dict[str, unroll.Objective] = {

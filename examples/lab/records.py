@@ -20,10 +20,9 @@ def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def append(path: Path, row: Mapping[str, object], *, key: Sequence[str]) -> bool:
-    """Append a row, unless one with the same key is there; safe under several processes.
+    """Append a row, unless one with the same key is there, and return whether it was.
 
-    Returns:
-        Whether the row was written.
+    Several processes may do so at once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")), path.open("a+", newline="") as file:

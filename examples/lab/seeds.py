@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import unroll
 
+Network = Callable[[Any], Any]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
@@ -123,23 +124,19 @@ class SideBySide:
     game: unroll.Objective
     seeds: int
 
-    def discriminator_loss(
-        self, discriminator: Callable[[Any], Any], fake: Any, real: Any
-    ) -> Tensor:
+    def discriminator_loss(self, discriminator: Network, fake: Any, real: Any) -> Tensor:
         return self.seeds * self.game.discriminator_loss(discriminator, fake, real)
 
-    def generator_loss(self, discriminator: Callable[[Any], Any], fake: Any, real: Any) -> Tensor:
+    def generator_loss(self, discriminator: Network, fake: Any, real: Any) -> Tensor:
         return self.seeds * self.game.generator_loss(discriminator, fake, real)
 
-    def discriminator_losses(
-        self, discriminator: Callable[[Any], Any], fake: Tensor, real: Tensor
-    ) -> Tensor:
+    def discriminator_losses(self, discriminator: Network, fake: Tensor, real: Tensor) -> Tensor:
         """Return D's loss of each seed."""
         of_real = discriminator(real)  # first, as games do, for what BatchNorm remembers
         pairs = zip(discriminator(fake), of_real, strict=True)
         return torch.stack([self.game.discriminator_loss(_itself, *logits) for logits in pairs])
 
-    def generator_losses(self, discriminator: Callable[[Any], Any], fake: Tensor) -> Tensor:
+    def generator_losses(self, discriminator: Network, fake: Tensor) -> Tensor:
         """Return G's loss of each seed, of a game in which the fakes alone make it."""
         each = discriminator(fake)
         return torch.stack([self.game.generator_loss(_itself, logits, logits) for logits in each])

@@ -253,14 +253,16 @@ def models(config: Any, log: Mapping[str, Any]) -> list[tuple[int, list[dict[str
 
 
 def model_rows(experiment: str, config: Any, log: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return settings, metrics and provenance of every model at every evaluation."""
+    """Return settings, metrics and provenance of every model, with its part of the seconds."""
     settings = records.renamed(asdict(config))
     about = {"device": settings.pop("device"), **log["provenance"]}
     if isinstance(config, SideBySide):
         for shared in ("seeds", "first_seed", "compile"):
             settings.pop(shared, None)
+    part = getattr(config, "seeds", 1)
     return [
         {"experiment": experiment, **settings, "seed": seed, **row, **about}
+        | {"seconds": round(row["seconds"] / part, 2)}
         for seed, history in models(config, log)
         for row in history
     ]
@@ -268,9 +270,12 @@ def model_rows(experiment: str, config: Any, log: Mapping[str, Any]) -> list[dic
 
 def last_rows(experiment: str, config: Any, log: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return what is recorded of most experiments: a row a model, of its last evaluation."""
-    together = {"seeds_together": config.seeds} if isinstance(config, SideBySide) else {}
-    size = len(log["history"])
-    return [row | together for row in model_rows(experiment, config, log)[size - 1 :: size]]
+    history = log["history"]
+    together = {"seconds": history[-1]["seconds"]}
+    if isinstance(config, SideBySide):
+        together["seeds_together"] = config.seeds
+    last = model_rows(experiment, config, log)[len(history) - 1 :: len(history)]
+    return [row | together for row in last]
 
 
 class Results:
