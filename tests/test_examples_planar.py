@@ -210,6 +210,7 @@ def test_nothing_is_overwritten_without_force(
     [
         ("mog", ("--unroll-steps", "-1")),
         ("mog", ("--pairs", "0")),
+        ("mog", ("--seeds", "0")),
         ("mog", ("--mixture", "no")),
         ("mog", ("--preset", "no")),
         ("mog", ("--device", "no")),

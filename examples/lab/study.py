@@ -165,6 +165,8 @@ def command_line(
 
 def configurations(base: Any, sweep: Mapping[str, Sequence[Any]], options: Options) -> list[Any]:
     """Return the settings of every run: those that train all seeds side by side are one."""
+    if options.seeds < 1:
+        raise ValueError(f"--seeds must be positive, got {options.seeds}")
     models = range(options.first_seed, options.first_seed + options.seeds)
     numbers: list[dict[str, int]] = [{"seed": seed} for seed in models]
     if isinstance(base, SideBySide):
