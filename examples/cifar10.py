@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab import ranks, study
+from lab import ranks, runs, study
 from lab.data import image_folder
-from lab.data.pixels import as_bytes
+from lab.data.image_folder import Sampler
+from lab.data.pixels import as_bytes, as_floats
 from lab.figures import images
-from lab.metrics.samples import Sampler
 from lab.networks import dcgan
-from lab.updates import Losses, update
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -59,8 +58,6 @@ class Config(study.OneModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"--ema must be at least 0 and below 1, got {self.ema}")
         if self.batch_size % self.ranks or self.batch_size < 2 * self.ranks:
             raise ValueError(
                 f"--batch-size must be at least 2 for each of {self.ranks} ranks and the same for "
@@ -71,17 +68,25 @@ class Config(study.OneModel):
 PAPER = Config()
 SMALL = {"size": 0.25, "pairs": 2000, "batch_size": 32, "evaluate_every": 100}
 PRESETS = {"small": replace(PAPER, preset="small", **SMALL), "paper": PAPER}
+Options = study.DataOptions
 
 
-@dataclass(frozen=True)
-class Options(study.Options):
-    """The images, and the runs."""
+class Losses(nn.Module):
+    """Averages of losses over about the last ten pairs of updates: state, as parameters are."""
 
-    data_root: Path | None = None  # a folder of images, or torchvision's CIFAR-10; else downloaded
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.full((len(LOSSES),), torch.nan))
+
+    def add(self, *losses: Tensor) -> None:
+        fresh = torch.stack([loss.detach().float() for loss in losses])
+        self.values = torch.where(self.values.isnan(), fresh, 0.9 * self.values + 0.1 * fresh)
+
+    def row(self) -> dict[str, float]:
+        return dict(zip(LOSSES, self.values.tolist(), strict=True))
 
 
 def train(config: Config, options: Options, line: int) -> None:
-    torch.set_num_threads(1)  # a process a core
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     device = ranks.join(config.device)
     rng = torch.Generator(device).manual_seed(config.seed)
@@ -93,7 +98,7 @@ def train(config: Config, options: Options, line: int) -> None:
     betas = (config.beta1, 0.999)
     g_optimizer = torch.optim.Adam(g.parameters(), config.generator_learning_rate, betas)
     d_optimizer = torch.optim.Adam(d.parameters(), config.discriminator_learning_rate, betas)
-    losses = Losses(tuple(LOSSES)).to(device)
+    losses = Losses().to(device)
     parts: dict[str, Any] = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
     parts |= {"losses": losses, "ema": averaged} if config.ema else {"losses": losses}
 
@@ -102,7 +107,7 @@ def train(config: Config, options: Options, line: int) -> None:
 
     def real() -> Tensor:
         chosen = torch.randint(len(pixels), (config.batch_size,), generator=rng, device=device)
-        return image_folder.batch(pixels, ranks.share(chosen)).to(memory_format=layout)
+        return as_floats(pixels[ranks.share(chosen)]).to(memory_format=layout)
 
     held_out = noise(SHOWN)
 
@@ -115,31 +120,26 @@ def train(config: Config, options: Options, line: int) -> None:
 
     generator, discriminator = ranks.wrapped(g), ranks.wrapped(d)
     unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator,
-        d_optimizer,
-        GAME,
-        unroll_steps=config.unroll_steps,
-        checkpoint=config.checkpointed,
-        compile=config.compile,
+        discriminator, d_optimizer, GAME, checkpoint=config.checkpointed, **config.look_ahead
     )
     standard = unroll.UnrolledGeneratorLoss(discriminator, d_optimizer, GAME, unroll_steps=0)
     # bfloat16 has the exponents of float32: its losses need no scaling.
     precision = partial(torch.autocast, torch.device(device).type, torch.bfloat16, config.amp)
     path, run = config.checkpoint(options.out), f"{config.label}, seed {config.seed}"
     writes = ranks.first()
-    for pair in study.pairs(config, options, line, parts, rng, evaluate, writes=writes):
+    for pair in runs.iterate(config, options, line, parts, rng, evaluate, writes=writes):
         with torch.no_grad(), precision():
             fake = generator(ranks.share(noise()))
         with precision():
             d_loss = GAME.discriminator_loss(discriminator, fake, real())
-        update(d_optimizer, d_loss, f"D at pair {pair} of {run}", path)
+        runs.update(d_optimizer, d_loss, f"D at pair {pair} of {run}", path)
 
         with precision():
             fake, batch = generator(ranks.share(noise())), real()
             f_k = unrolled(fake, batch)
         with torch.no_grad(), precision():
             f_0 = standard(fake, batch) if config.unroll_steps else f_k
-        update(g_optimizer, f_k, f"G at pair {pair} of {run}", path)
+        runs.update(g_optimizer, f_k, f"G at pair {pair} of {run}", path)
 
         losses.add(d_loss, f_0, f_k)
         if config.ema:
@@ -180,12 +180,9 @@ def sampler(path: Path, device: str = "cpu") -> Sampler:
     return make
 
 
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
-    how = {"curves": LOSSES, "table": tuple(LOSSES)}
-    histories = images.report("cifar10_samples", configs, logs, options, **how)
-    return study.sentence(histories, "f_0", "ends with a generator's loss of {}")
+def report(results: study.Results) -> str:
+    images.report("cifar10_samples", results, curves=LOSSES, table=tuple(LOSSES))
+    return results.sentence("f_0", "ends with a generator's loss of {}")
 
 
 def arms(configs: Sequence[Config], options: Options) -> list[Config]:
@@ -195,21 +192,9 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     return [replace(config, **facts) for config in configs]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    study.main(
-        __doc__,
-        PRESETS,
-        train,
-        report,
-        record="cifar10",
-        sweep={"unroll_steps": (0, 1, 5, 10)},
-        options=Options(),
-        arms=arms,
-        leads=ranks.first,
-        arguments=arguments,
-    )
-    ranks.leave()
-
-
+SWEEP = {"unroll_steps": (0, 1, 5, 10)}
+HOOKS = {"options": Options(), "arms": arms, "leads": ranks.first}
+main = partial(study.main, __doc__, PRESETS, train, report, "cifar10", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()
+    ranks.leave()

@@ -12,22 +12,29 @@ Section 3.4 of Metz, Poole, Pfau and Sohl-Dickstein, "Unrolled Generative Advers
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cifar10
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import tyro
 from lab import records, runs, study
 from lab.data import image_folder
-from lab.data.pixels import as_bytes
-from lab.figures import diversity
-from lab.metrics import distances, inversion
+from lab.data.pixels import as_bytes, as_floats
+from lab.figures import images, plots
+from lab.metrics import inversion
+from scipy.stats import wasserstein_distance
+from torch import Tensor
 from tqdm import tqdm
 
 FACTS = "preset", "data", "images", "size", "pairs", "batch_size", "unroll_steps", "seed"
 OWN = {"unroll_steps", "seed"}  # in what the models that are compared differ
+INVERSION = "targets", "starts", "steps", "draw"  # what these depend on
+DISTANCES = "samples", "distances", "draw"
+ROWS, BLOCKS = 8, 3  # images below each other as in Fig. 5, and its layout as often as in App. G
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,6 @@ class Config:
     samples: int = 2000  # of which pairs are made (ours)
     distances: int = 10_000  # pairs (ours)
     draw: int = 0  # the seed of all of these
-
-
-@dataclass(frozen=True)
-class Options(Config):
-    """What is measured, on which models, and what is kept."""
-
     data_root: Path | None = None  # as for cifar10.py
     device: str = "cpu"
     checkpoints: Path = Path("runs/cifar10/checkpoints")  # of the models
@@ -54,10 +55,14 @@ class Options(Config):
     records: Path = records.RESULTS  # the folder of the records
     figures: Path | None = None  # the folder of the figures, if not that of --out
 
-    @property
-    def config(self) -> Config:
-        """Return what is measured alone."""
-        return Config(**{field.name: getattr(self, field.name) for field in fields(Config)})
+
+class Setting(NamedTuple):
+    """What every model is measured on."""
+
+    config: Config
+    data: image_folder.Images
+    chosen: Tensor  # the images that are reconstructed
+    real: Tensor  # distances in the data
 
 
 def models(folder: Path) -> dict[Path, cifar10.Config]:
@@ -85,46 +90,51 @@ def models(folder: Path) -> dict[Path, cifar10.Config]:
     return dict(sorted(found.items(), key=lambda item: (item[1].seed, item[1].unroll_steps)))
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What every model is measured on."""
-
-    config: Config
-    data: image_folder.Images
-    device: str
-
-    def __post_init__(self) -> None:
-        """Draw the images that are reconstructed, and the distances in the data."""
-        if self.config.targets > len(self.data.pixels):
-            most = len(self.data.pixels)
-            raise ValueError(f"--targets must be at most {most}, got {self.config.targets}")
-        rng = torch.Generator().manual_seed(self.config.draw)
-        chosen = torch.randperm(len(self.data.pixels), generator=rng)[: self.config.targets]
-        real = distances.pairwise(self.data.pixels, self.config.distances, rng)
-        object.__setattr__(self, "chosen", chosen)
-        object.__setattr__(self, "real", real)
+def setting(config: Config) -> Setting:
+    """Draw the images that are reconstructed, and the distances in the data."""
+    data = image_folder.load(config.data_root)
+    if config.targets > len(data.pixels):
+        raise ValueError(f"--targets must be at most {len(data.pixels)}, got {config.targets}")
+    rng = torch.Generator().manual_seed(config.draw)
+    chosen = torch.randperm(len(data.pixels), generator=rng)[: config.targets]
+    return Setting(config, data, chosen, pairwise(data.pixels, config.distances, rng))
 
 
-def measure(path: Path, where: Setting, folder: Path) -> dict[str, Any]:
+def pairwise(images: Tensor, pairs: int, rng: torch.Generator, *, batch_size: int = 1000) -> Tensor:
+    """Return the l2 distances of random pairs of different images."""
+    if len(images) < 2:
+        raise ValueError(f"images must be two or more, got {len(images)}")
+    first = torch.randint(len(images), (pairs,), generator=rng)
+    second = (first + torch.randint(1, len(images), (pairs,), generator=rng)) % len(images)
+    scale = 127.5 if images.dtype == torch.uint8 else 1.0
+    parts = [
+        (images[i].float() - images[j].float()).flatten(1).norm(dim=1).cpu() / scale
+        for i, j in zip(first.split(batch_size), second.split(batch_size), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def measure(path: Path, where: Setting) -> dict[str, Any]:
     """Return what is measured on one model, kept in a file: done once."""
-    g, model = cifar10.trained(path, where.device)
     config = where.config
-    settings = {**asdict(config), "model": asdict(model)}
-    kept = folder / f"{path.stem}.pt"
+    g, model = cifar10.trained(path, config.device)
+    how = {name: getattr(config, name) for name in (*INVERSION, *DISTANCES)}
+    settings = {**how, "model": asdict(model)}
+    kept = config.out / f"{path.stem}.pt"
     if kept.exists():
         runs.check(kept, settings, length="")
         found: dict[str, Any] = torch.load(kept, weights_only=True)["result"]
         return found
     rng = torch.Generator().manual_seed(config.draw + 1)
     starts = torch.randn(config.targets, config.starts, model.noise_size, generator=rng)
-    targets = image_folder.batch(where.data.pixels, where.chosen).to(where.device)
-    images, errors = inversion.reconstruct(g, targets, starts, steps=config.steps)
+    targets = as_floats(where.data.pixels[where.chosen]).to(config.device)
+    reconstructed, errors = inversion.reconstruct(g, targets, starts, steps=config.steps)
     rng = torch.Generator().manual_seed(config.draw + 3)  # whatever the starts are
     samples = cifar10.generated(g, torch.randn(config.samples, model.noise_size, generator=rng))
     result = {
-        "images": as_bytes(images),
+        "images": as_bytes(reconstructed),
         "mse": errors,
-        "distances": distances.pairwise(samples, config.distances, rng),
+        "distances": pairwise(samples, config.distances, rng),
         "provenance": runs.provenance(),
     }
     content = {"settings": settings, "result": result}
@@ -132,31 +142,82 @@ def measure(path: Path, where: Setting, folder: Path) -> dict[str, Any]:
     return result
 
 
-def record(folder: Path, where: Setting, model: cifar10.Config, result: Mapping[str, Any]) -> None:
+def record(where: Setting, model: cifar10.Config, result: Mapping[str, Any]) -> None:
     """Append a row an image to one record, and the histogram in numbers to the other."""
+    config = where.config
     facts = {name: getattr(model, name) for name in FACTS}
-    facts |= {"device": where.device, **result["provenance"]}
-    how = asdict(where.config)
-    rng = torch.Generator().manual_seed(where.config.draw + 2)
-    other = distances.pairwise(where.data.pixels, where.config.distances, rng)
+    facts |= {"device": config.device, **result["provenance"]}
+    rng = torch.Generator().manual_seed(config.draw + 2)
+    other = pairwise(where.data.pixels, config.distances, rng)
     own, real = result["distances"], where.real
     numbers = {
         "median": own.median().item(),
         "median_data": real.median().item(),
-        "wasserstein": distances.wasserstein(own, real),
-        "wasserstein_data": distances.wasserstein(other, real),  # what equals would have
+        "wasserstein": wasserstein_distance(own, real),
+        "wasserstein_data": wasserstein_distance(other, real),  # what equals would have
     }
     pairs = zip(where.chosen.tolist(), result["mse"].tolist(), strict=True)
     inverted = [{"image": image, "mse": f"{mse:.6g}"} for image, mse in pairs]
     distant = [{name: f"{number:.6g}" for name, number in numbers.items()}]
-    for name, rows, setting in (
-        ("inversion", inverted, ("targets", "starts", "steps", "draw")),
-        ("distances", distant, ("samples", "distances", "draw")),
+    for name, rows, names in (
+        ("inversion", inverted, INVERSION),
+        ("distances", distant, DISTANCES),
     ):
-        first = {"experiment": f"cifar10_{name}", **facts, **{n: how[n] for n in setting}}
+        how = {name: getattr(config, name) for name in names}
+        first = {"experiment": f"cifar10_{name}", **facts, **how}
         for row in rows:
             key = [*first, *({"image"} & row.keys())]
-            records.append(folder / f"cifar10_{name}.csv", first | row, key=key)
+            records.append(config.records / f"cifar10_{name}.csv", first | row, key=key)
+
+
+def draw_reconstructions(
+    path: Path, targets: Tensor, results: Mapping[int, Mapping[str, Any]]
+) -> None:
+    """Draw the images whose errors differ most between the fewest and the most steps."""
+    ks = sorted(results)
+    low, high = results[ks[0]]["mse"], results[ks[-1]]["mse"]
+    fraction = ((low - high) / high).abs()
+    chosen = fraction.argsort(descending=True)[: ROWS * BLOCKS].tolist()
+    wide = BLOCKS * (len(ks) + 1)
+    size = 0.62 * wide, 0.78 * ROWS + 0.5
+    figure, axes = plt.subplots(ROWS, wide, figsize=size, squeeze=False)
+    figure.subplots_adjust(0.01, 0.03, 0.99, 0.95, wspace=0.08, hspace=0.28)
+    for ax in axes.flat:
+        ax.axis("off")
+    for number, row in enumerate(axes):
+        cells = []
+        for image in chosen[number::ROWS]:
+            cells.append((targets[image], ""))
+            found = [results[k] for k in ks]
+            cells += [(one["images"][image], f"{one['mse'][image]:.4f}") for one in found]
+        for ax, (image, text) in zip(row, cells, strict=False):
+            images.show(ax, image)
+            ax.text(0.5, -0.03, text, transform=ax.transAxes, ha="center", va="top", fontsize=6.5)
+    titles = ["data", *(f"{k} step{'s' * (k != 1)}" for k in ks)]
+    for ax, title in zip(axes[0], titles * BLOCKS, strict=True):
+        ax.set_title(title, fontsize=8)
+    plots.save(figure, path)
+
+
+def draw_distances(path: Path, real: Tensor, found: Mapping[tuple[int, int], Tensor]) -> None:
+    """Draw a panel a K: the data in red, seeds in blue, medians as vertical lines."""
+    ks = sorted({k for k, _ in found})
+    bins = np.histogram_bin_edges(torch.cat([real, *found.values()]).numpy(), 120)
+    how = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(len(ks), 1, figsize=(5.5, 1.5 * len(ks) + 0.4), **how)
+    for ax, k in zip(axes[:, 0], ks, strict=True):
+        own = [sample for (of_k, _), sample in found.items() if of_k == k]
+        for sample in (real, *own):
+            color, width = ("tab:red", 1.4) if sample is real else ("tab:blue", 0.8)
+            line = {"color": color, "linewidth": width}
+            ax.hist(sample.numpy(), bins, density=True, histtype="step", **line)
+            ax.axvline(torch.median(sample).item(), linestyle="--", alpha=0.7, **line)
+        ax.set(ylabel="density", title=f"{k} step{'s' * (k != 1)}")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.margins(x=0)
+    axes[0, 0].set(xlim=(0, None), ylim=(0, None))  # shared by all
+    axes[-1, 0].set_xlabel("$\\ell_2$ distance of a pair, pixels in [-1, 1]")
+    plots.save(figure, path)
 
 
 def report(folder: Path, where: Setting, found: Mapping[Path, tuple[cifar10.Config, Any]]) -> None:
@@ -165,41 +226,41 @@ def report(folder: Path, where: Setting, found: Mapping[Path, tuple[cifar10.Conf
     targets = where.data.pixels[where.chosen]
     for seed in sorted({seed for _, seed in results}):
         of_seed = {k: result for (k, own), result in results.items() if own == seed}
-        diversity.reconstructions(folder, seed, targets, of_seed)
+        path = folder / f"cifar10_reconstructions_seed{seed}.png"
+        draw_reconstructions(path, targets, of_seed)
     own = {key: result["distances"] for key, result in results.items()}
-    diversity.distances(folder, where.real, own)
+    draw_distances(folder / "cifar10_distances.png", where.real, own)
     for (k, seed), result in results.items():
-        w = distances.wasserstein(result["distances"], where.real)
+        w = wasserstein_distance(result["distances"], where.real)
         print(f"K = {k}, seed {seed}: MSE {result['mse'].mean():.4f}, W1 to the data {w:.3f}")
     print("MSE: of reconstructions, in [-1, 1]; W1: of the distances of pairs, to the data's.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, record and draw."""
-    config = (tyro.conf.FlagCreatePairsOff,)
-    options = tyro.cli(Options, description=__doc__, args=arguments, config=config)
+    flags = (tyro.conf.FlagCreatePairsOff,)
+    config = tyro.cli(Config, description=__doc__, args=arguments, config=flags)
     torch.set_num_threads(1)
     found = {}
     try:
-        trained = models(options.checkpoints)
-        data = image_folder.load(options.data_root)
-        where = Setting(options.config, data, options.device)
+        trained = models(config.checkpoints)
+        where = setting(config)
         for path, model in trained.items():
-            if (model.data, model.images) != (data.name, len(data.pixels)):
+            if (model.data, model.images) != (where.data.name, len(where.data.pixels)):
                 raise ValueError(
                     f"--data-root must be what {path} was trained on, {model.images} images of "
-                    f"{model.data}, it has {len(data.pixels)} of {data.name}"
+                    f"{model.data}, it has {len(where.data.pixels)} of {where.data.name}"
                 )
-        study.check_writable("--out", options.out)
+        study.check_writable("--out", config.out)
         for path, model in tqdm(trained.items(), unit="model"):
-            found[path] = model, measure(path, where, options.out)
-            if options.record:
-                record(options.records, where, *found[path])
+            found[path] = model, measure(path, where)
+            if config.record:
+                record(where, *found[path])
     except (OSError, ValueError) as error:
         study.refuse(error)
     except KeyboardInterrupt:
         sys.exit("\nInterrupted: the same command continues.")
-    report(options.figures or options.out, where, found)
+    report(config.figures or config.out, where, found)
 
 
 if __name__ == "__main__":

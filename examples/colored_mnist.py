@@ -17,12 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import torch
-from lab import seeds, study
+from lab import runs, seeds, study
 from lab.columns import moments
 from lab.data import colors, digits
 from lab.data.pixels import as_bytes
@@ -67,6 +66,7 @@ PAPER = Config()
 RATES = {"generator_learning_rate": 2e-3, "discriminator_learning_rate": 2e-3}
 SMALL = {"samples": 1000, "evaluate_every": 250, "pairs": 1500, "batch_size": 16}
 PRESETS = {"small": replace(PAPER, preset="small", base="1/4", **RATES, **SMALL), "paper": PAPER}
+Options = study.DataOptions
 
 
 def networks(config: Config, rng: torch.Generator) -> tuple[nn.Sequential, nn.Sequential]:
@@ -80,8 +80,7 @@ def batch(data: digits.Digits, count: int, rng: torch.Generator) -> Tensor:
     return colors.coloured(data.sample(count, rng), colors.draw(count, rng), rng)
 
 
-def train(config: Config, options: "Options", line: int) -> None:
-    torch.set_num_threads(1)  # a process a core
+def train(config: Config, options: Options, line: int) -> None:
     rngs = seeds.generators(config)
     data = digits.mnist(options.data_root, size=32).to(config.device)
     g, d = joined.players(rngs, partial(networks, config))
@@ -135,10 +134,9 @@ def train(config: Config, options: "Options", line: int) -> None:
         return {"player_updates": 2 * pairs, "each": each}, as_bytes(shown).cpu()
 
     game = seeds.SideBySide(unroll.NonSaturating(), config.seeds)
-    how = {"unroll_steps": config.unroll_steps, "compile": config.compile}
-    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **how)
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **config.look_ahead)
     parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer, "trace": trace}
-    for _ in study.pairs(config, options, line, parts, rngs, evaluate):
+    for _ in runs.iterate(config, options, line, parts, rngs, evaluate):
         began = time.process_time()
         d_images = real()
         g_images = real() if config.unroll_steps else d_images  # f_0 uses none
@@ -155,46 +153,35 @@ def train(config: Config, options: "Options", line: int) -> None:
 
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
-    last = [row for row in seeds.model_rows(record, config, log) if row["pairs"] == config.pairs]
-    return [{**row, "images_a_second": config.batch_size / row["seconds_a_pair"]} for row in last]
+    return [
+        row | {"images_a_second": config.batch_size / row["seconds_a_pair"]}
+        for row in study.model_rows(record, config, log)
+        if row["pairs"] == config.pairs
+    ]
 
 
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
+def report(results: study.Results) -> str:
     curves = {"js_divergence": "JS (nats)", "colour_variance": "variance of colours / data's"}
     table = "js_divergence", "js_floor", "js_single_colour", "colour_variance", "discarded"
-    name = "colored_mnist_samples"
-    histories = images.report(name, configs, logs, options, curves=curves, table=table)
+    images.report("colored_mnist_samples", results, curves=curves, table=table)
 
     figure, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    steps = sorted({config.unroll_steps for config in configs})
-    for number, size in enumerate(dict.fromkeys(config.size for config in configs)):
-        for place, k in enumerate(steps):
-            values = [history[-1]["js_divergence"] for history in histories[f"X = {size}, K = {k}"]]
-            x, color, label = (
-                place + 0.1 * number,
-                f"C{number}",
-                f"X = {size}" if place == 0 else "",
-            )
-            mean, error = moments(values)
-            ax.errorbar(x, mean, error, fmt="o", color=color, label=label)
-            ax.plot([x] * len(values), values, ".", color=color, alpha=0.35)
-    last = [history[-1] for own in histories.values() for history in own]
-    floor = moments([row["js_floor"] for row in last])[0]
+    last = results.last.groupby("setting")
+    steps = sorted({config.unroll_steps for config in results.configs})
+    for number, size in enumerate(dict.fromkeys(config.size for config in results.configs)):
+        js = [last.get_group(f"X = {size}, K = {k}")["js_divergence"] for k in steps]
+        x, color = [place + 0.1 * number for place in range(len(steps))], f"C{number}"
+        means, errors = zip(*map(moments, js), strict=True)
+        ax.errorbar(x, means, errors, fmt="o", color=color, label=f"X = {size}")
+        for place, values in zip(x, js, strict=True):
+            ax.plot([place] * len(values), values, ".", color=color, alpha=0.35)
+    floor = results.last["js_floor"].mean()
     ax.axhline(floor, color="0.6", linestyle="--", linewidth=1, label="data against data")
     ax.set_xticks(range(len(steps)), [str(k) for k in steps])
     ax.set(xlabel="look-ahead steps K", ylabel="JS divergence of colours, nats", ylim=(0, None))
     ax.legend()
-    save(figure, (options.figures or options.out) / "colored_mnist_js.png")
-    return study.sentence(histories, "js_divergence", "is {} nats from the data's colours")
-
-
-@dataclass(frozen=True)
-class Options(study.Options):
-    """Where the data are, and the runs."""
-
-    data_root: Path | None = None  # holds MNIST/raw; else $UNROLL_DATA, else data/, downloaded
+    save(figure, results.folder / "colored_mnist_js.png")
+    return results.sentence("js_divergence", "is {} nats from the data's colours")
 
 
 def arms(configs: Sequence[Config], options: Options) -> list[Config]:

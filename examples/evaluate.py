@@ -31,8 +31,8 @@ import torch
 import tyro
 from lab import records, runs, study
 from lab.data import image_folder
+from lab.data.image_folder import Sampler, subset
 from lab.metrics import features, image_metrics
-from lab.metrics.samples import Sampler, subset
 from torch import Tensor
 
 CIFAR = "cifar10"
@@ -49,7 +49,7 @@ class Config:
     split: Literal["train", "test"] = "test"  # of REAL, where it has both
     fake_split: Literal["train", "test"] = "train"  # of FAKE, where it has both
     features: str = "inception"  # or a checkpoint of image_classifier.py, or file.py:name
-    sampler: str = "rsgan:sampler"  # the function that opens a checkpoint: see lab.metrics.samples
+    sampler: str = "rsgan:sampler"  # the function that opens a checkpoint
     samples: int = 10_000  # images of each side, or all where there are fewer
     size: int = 32  # pixels a side
     seed: int = 0  # of samples, subsets and clusters

@@ -11,13 +11,13 @@ anew, and `--normalise` is for all games that are trained, in real and in look-a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from lab import planar, seeds, study
+from lab import planar, runs, seeds, study
 from lab.data.mixtures import Mixture, ring
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -82,48 +82,38 @@ def data(config: Config) -> Mixture:
 
 
 def train(config: Config, options: study.Options, line: int) -> None:
-    torch.set_num_threads(1)  # the networks are tiny
     rngs = seeds.generators(config)
     mixture, hidden = data(config), [config.width, config.width]
-    generator = seeds.perceptrons([config.noise_size, *hidden, 2], "relu", rngs)
-    discriminator = seeds.perceptrons([2, *hidden, 1], "leaky_relu", rngs, last_bias=False)
+    g = seeds.perceptrons([config.noise_size, *hidden, 2], "relu", rngs)
+    d = seeds.perceptrons([2, *hidden, 1], "leaky_relu", rngs, last_bias=False)
     betas = config.beta1, config.beta2
-    g_optimizer = torch.optim.Adam(generator.parameters(), config.generator_learning_rate, betas)
-    d_optimizer = torch.optim.Adam(
-        discriminator.parameters(), config.discriminator_learning_rate, betas
-    )
+    g_optimizer = torch.optim.Adam(g.parameters(), config.generator_learning_rate, betas)
+    d_optimizer = torch.optim.Adam(d.parameters(), config.discriminator_learning_rate, betas)
 
     def noise(count: int = config.batch_size) -> Tensor:
         return rngs.normal(config.noise_size, count)
 
     game = seeds.SideBySide(GAMES[config.game], config.seeds)
+    project = normalised if config.normalise else None
     unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator,
-        d_optimizer,
-        game,
-        unroll_steps=config.unroll_steps,
-        compile=config.compile,
-        stop_gradient=config.stop_gradient,
-        project=normalised if config.normalise else None,
+        d, d_optimizer, game, project=project, **config.look_ahead
     )
-    evaluate = planar.evaluation(generator, noise(config.samples), mixture)
-    parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
-    for _ in study.pairs(config, options, line, parts, rngs, evaluate):
+    evaluate = planar.evaluation(g, noise(config.samples), mixture)
+    parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    for _ in runs.iterate(config, options, line, parts, rngs, evaluate):
         real, z = rngs.draw(lambda rng: mixture.sample(config.batch_size, rng).T), noise()
-        d_loss = game.discriminator_loss(discriminator, generator(z).detach(), real)
+        d_loss = game.discriminator_loss(d, g(z).detach(), real)
         study.step(d_optimizer, d_loss)
         if config.normalise:
-            discriminator.load_state_dict(normalised(discriminator.state_dict()))
-        study.step(g_optimizer, unrolled(generator(z), real))  # the same batch, as the authors
+            d.load_state_dict(normalised(d.state_dict()))
+        study.step(g_optimizer, unrolled(g(z), real))  # the same batch, as the authors
 
 
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
+def report(results: study.Results) -> str:
     def name(config: Config) -> str:
         return f"five_gaussians_{config.width}" + "_normalised" * config.normalise
 
-    return planar.report_by(name, data, configs, logs, options)
+    return planar.report_by(name, data, results)
 
 
 SWEEP = {"width": None, "unroll_steps": (0, 5), "game": ("JS", "Rp")}

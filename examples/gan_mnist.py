@@ -32,11 +32,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import torch
-from lab import records, study
+from lab import runs, study
 from lab.data import digits
 from lab.data.pixels import as_bytes
-from lab.figures import images, pictures
+from lab.figures import images
 from lab.metrics import classifier, coverage
 from lab.trace import Trace
 from torch import Tensor, nn
@@ -114,7 +115,6 @@ def optimizer_of(config: Config, network: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(config: Config, options: classifier.Options, line: int) -> None:
-    torch.set_num_threads(1)  # a process a core
     torch.manual_seed(config.seed)
     rng = torch.Generator(config.device).manual_seed(config.seed)
     data = digits.mnist(options.data_root).to(config.device)
@@ -163,12 +163,10 @@ def train(config: Config, options: classifier.Options, line: int) -> None:
         return row, as_bytes(samples[:49]).cpu()
 
     game = unroll.Criterion(nn.BCELoss())
-    unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator, d_optimizer, game, unroll_steps=config.unroll_steps
-    )
+    unrolled = unroll.UnrolledGeneratorLoss(discriminator, d_optimizer, game, **config.look_ahead)
     parts = {"g": generator, "d": discriminator, "trace": trace}
     parts |= {"g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
-    for _ in study.pairs(config, options, line, parts, rng, evaluate):
+    for _ in runs.iterate(config, options, line, parts, rng, evaluate):
         began = time.process_time()
         batch = real()
         d_loss = game.discriminator_loss(discriminator, generator(noise()).detach(), batch)
@@ -187,22 +185,20 @@ def train(config: Config, options: classifier.Options, line: int) -> None:
 
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
-    last, trained = log["history"][-1], log["history"][1:]
-    means = {f"mean_{c}": sum(row[c] for row in trained) / len(trained) for c in EXPLANATION}
-    fooled = sum(row["d_on_pattern"] > 0.5 for row in trained) / len(trained)
-    result = {**last, **means, "taken_for_real": fooled}
-    result["images_a_second"] = config.batch_size / last["seconds_a_pair"]
-    row = records.row(record, config, result, log)
-    return [{{"learning_rate": "lr"}.get(name, name): value for name, value in row.items()}]
+    trained = pd.DataFrame(log["history"][1:])
+    (row,) = study.last_rows(record, config, log)
+    row |= trained[list(EXPLANATION)].mean().add_prefix("mean_").to_dict()
+    row["taken_for_real"] = (trained["d_on_pattern"] > 0.5).mean()
+    row["images_a_second"] = config.batch_size / row["seconds_a_pair"]
+    row["lr"] = row.pop("learning_rate")
+    return [row]
 
 
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
+def report(results: study.Results) -> str:
     table = "classes_of_a_percent", "class_entropy", "variance", "d_gradient", "d_update"
     how = {"curves": CURVES, "table": table, "ideal": {"d_on_pattern": 0.5, "variance": 1.0}}
-    histories = images.report("gan_mnist_samples", configs, logs, options, **how)
-    return study.sentence(histories, "variance", "has {} of the data's variance")
+    images.report("gan_mnist_samples", results, **how)
+    return results.sentence("variance", "has {} of the data's variance")
 
 
 @dataclass(frozen=True)
@@ -248,8 +244,8 @@ def generate(checkpoint: Path, folder: Path, seed: int, count: int = 49) -> Path
         samples = generator(torch.randn(count, settings["noise_size"], generator=rng))
     samples = samples.view(-1, 1, 28, 28) * 2 - 1
     for number, image in enumerate(samples):
-        pictures.write(target / f"{number:02}.png", image[None], columns=1)
-    pictures.write(target / "grid.png", samples, columns=7)
+        images.write(target / f"{number:02}.png", image[None], columns=1)
+    images.write(target / "grid.png", samples, columns=7)
     return target
 
 

@@ -11,16 +11,16 @@ features rank generators; they are comparable with nothing that was computed by 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from lab import study
+from lab import runs, study
 from lab.data import image_folder
-from lab.metrics.features import Classifier, Extractor, classes, fingerprint
+from lab.data.pixels import as_floats
+from lab.metrics.features import Classifier, Extractor, fingerprint
 from torch import Tensor
 
 SHIFT = 4  # pixels at most, of an augmented image
@@ -47,11 +47,7 @@ class Config(study.OneModel):
         return f"width{self.width}"
 
 
-@dataclass(frozen=True)
-class Options(study.Options):
-    """The images, and the runs."""
-
-    data_root: Path | None = None  # folders train and test, with one for each class; else CIFAR-10
+PRESETS = {"default": Config("default")}
 
 
 def augmented(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -63,8 +59,7 @@ def augmented(images: Tensor, rng: torch.Generator) -> Tensor:
     return padded[:, :, up : up + height, left : left + width]
 
 
-def train(config: Config, options: Options, line: int) -> None:
-    torch.set_num_threads(1)
+def train(config: Config, options: study.DataOptions, line: int) -> None:
     data, test = (image_folder.load(options.data_root, split=s) for s in image_folder.SPLITS)
     pixels, labels = (part.to(config.device) for part in (data.pixels, data.labels))
     torch.manual_seed(config.seed)
@@ -74,25 +69,26 @@ def train(config: Config, options: Options, line: int) -> None:
     optimizer = torch.optim.SGD(network.parameters(), config.peak_lr, config.momentum, **how)
 
     def evaluate(_: int, __: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
-        guesses = classes(Extractor("classifier", network.eval(), config.device)(test.pixels))
+        found = Extractor("classifier", network.eval(), config.device)(test.pixels)
+        right = found.logits.argmax(1) == test.labels
         network.train()
         return {
             "data": data.name,
             "train_images": len(data.labels),
             "test_images": len(test.labels),
-            "test_accuracy": 100 * (guesses == test.labels).double().mean().item(),
+            "test_accuracy": 100 * right.double().mean().item(),
             "weights": fingerprint(network),
         }, None
 
     parts = {"net": network, "sgd": optimizer}
-    for epoch in study.pairs(config, options, line, parts, rng, evaluate):
+    for epoch in runs.iterate(config, options, line, parts, rng, evaluate):
         batches = torch.randperm(len(labels), generator=rng, device=rng.device)
         batches = batches.split(config.batch_size)
         for step, chosen in enumerate(batches):
             done = (epoch - 1 + (step + 0.5) / len(batches)) / config.epochs
             rate = config.peak_lr * min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
             optimizer.param_groups[0]["lr"] = rate
-            images = augmented(image_folder.batch(pixels, chosen), rng)
+            images = augmented(as_floats(pixels[chosen]), rng)
             loss = F.cross_entropy(network(images)[1], labels[chosen])
             optimizer.zero_grad()
             loss.backward()
@@ -100,20 +96,20 @@ def train(config: Config, options: Options, line: int) -> None:
 
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
-    row = {"experiment": record} | asdict(config) | log["history"][-1]
+    (row,) = study.last_rows(record, config, log)
     del row["preset"]
-    return [row | log["provenance"]]
+    return [row]
 
 
-def report(configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: Options) -> str:
+def report(results: study.Results) -> str:
     return "\n".join(
-        f"{config.checkpoint(options.out)}: {log['history'][-1]['test_accuracy']:.1f} % of "
-        f"{log['history'][-1]['test_images']:,} test images"
-        for config, log in zip(configs, logs, strict=True)
+        f"{config.checkpoint(results.options.out)}: {row.test_accuracy:.1f} % of "
+        f"{row.test_images:,} test images"
+        for config, row in zip(results.configs, results.last.itertuples(), strict=True)
     )
 
 
-def arms(configs: Sequence[Config], options: Options) -> list[Config]:
+def arms(configs: Sequence[Config], options: study.DataOptions) -> list[Config]:
     data, test = (image_folder.load(options.data_root, split=s) for s in image_folder.SPLITS)
     if torch.equal(data.pixels, test.pixels):
         raise ValueError(
@@ -125,16 +121,7 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
 
 
 SWEEP = {}
-HOOKS = {"options": Options(), "arms": arms, "rows": rows}
-main = partial(
-    study.main,
-    __doc__,
-    {"default": Config("default")},
-    train,
-    report,
-    "image_classifier",
-    SWEEP,
-    **HOOKS,
-)
+HOOKS = {"options": study.DataOptions(), "arms": arms, "rows": rows}
+main = partial(study.main, __doc__, PRESETS, train, report, "image_classifier", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

@@ -16,10 +16,9 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lab import planar, seeds, study
+from lab import planar, runs, seeds, study
 from lab.data.mixtures import Mixture, grid, ring
 from lab.figures import plots
-from lab.networks.perceptrons import Scale
 from torch import Tensor, nn
 
 import unroll
@@ -101,17 +100,16 @@ def data(config: Config) -> Mixture:
 
 
 def train(config: Config, options: study.Options, line: int) -> None:
-    torch.set_num_threads(1)  # the networks are tiny
     rngs = seeds.generators(config)
     mixture = data(config)
     layers = partial(seeds.perceptrons, activation=config.activation, rngs=rngs, gain=config.gain)
     hidden = [config.width] * config.discriminator_layers
-    generator = layers([config.noise_size, config.width, config.width, 2])
-    discriminator = nn.Sequential(Scale(config.input_scale), layers([2, *hidden, 1]))
+    g = layers([config.noise_size, config.width, config.width, 2])
+    d = nn.Sequential(seeds.Scale(config.input_scale), layers([2, *hidden, 1]))
     rates = config.generator_learning_rate, config.discriminator_learning_rate
     betas = (config.beta1, 0.999)
-    g_optimizer = torch.optim.Adam(generator.parameters(), rates[0], betas)
-    d_optimizer = torch.optim.Adam(discriminator.parameters(), rates[1], betas)
+    g_optimizer = torch.optim.Adam(g.parameters(), rates[0], betas)
+    d_optimizer = torch.optim.Adam(d.parameters(), rates[1], betas)
 
     def noise(count: int = config.batch_size) -> Tensor:
         return rngs.normal(count, config.noise_size).mT.contiguous()
@@ -120,49 +118,38 @@ def train(config: Config, options: study.Options, line: int) -> None:
         return rngs.draw(lambda rng: mixture.sample(config.batch_size, rng).T)
 
     game = seeds.SideBySide(unroll.Minimax(), config.seeds)
-    unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator,
-        d_optimizer,
-        game,
-        unroll_steps=config.unroll_steps,
-        compile=config.compile,
-        stop_gradient=config.stop_gradient,
-        average=config.average,
-    )
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **config.look_ahead)
     updates = config.generator_steps + config.discriminator_steps
-    evaluate = planar.evaluation(generator, noise(config.samples), mixture, updates=updates)
-    parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
-    for pair in study.pairs(config, options, line, parts, rngs, evaluate):
+    evaluate = planar.evaluation(g, noise(config.samples), mixture, updates=updates)
+    parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    for pair in runs.iterate(config, options, line, parts, rngs, evaluate):
         if config.half_life:
             for optimizer, rate in zip((g_optimizer, d_optimizer), rates, strict=True):
                 optimizer.param_groups[0]["lr"] = rate * 0.5 ** (pair / config.half_life)
 
         for _ in range(config.discriminator_steps):
-            fake = generator(noise()).detach()
-            study.step(d_optimizer, game.discriminator_loss(discriminator, fake, real()))
+            fake = g(noise()).detach()
+            study.step(d_optimizer, game.discriminator_loss(d, fake, real()))
 
         for _ in range(config.generator_steps):
-            fresh = ((generator(noise()), real()) for _ in range(config.unroll_steps))
+            fresh = ((g(noise()), real()) for _ in range(config.unroll_steps))
             minibatches = fresh if config.resample else None
-            study.step(g_optimizer, unrolled(generator(noise()), real(), minibatches=minibatches))
+            study.step(g_optimizer, unrolled(g(noise()), real(), minibatches=minibatches))
 
 
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
+def report(results: study.Results) -> str:
     def name(config: Config) -> str:
         return f"mog_seeds_{config.preset}_{config.mixture}" + "_halved" * bool(config.half_life)
 
-    kept = {label: log["snapshots"] for label, log in study.first_logs(configs, logs).items()}
-    updates = [row["player_updates"] for row in logs[0]["history"]]
+    first = results.first
     plots.animation(
-        (options.figures or options.out) / "training.gif",
-        {label: [moment[0] for moment in snapshots] for label, snapshots in kept.items()},
-        [f"{update:,} updates of G and D" for update in updates],
-        data(configs[0]).sample(configs[0].samples, torch.Generator().manual_seed(0)),
-        extent=1.4 * configs[0].radius,
+        results.folder / "training.gif",
+        {k: [moment[0] for moment in log["snapshots"]] for k, log in results.first_logs.items()},
+        [f"{row['player_updates']:,} updates of G and D" for row in results.logs[0]["history"]],
+        data(first).sample(first.samples, torch.Generator().manual_seed(0)),
+        extent=1.4 * first.radius,
     )
-    return planar.report_by(name, data, configs, logs, options)
+    return planar.report_by(name, data, results)
 
 
 @dataclass(frozen=True)
@@ -183,21 +170,16 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     return configs
 
 
+def record(options: Options) -> str:
+    return RECORDS[options.compare]
+
+
+def rows(_: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return study.last_rows("mog", config, log)
+
+
 SWEEP = {"unroll_steps": (0, 10)}
-HOOKS = {
-    "options": Options(),
-    "arms": arms,
-    "rows": lambda _, config, log: seeds.record_rows("mog", config, log),
-}
-main = partial(
-    study.main,
-    __doc__,
-    PRESETS,
-    train,
-    report,
-    lambda options: RECORDS[options.compare],
-    SWEEP,
-    **HOOKS,
-)
+HOOKS = {"options": Options(), "arms": arms, "rows": rows}
+main = partial(study.main, __doc__, PRESETS, train, report, record, SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

@@ -9,15 +9,13 @@ what looking ahead does? The paper: no, and longer delays make the game less sta
     python examples/mog_history.py --members 1 5 --delays 100   some of their rows
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
-from lab import planar, seeds, study
+from lab import planar, runs, seeds, study
 from lab.data.mixtures import Mixture, ring
-from lab.networks.perceptrons import Scale
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import softplus
@@ -32,7 +30,7 @@ class Config(study.SideBySide):
     """The settings: Appendix A's. "Ours" marks a choice where the paper is silent."""
 
     unroll_steps: int = 0  # look-ahead steps of D in G's loss, without an ensemble
-    generator_steps: int = 1  # updates of G a pair
+    generator_steps: int = 1
     learning_rate: float = 1e-4  # Adam's, of both players
     samples: int = 2500  # behind every metric
     compile: bool = True  # compile the look-ahead step and its adjoint
@@ -96,17 +94,14 @@ def data(config: Config) -> Mixture:
 
 
 def train(config: Config, options: study.Options, line: int) -> None:
-    torch.set_num_threads(1)  # the networks are tiny
     rngs = seeds.generators(config)
     mixture = data(config)
     layers = partial(seeds.perceptrons, activation="relu", rngs=rngs, gain=0.8)
-    generator = layers([256, 128, 128, 2])
-    discriminator = nn.Sequential(Scale(0.25), *layers([2, 128, 1]))
-    g_optimizer, d_optimizer = (
-        torch.optim.Adam(network.parameters(), config.learning_rate, (0.5, 0.999))
-        for network in (generator, discriminator)
-    )
-    ensemble = Ensemble(discriminator, members=config.members, delay=config.delay, live=config.live)
+    g = layers([256, 128, 128, 2])
+    d = nn.Sequential(seeds.Scale(0.25), *layers([2, 128, 1]))
+    g_optimizer = torch.optim.Adam(g.parameters(), config.learning_rate, (0.5, 0.999))
+    d_optimizer = torch.optim.Adam(d.parameters(), config.learning_rate, (0.5, 0.999))
+    ensemble = Ensemble(d, members=config.members, delay=config.delay, live=config.live)
 
     def noise(count: int = config.batch_size) -> Tensor:
         return rngs.normal(count, 256).mT.contiguous()
@@ -115,39 +110,34 @@ def train(config: Config, options: study.Options, line: int) -> None:
         return rngs.draw(lambda rng: mixture.sample(config.batch_size, rng).T)
 
     game = seeds.SideBySide(unroll.Minimax(), config.seeds)
-    unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator, d_optimizer, game, unroll_steps=config.unroll_steps, compile=config.compile
-    )
-    evaluate = planar.evaluation(generator, noise(config.samples), mixture, window=planar.WINDOW)
-    parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **config.look_ahead)
+    evaluate = planar.evaluation(g, noise(config.samples), mixture, window=planar.WINDOW)
+    parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
     parts |= {"ensemble": ensemble}
-    for _ in study.pairs(config, options, line, parts, rngs, evaluate):
-        fake = generator(noise()).detach()
-        study.step(d_optimizer, game.discriminator_loss(discriminator, fake, real()))
+    for _ in runs.iterate(config, options, line, parts, rngs, evaluate):
+        fake = g(noise()).detach()
+        study.step(d_optimizer, game.discriminator_loss(d, fake, real()))
         ensemble.follow()
 
-        fake, images = generator(noise()), real()
+        fake, images = g(noise()), real()
         if config.unroll_steps:
             study.step(g_optimizer, unrolled(fake, images))
         else:  # f, without its real-data term, which is constant in theta_G here
             study.step(g_optimizer, -config.seeds * softplus(ensemble(fake)).mean())
 
 
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
-    runs = list(zip(configs, logs, strict=True))
-    figures = {
-        "ensembles": [(c, log) for c, log in runs if c.delay == 1],
-        "delays": [(c, log) for c, log in runs if c.members == DELAYED and c.live],
-        "sampled": [(c, log) for c, log in runs if c.members == DELAYED and not c.live],
+def report(results: study.Results) -> str:
+    figures: dict[str, Callable[[Config], bool]] = {
+        "ensembles": lambda config: config.delay == 1,
+        "delays": lambda config: config.members == DELAYED and config.live,
+        "sampled": lambda config: config.members == DELAYED and not config.live,
     }
-    how = {"table": (*planar.TABLE, "percent_outside")}
+    table = (*planar.TABLE, "percent_outside")
     for name, shown in figures.items():
-        if shown:
-            own = zip(*shown, strict=True)
-            planar.report_by(lambda _: f"mog_history_{name}", data, *own, options, **how)  # noqa: B023
-    return study.sentence(study.histories(configs, logs), "modes", "holds {} of 8 modes")
+        if any(map(shown, results.configs)):
+            own = results.only(shown)
+            planar.report(f"mog_history_{name}", own, data(own.first), table=table)
+    return results.sentence("modes", "holds {} of 8 modes")
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ paper's Eq. 12 only; here that is `--gradients first`, beside the whole gradient
     python examples/mog_nonuniform.py --preset readme    its networks, batches and length
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from lab import planar, seeds, study
+from lab import planar, runs, seeds, study
 from lab.data.mixtures import Mixture, ring
 from torch import Tensor
 
@@ -92,16 +92,13 @@ def data(config: Config) -> Mixture:
 
 
 def train(config: Config, options: study.Options, line: int) -> None:
-    torch.set_num_threads(1)  # the networks are tiny
     rngs = seeds.generators(config)
     mixture, hidden = data(config), [config.width, config.width]
-    generator = seeds.perceptrons([config.noise_size, *hidden, 2], config.activation, rngs)
-    discriminator = seeds.perceptrons([2, *hidden, 1], "relu", rngs)
+    g = seeds.perceptrons([config.noise_size, *hidden, 2], config.activation, rngs)
+    d = seeds.perceptrons([2, *hidden, 1], "relu", rngs)
     betas = (config.beta1, 0.999)
-    g_optimizer = torch.optim.Adam(generator.parameters(), config.generator_learning_rate, betas)
-    d_optimizer = torch.optim.Adam(
-        discriminator.parameters(), config.discriminator_learning_rate, betas
-    )
+    g_optimizer = torch.optim.Adam(g.parameters(), config.generator_learning_rate, betas)
+    d_optimizer = torch.optim.Adam(d.parameters(), config.discriminator_learning_rate, betas)
 
     def noise(count: int = config.batch_size) -> Tensor:
         return rngs.normal(config.noise_size, count)
@@ -110,29 +107,20 @@ def train(config: Config, options: study.Options, line: int) -> None:
         return rngs.draw(lambda rng: mixture.sample(config.batch_size, rng).T)
 
     game = seeds.SideBySide(unroll.NonSaturating(), config.seeds)
-    unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator,
-        d_optimizer,
-        game,
-        unroll_steps=config.unroll_steps,
-        compile=config.compile,
-        stop_gradient=config.stop_gradient,
-    )
-    evaluate = planar.evaluation(generator, noise(config.samples), mixture)
-    parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
-    for _ in study.pairs(config, options, line, parts, rngs, evaluate):
-        fake = generator(noise()).detach()
-        study.step(d_optimizer, game.discriminator_loss(discriminator, fake, real()))
-        study.step(g_optimizer, unrolled(generator(noise()), real()))
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **config.look_ahead)
+    evaluate = planar.evaluation(g, noise(config.samples), mixture)
+    parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    for _ in runs.iterate(config, options, line, parts, rngs, evaluate):
+        fake = g(noise()).detach()
+        study.step(d_optimizer, game.discriminator_loss(d, fake, real()))
+        study.step(g_optimizer, unrolled(g(noise()), real()))
 
 
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
+def report(results: study.Results) -> str:
     def name(config: Config) -> str:
         return f"mog_nonuniform_{config.activation}_{config.weight_deviation}"
 
-    return planar.report_by(name, data, configs, logs, options)
+    return planar.report_by(name, data, results)
 
 
 @dataclass(frozen=True)

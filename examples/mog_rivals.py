@@ -24,19 +24,17 @@ method's own at the discriminator K steps ahead, whose loss has the method's pen
     python examples/mog_rivals.py --method GAN PacGAN2 --data ring
 """
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import torch
-from lab import planar, seeds, study
+from lab import planar, runs, seeds, study
 from lab.columns import moments
 from lab.data.mixtures import Mixture, grid, ring
 from lab.figures import plots
-from lab.networks.perceptrons import Scale
 from torch import Tensor, nn
 
 import unroll
@@ -119,7 +117,7 @@ class Discriminators(nn.Module):
         self.shape = config.seeds, -1, 2 * packing
         sizes = [2 * packing, config.width, config.width, 1]
         layers = seeds.perceptrons(sizes, "relu", rngs)
-        self.layers = nn.Sequential(Scale(config.input_scale), layers)
+        self.layers = nn.Sequential(seeds.Scale(config.input_scale), layers)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.layers(x.reshape(self.shape).mT)
@@ -127,46 +125,32 @@ class Discriminators(nn.Module):
 
 
 def train(config: Config, options: study.Options, line: int) -> None:
-    torch.set_num_threads(1)  # the networks are tiny
     method = METHODS[config.method]
     rngs = seeds.generators(config)
     mixture, width = mixture_of(config), config.width
-    generator = seeds.perceptrons([config.noise_size, width, width, 2], "relu", rngs)
-    discriminator = Discriminators(config, method.packing, rngs)
-    g_optimizer, d_optimizer = (
-        torch.optim.Adam(network.parameters(), config.learning_rate, method.betas)
-        for network in (generator, discriminator)
-    )
+    g = seeds.perceptrons([config.noise_size, width, width, 2], "relu", rngs)
+    d = Discriminators(config, method.packing, rngs)
+    g_optimizer = torch.optim.Adam(g.parameters(), config.learning_rate, method.betas)
+    d_optimizer = torch.optim.Adam(d.parameters(), config.learning_rate, method.betas)
     batch_size = config.batch_size * method.packing
 
     def batches() -> Iterator[Tensor]:
         """Return generated samples and data, the first seed's first."""
-        fake = generator(rngs.normal(config.noise_size, batch_size))
+        fake = g(rngs.normal(config.noise_size, batch_size))
         real = rngs.draw(lambda rng: mixture.sample(batch_size, rng).T)
         return (x.mT.flatten(0, 1) for x in (fake, real))
 
     updates = 1 + method.discriminator_steps
     held_out = rngs.normal(config.noise_size, config.samples)
-    look = planar.evaluation(generator, held_out, mixture, updates=updates)
-    ticked = time.process_time()
-
-    def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
-        nonlocal ticked
-        spent, ticked = time.process_time() - ticked, time.process_time()
-        row, snapshot = look(pairs, earlier)
-        before = earlier[-1]["cpu_seconds"] if earlier else 0.0
-        return row | {"cpu_seconds": round(before + spent, 1)}, snapshot
-
+    evaluate = planar.evaluation(g, held_out, mixture, updates=updates)
     game = seeds.SideBySide(method.game, config.seeds)
-    unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator, d_optimizer, game, unroll_steps=config.unroll_steps
-    )
-    parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
-    for iteration in study.pairs(config, options, line, parts, rngs, evaluate):
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **config.look_ahead)
+    parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    for iteration in runs.iterate(config, options, line, parts, rngs, evaluate):
         torch.manual_seed(iteration)  # GradientPenalty's points: the same in a resumed run
         for _ in range(method.discriminator_steps):
             fake, real = batches()
-            study.step(d_optimizer, game.discriminator_loss(discriminator, fake.detach(), real))
+            study.step(d_optimizer, game.discriminator_loss(d, fake.detach(), real))
 
         if method.gradient_norm:
             g_loss = regularised(unrolled, *batches(), method.gradient_norm)
@@ -187,51 +171,52 @@ def regularised(
     return loss + weight * sum(gradient.square().sum() for gradient in gradients)
 
 
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
-    folder, first = options.figures or options.out, configs[0]
-    histories, kept = study.histories(configs, logs), study.first_logs(configs, logs)
-    study.table(histories, *planar.TABLE, "cpu_seconds")
-    panels = {}
-    for data in dict.fromkeys(config.data for config in configs):
-        own = [config for config in configs if config.data == data]
-        methods = list(dict.fromkeys(config.method for config in own))
-        points: dict[str, list[Any]] = {method: [] for method in methods}
+def report(results: study.Results) -> str:
+    results.table(*planar.TABLE, "seconds")
+    first = results.first
+    last = results.last.groupby("setting")
+    data = list(dict.fromkeys(config.data for config in results.configs))
+    figure, axes = plt.subplots(
+        1, len(data), figsize=(4 * len(data) + 1, 3.5), squeeze=False, layout="constrained"
+    )
+    for ax, name in zip(axes[0], data, strict=True):
         samples: dict[str, list[Tensor]] = {}
-        for config in own:
-            last = [history[-1] for history in histories[config.label]]
-            points[config.method].append((last[0]["cpu_seconds"], [row["modes"] for row in last]))
-            shown = samples.setdefault(f"K = {config.unroll_steps}", [])
-            shown.append(kept[config.label]["snapshots"][-1][0])
-        panels[f"the {data}"], mixture = points, mixture_of(own[0])
+        lines: dict[str, list[tuple[float, float, float]]] = {}
+        for config, log in zip(results.configs, results.logs, strict=True):
+            if config.data == name:
+                own = last.get_group(config.label)
+                point = own["seconds"].iloc[0], *moments(own["modes"])
+                lines.setdefault(config.method, []).append(point)
+                shown = samples.setdefault(f"K = {config.unroll_steps}", [])
+                shown.append(log["snapshots"][-1][0])
+        for method, line in lines.items():
+            x, means, errors = zip(*line, strict=True)  # the first is without looking ahead
+            ax.errorbar(x, means, errors, marker="o", linewidth=1, label=method)
+            ax.plot(x[:1], means[:1], "wo", markersize=3.5, zorder=3)
+        ax.set(title=f"the {name}", xscale="log", xlabel=f"seconds of {first.seeds} seeds")
+        mixture = mixture_of(replace(first, data=name))
         plots.heat_maps(
-            folder / f"mog_rivals_{data}.png",
+            results.folder / f"mog_rivals_{name}.png",
             samples,
-            [method.replace(" ", "\n") for method in methods],
+            [method.replace(" ", "\n") for method in lines],
             mixture.sample(first.samples, torch.Generator().manual_seed(first.first_seed)),
             extent=1.25 * mixture.means.abs().max().item(),
             caption=f"after {first.pairs:,} updates of G (preset {first.preset}, "
             f"seed {first.first_seed})",
         )
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4 * len(panels) + 1, 3.5), squeeze=False, layout="constrained"
-    )
-    for ax, (data, points) in zip(axes[0], panels.items(), strict=True):
-        for method, line in points.items():
-            means, errors = zip(*(moments(modes) for _, modes in line), strict=True)
-            x = [seconds for seconds, _ in line]  # the first is without looking ahead
-            ax.errorbar(x, means, errors, marker="o", linewidth=1, label=method)
-            ax.plot(x[:1], means[:1], "wo", markersize=3.5, zorder=3)
-        ax.set(title=data, xscale="log", xlabel=f"CPU seconds of {first.seeds} seeds")
     axes[0, 0].set_ylabel("modes covered")
     axes[0, -1].legend()
-    plots.save(figure, folder / "mog_rivals_costs.png")
-    return study.sentence(histories, "modes", "covers {} modes")
+    plots.save(figure, results.folder / "mog_rivals_costs.png")
+    return results.sentence("modes", "covers {} modes")
+
+
+def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
+    last = study.last_rows(record, config, log)
+    return [row | {"cpu_seconds": row["seconds"]} for row in last]  # its older name, too
 
 
 SWEEP = {"data": ("ring", "grid"), "method": tuple(METHODS), "unroll_steps": (0, 5)}
-HOOKS = {"options": study.Options(seeds=10)}
+HOOKS = {"options": study.Options(seeds=10), "rows": rows}
 main = partial(study.main, __doc__, PRESETS, train, report, "mog_rivals", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

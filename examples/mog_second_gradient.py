@@ -16,9 +16,8 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lab import planar, seeds, study
+from lab import planar, runs, seeds, study
 from lab.data.mixtures import Mixture, ring
-from lab.networks.perceptrons import Scale
 from torch import Tensor, nn
 
 import unroll
@@ -69,16 +68,13 @@ def data(config: Config) -> Mixture:
 
 
 def train(config: Config, options: study.Options, line: int) -> None:
-    torch.set_num_threads(1)  # the networks are tiny
     rngs = seeds.generators(config)
     mixture = data(config)
     layers = partial(seeds.perceptrons, activation="relu", rngs=rngs, gain=0.8)
-    generator = layers([256, 128, 128, 2])
-    discriminator = nn.Sequential(Scale(0.25), *layers([2, 128, 1]))
-    g_optimizer, d_optimizer = (
-        torch.optim.Adam(network.parameters(), config.learning_rate, (0.5, 0.999))
-        for network in (generator, discriminator)
-    )
+    g = layers([256, 128, 128, 2])
+    d = nn.Sequential(seeds.Scale(0.25), *layers([2, 128, 1]))
+    g_optimizer = torch.optim.Adam(g.parameters(), config.learning_rate, (0.5, 0.999))
+    d_optimizer = torch.optim.Adam(d.parameters(), config.learning_rate, (0.5, 0.999))
 
     def noise(count: int = config.batch_size) -> Tensor:
         return rngs.normal(count, 256).mT.contiguous()
@@ -87,35 +83,29 @@ def train(config: Config, options: study.Options, line: int) -> None:
         return rngs.draw(lambda rng: mixture.sample(config.batch_size, rng).T)
 
     game = seeds.SideBySide(unroll.Minimax(), config.seeds)
-    look_ahead = partial(
-        unroll.UnrolledGeneratorLoss,
-        discriminator,
-        d_optimizer,
-        game,
-        unroll_steps=config.unroll_steps,
-        compile=config.compile,
-    )
-    unrolled = look_ahead(stop_gradient=config.stop_gradient, average=config.average)
-    whole, held_out = look_ahead(), noise(config.samples)
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **config.look_ahead)
+    both = replace(config, stop_gradient=False, average=False).look_ahead
+    whole = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **both)
+    held_out = noise(config.samples)
     a_batch = held_out[..., : config.batch_size], real(seeds.generators(config))
     updates = 1 + config.generator_steps
-    look = planar.evaluation(generator, held_out, mixture, updates=updates, window=planar.WINDOW)
+    look = planar.evaluation(g, held_out, mixture, updates=updates, window=planar.WINDOW)
 
     def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Tensor]:
         row, snapshot = look(pairs, earlier)
         z, images = a_batch
-        terms = unroll.gradient_terms(whole, generator(z), images, generator.parameters())
+        terms = unroll.gradient_terms(whole, g(z), images, g.parameters())
         first, second = map(norms, terms)
         for each, ratio in zip(row["each"], (second / first).tolist(), strict=True):
             each["second_term"] = ratio
         return row, snapshot
 
-    parts = {"g": generator, "d": discriminator, "g_adam": g_optimizer, "d_adam": d_optimizer}
-    for _ in study.pairs(config, options, line, parts, rngs, evaluate):
-        fake = generator(noise()).detach()
-        study.step(d_optimizer, game.discriminator_loss(discriminator, fake, real()))
+    parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
+    for _ in runs.iterate(config, options, line, parts, rngs, evaluate):
+        fake = g(noise()).detach()
+        study.step(d_optimizer, game.discriminator_loss(d, fake, real()))
         for _ in range(config.generator_steps):
-            study.step(g_optimizer, unrolled(generator(noise()), real()))
+            study.step(g_optimizer, unrolled(g(noise()), real()))
 
 
 def norms(gradients: Sequence[Tensor]) -> Tensor:
@@ -123,14 +113,12 @@ def norms(gradients: Sequence[Tensor]) -> Tensor:
     return torch.cat([gradient.flatten(1) for gradient in gradients], 1).norm(dim=1)
 
 
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
+def report(results: study.Results) -> str:
     def name(config: Config) -> str:
         return f"mog_second_gradient_{config.generator_steps}_{config.gradient}"
 
     how = {"curves": CURVES, "table": (*planar.TABLE, "second_term")}
-    return planar.report_by(name, data, configs, logs, options, **how)
+    return planar.report_by(name, data, results, **how)
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,19 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lab import seeds, study
+from lab import runs, seeds, study
 from lab.data import digits
 from lab.data.mixtures import rotation
 from lab.data.pixels import as_bytes
 from lab.figures import images
 from lab.metrics import classifier, coverage
-from lab.networks import joined, lstm
+from lab.networks import joined
 from torch import Tensor, nn
 
 import unroll
 
 GAMES = {"minimax": unroll.Minimax(), "non-saturating": unroll.NonSaturating()}
+SIDE = 28
 CURVES = {
     "classes": "digits covered",
     "class_entropy": "entropy of the digits",
@@ -74,14 +75,61 @@ class Options(classifier.Options):
     standard_pairs: int | None = None  # at K = 0, to compare at equal time too; else as many
 
 
+class Generator(nn.Module):
+    """An LSTM whose initial state is the noise, and whose outputs are the columns of an image."""
+
+    def __init__(
+        self, noise_size: int, width: int, initial_state: str, rng: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.first = nn.Linear(noise_size, width)
+        self.lstm = nn.LSTM(1, width, batch_first=True)
+        self.last = nn.Linear(width, SIDE)
+        self.initial_state = initial_state
+        xavier(self, rng)
+        forget = slice(width, 2 * width)  # of the gates i, f, g, o
+        self.lstm.bias_ih_l0.data[forget] = 1.0  # nn.LSTM adds two biases: 1 in total
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return images, `(N, 1, 28, 28)` in [-1, 1]."""
+        noise = self.first(z).relu().unsqueeze(0)
+        nothing = torch.zeros_like(noise)
+        hidden = nothing if self.initial_state == "cell" else noise
+        cell = nothing if self.initial_state == "hidden" else noise
+        columns, _ = self.lstm(z.new_zeros(len(z), SIDE, 1), (hidden, cell))
+        return self.last(columns).tanh().mT.unsqueeze(1)
+
+
+def discriminator(rng: torch.Generator) -> nn.Sequential:
+    """Return the convolutional D of Appendix C; kernels of 3x3 as in Appendix D."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((1, 16), (16, 32), (32, 32)):
+        layers += [
+            nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
+            nn.BatchNorm2d(outputs),
+            nn.LeakyReLU(0.3),
+        ]
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 4 * 4, 1))
+    xavier(network, rng)
+    return network
+
+
+def xavier(network: nn.Module, rng: torch.Generator) -> None:
+    """Initialise weights as Glorot & Bengio (2010), and biases to zero."""
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.xavier_uniform_(parameter, generator=rng)
+        elif "bias" in name:
+            nn.init.zeros_(parameter)
+
+
 def networks(config: Config, rng: torch.Generator) -> tuple[nn.Module, nn.Sequential]:
     """Return G and D."""
-    g = lstm.Generator(config.noise_size, config.width, config.initial_state, rng)
-    return g, lstm.discriminator(rng)
+    g = Generator(config.noise_size, config.width, config.initial_state, rng)
+    return g, discriminator(rng)
 
 
 def train(config: Config, options: Options, line: int) -> None:
-    torch.set_num_threads(1)  # the networks are small
     weights = seeds.generators(replace(config, device="cpu"))
     g, d = joined.players(weights, partial(networks, config))
     g.to(config.device)
@@ -126,10 +174,9 @@ def train(config: Config, options: Options, line: int) -> None:
         return {"player_updates": 2 * pairs, "each": each}, as_bytes(shown).cpu()
 
     game = seeds.SideBySide(GAMES[config.game], config.seeds)
-    how = {"unroll_steps": config.unroll_steps, "compile": config.compile}
-    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **how)
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **config.look_ahead)
     parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
-    for _ in study.pairs(config, options, line, parts, rngs, evaluate):
+    for _ in runs.iterate(config, options, line, parts, rngs, evaluate):
         batch = real()
         d_loss = game.discriminator_loss(d, g(noise()).detach(), batch)
         study.step(d_optimizer, d_loss)
@@ -140,21 +187,19 @@ def train(config: Config, options: Options, line: int) -> None:
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
-        row
-        for row in seeds.model_rows(record, config, log, apart=())
+        row | {"compile": config.compile}
+        for row in study.model_rows(record, config, log)
         if row["pairs"] == config.pairs
         or (row["pairs"] and row["pairs"] % config.record_every == 0)
     ]
 
 
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
+def report(results: study.Results) -> str:
     table = "classes", "class_entropy", "spread", "largest_mode_changes", "rotations", "cpu_seconds"
     ideal = {"classes": 10.0, "class_entropy": math.log(10), "spread": 1.0}
     how = {"curves": CURVES, "table": table, "ideal": ideal}
-    histories = images.report("rnn_mnist", configs, logs, options, **how)
-    return study.sentence(histories, "classes", "draws {} of 10 digits")
+    images.report("rnn_mnist", results, **how)
+    return results.sentence("classes", "draws {} of 10 digits")
 
 
 def arms(configs: Sequence[Config], options: Options) -> list[Config]:

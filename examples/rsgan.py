@@ -16,23 +16,23 @@ An iteration ("pair") is one G update, then one D update (five with the ResNets)
     python examples/rsgan.py --data-root FOLDER --measure CLASSIFIER.pt --record
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lab import records, study
-from lab.data import image_folder, stl10
-from lab.data.pixels import as_bytes
+from lab import runs, study
+from lab.data import image_folder
+from lab.data.image_folder import Sampler, subset
+from lab.data.pixels import as_bytes, as_floats
 from lab.figures.images import report as draw
 from lab.metrics import features, image_metrics
-from lab.metrics.samples import AT_ONCE, Sampler, sample, subset
 from lab.networks.resnets import NOISE, networks
-from lab.updates import update
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import unroll
@@ -41,6 +41,7 @@ GAMES: dict[str, unroll.Objective] = {
     "JS": unroll.NonSaturating(),  # what their vanillaGAN.py trains
     "Rp": unroll.RelativisticPairing(),
 }
+AT_ONCE = 500  # images normalised as one batch, as in the evaluation of their code
 DITHER = 1 / 128  # the authors add uniform noise of one grey level to the real images
 
 
@@ -67,11 +68,6 @@ class Config(study.OneModel):
     features: str = ""
     evaluate_every: int = 10_000  # pairs
     pairs: int = 100_000  # of an update of G, and those of D that go with it
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"--ema must be at least 0 and less than 1, got {self.ema}")
 
     @property
     def label(self) -> str:
@@ -101,11 +97,17 @@ PRESETS = {c.preset: c for c in (SMALL, CIFAR, CIFAR_RESNET, STL, STL_RESNET)}
 
 
 @dataclass(frozen=True)
-class Options(study.Options):
-    """The images and what measures them, and the runs."""
+class Options(study.DataOptions):
+    """What measures the images, the data and the runs."""
 
-    data_root: Path | None = None  # images; metrics are against test, or else all
     measure: str | None = None  # features behind the metrics: inception, a checkpoint, file.py:name
+
+
+@torch.no_grad()
+def sample(generator: nn.Module, noise: Tensor) -> Tensor:
+    """Return images in [-1, 1], normalised over batches, and leave the generator as it was."""
+    own = copy.deepcopy(generator).train()
+    return torch.cat([own(part) for part in noise.split(AT_ONCE)])
 
 
 def sampler(checkpoint: Path, device: str = "cpu") -> Sampler:
@@ -127,12 +129,11 @@ def sampler(checkpoint: Path, device: str = "cpu") -> Sampler:
 def images(preset: str, root: Path | None, split: str, size: int) -> image_folder.Images:
     """Return the data of a preset, or of a folder."""
     if preset.startswith("stl10") and root is None:
-        return stl10.load(size)
+        return image_folder.stl10(size)
     return image_folder.load(root, split=split, size=size)
 
 
 def train(config: Config, options: Options, line: int) -> None:
-    torch.set_num_threads(1)
     of_data = partial(images, config.preset, options.data_root, size=config.image_size)
     pixels = of_data("train").pixels.to(config.device)
     torch.manual_seed(config.seed)
@@ -155,7 +156,7 @@ def train(config: Config, options: Options, line: int) -> None:
     def real(count: int = config.batch_size) -> Tensor:
         chosen = torch.randint(len(pixels), (count,), generator=rng, device=rng.device)
         dither = torch.rand(count, *pixels.shape[1:], generator=rng, device=rng.device)
-        return image_folder.batch(pixels, chosen).add_(dither, alpha=DITHER)
+        return as_floats(pixels[chosen]).add_(dither, alpha=DITHER)
 
     held_out, held_out_real = noise(config.samples), real(AT_ONCE)
 
@@ -180,37 +181,27 @@ def train(config: Config, options: Options, line: int) -> None:
         extractor = features.load(options.measure, config.device)
         return row | image_metrics.measure(extractor(as_bytes(fake)), reference(extractor)), shown
 
-    unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator, d_optimizer, game, unroll_steps=config.unroll_steps
-    )
+    unrolled = unroll.UnrolledGeneratorLoss(discriminator, d_optimizer, game, **config.look_ahead)
     path, run = config.checkpoint(options.out), f"{config.label}, seed {config.seed}"
-    for pair in study.pairs(config, options, line, parts, rng, evaluate):
+    for pair in runs.iterate(config, options, line, parts, rng, evaluate):
         for optimizer, rate in zip((g_optimizer, d_optimizer), rates, strict=True):
             optimizer.param_groups[0]["lr"] = config.rate(pair) * rate
 
         g_loss = unrolled(generator(noise()), real())
-        update(g_optimizer, g_loss, f"G at pair {pair} of {run}", path)
+        runs.update(g_optimizer, g_loss, f"G at pair {pair} of {run}", path)
         if config.ema:
             averaged.update_parameters(generator)
 
         for _ in range(config.discriminator_steps):
             d_loss = game.discriminator_loss(discriminator, generator(noise()).detach(), real())
-            update(d_optimizer, d_loss, f"D at pair {pair} of {run}", path)
+            runs.update(d_optimizer, d_loss, f"D at pair {pair} of {run}", path)
 
 
-def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
-    row = {"experiment": record} | records.renamed(asdict(config)) | log["history"][-1]
-    return [row | log["provenance"]]
-
-
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
+def report(results: study.Results) -> str:
     curves = {"d_loss": "D's loss", "g_loss": "G's loss"} | image_metrics.METRICS
     del curves["kid"]  # it says what FID says
-    name = f"rsgan_{configs[0].preset}"
-    histories = draw(name, configs, logs, options, curves=curves, table=tuple(curves))
-    return study.sentence(histories, "fid", "has a FID of {} by these features")
+    draw(f"rsgan_{results.first.preset}", results, curves=curves, table=tuple(curves))
+    return results.sentence("fid", "has a FID of {} by these features")
 
 
 def arms(configs: Sequence[Config], options: Options) -> list[Config]:
@@ -233,7 +224,7 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
 
 
 SWEEP = {"unroll_steps": (0, 1), "game": ("JS", "Rp")}
-HOOKS = {"options": Options(), "arms": arms, "rows": rows}
+HOOKS = {"options": Options(), "arms": arms}
 main = partial(study.main, __doc__, PRESETS, train, report, "rsgan", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

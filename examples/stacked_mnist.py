@@ -89,7 +89,6 @@ def networks(config: Config, rng: torch.Generator) -> tuple[nn.Sequential, nn.Se
 
 
 def train(config: Config, options: classifier.Options, line: int) -> None:
-    torch.set_num_threads(1)  # the networks are tiny
     rngs = seeds.generators(config)
     data = digits.mnist(options.data_root, size=config.image_size).to(config.device)
     judge = classifier.load(options.classifier, config.device)
@@ -123,10 +122,9 @@ def train(config: Config, options: classifier.Options, line: int) -> None:
         return {"player_updates": 2 * pairs, "each": each}, as_bytes(shown).cpu()
 
     game = seeds.SideBySide(unroll.NonSaturating(), config.seeds)
-    how = {"unroll_steps": config.unroll_steps, "compile": config.compile}
-    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **how)
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **config.look_ahead)
     parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
-    for _ in study.pairs(config, options, line, parts, rngs, evaluate):
+    for _ in runs.iterate(config, options, line, parts, rngs, evaluate):
         d_loss = game.discriminator_loss(d, g(noise()).detach(), real())
         study.step(d_optimizer, d_loss)
 
@@ -135,17 +133,14 @@ def train(config: Config, options: classifier.Options, line: int) -> None:
 
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in seeds.model_rows(record, config, log) if row["pairs"]]
+    return [row for row in study.model_rows(record, config, log) if row["pairs"]]
 
 
-def report(
-    configs: Sequence[Config], logs: Sequence[Mapping[str, Any]], options: study.Options
-) -> str:
+def report(results: study.Results) -> str:
     curves = {"curve_modes": "modes", "curve_reverse_kl": "reverse KL (nats)"}
-    name = f"stacked_mnist_{configs[0].preset}_{configs[0].networks}"
-    table = "modes", "reverse_kl"
-    histories = images.report(name, configs, logs, options, curves=curves, table=table)
-    return study.sentence(histories, "modes", "covers {} of 1,000 modes")
+    name = f"stacked_mnist_{results.first.preset}_{results.first.networks}"
+    images.report(name, results, curves=curves, table=("modes", "reverse_kl"))
+    return results.sentence("modes", "covers {} of 1,000 modes")
 
 
 @dataclass(frozen=True)

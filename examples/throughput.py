@@ -38,23 +38,21 @@ KEY = ("experiment", "preset", "unroll_steps", "batch_size", "torch", "revision"
 
 
 @dataclass(frozen=True)
-class Options(classifier.Options):
-    """What is timed."""
+class Options:
+    """What is timed, with which files."""
 
+    data_root: Path | None = None  # of MNIST/raw; else $UNROLL_DATA or data/, downloaded
+    classifier: Path | None = None  # tells digits apart; else $UNROLL_CLASSIFIER, else trained once
+    record: bool = False  # append the rows to the record
+    records: Path = records.RESULTS  # the folder of the records
     experiments: tuple[Literal[tuple(STEPS)], ...] = tuple(STEPS)
     presets: tuple[Literal["small", "paper"], ...] = ("small", "paper")
-    unroll_steps: tuple[int, ...] = ()
-    """Look-ahead steps, if not those of the experiment."""
-    batch_sizes: tuple[int, ...] = ()
-    """Those to time, if not the preset's."""
-    seeds: int = 8
-    """Models that are trained side by side, where the experiment can."""
-    against: Path | None = None
-    """A checkout of another revision, whose pairs are timed by turns with these."""
-    timed: int = 10
-    """Pairs to time."""
-    most_seconds: float = 20.0
-    """None is begun after that many, but one is timed."""
+    unroll_steps: tuple[int, ...] = ()  # look-ahead steps, if not those of the experiment
+    batch_sizes: tuple[int, ...] = ()  # those to time, if not the preset's
+    seeds: int = 8  # models that are trained side by side, where the experiment can
+    against: Path | None = None  # a checkout whose pairs are timed by turns with these
+    timed: int = 10  # pairs
+    most_seconds: float = 20.0  # no pair is begun after that many, but one is timed
 
 
 def server(root: Path, *given: Any) -> subprocess.Popen[str]:

@@ -18,7 +18,8 @@ WHERE = {
     "pixels": "lab.data.pixels",
     "classifier": "lab.metrics.classifier",
     "coverage": "lab.metrics.coverage",
-    "pictures": "lab.figures.pictures",
+    "images": "lab.figures.images",
+    "plots": "lab.figures.plots",
 }
 
 
@@ -41,12 +42,9 @@ def test_digits_are_in_range_and_padded_with_black(lab: Any, tmp_path: Path) -> 
     assert large.images.sum() == small.images.sum()
     floats = lab.pixels.as_floats(small.images)
     assert (floats.min(), floats.max()) == (-1, 1)
-    assert torch.equal(lab.digits.padded(floats, 32), lab.pixels.as_floats(large.images))
     assert (small.labels == torch.arange(60) % 10).all()
     with pytest.raises(ValueError, match=r"size must be one of \(28, 32\), got 30"):
         lab.digits.mnist(root, size=30)
-    with pytest.raises(ValueError, match=r"size must be 28 plus an even number, got 31"):
-        lab.digits.padded(small.images, 31)
 
 
 def test_stacks_have_independent_digits_in_their_colours(lab: Any, tmp_path: Path) -> None:
@@ -205,7 +203,7 @@ def test_the_classifier_is_trained_where_there_is_none(
 
 
 def test_pictures_show_every_image_where_it_belongs(lab: Any, tmp_path: Path) -> None:
-    pictures = lab.pictures
+    pictures = lab.images
     images = torch.linspace(-1, 1, 6)[:, None, None, None].expand(6, 1, 4, 4)
     tile = pictures.tile(images, 3)
     assert tile.shape == (3, 11, 16)
@@ -214,9 +212,9 @@ def test_pictures_show_every_image_where_it_belongs(lab: Any, tmp_path: Path) ->
     pictures.write(tmp_path / "new" / "tile.png", images, 3)
     with Image.open(tmp_path / "new" / "tile.png") as image:
         assert image.size == (16, 11)
-    coloured = torch.rand(8, 3, 8, 8) * 2 - 1
-    rows = {"K = 0": [coloured, coloured], "K = 10": [coloured]}
-    pictures.grid(tmp_path / "grid.png", rows, ["0", "10"], caption="pairs")
-    assert (tmp_path / "grid.png").stat().st_size > 0
-    assert pictures.spread(9, 3) == [0, 4, 8]
-    assert pictures.spread(2, 5) == [0, 1]
+    rows = {"K = 0": [tile, tile], "K = 10": [tile]}
+    path = tmp_path / "grid.png"
+    lab.plots.grid(path, rows, ["0", "10"], pictures.show, size=(3, 3), caption="pairs")
+    assert path.stat().st_size > 0
+    assert lab.plots.spread(9, 3) == [0, 4, 8]
+    assert lab.plots.spread(2, 5) == [0, 1]

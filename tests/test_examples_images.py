@@ -336,7 +336,7 @@ def test_bad_arguments_are_refused_before_any_work(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(example("lab.data.stl10").STL10, "__init__", fail)
+    monkeypatch.setattr(example("lab.data.image_folder").STL10, "__init__", fail)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     own = files(name) if "--preset" not in arguments else {}
@@ -358,6 +358,16 @@ def test_real_stacks_are_scored(
     assert "seed 1: " in capsys.readouterr().out
     found = rows(tmp_path / "stacked_mnist_data.csv")
     assert [(row["seed"], row["test_accuracy"]) for row in found] == [("0", "10.0"), ("1", "10.0")]
+
+
+def test_runs_at_two_learning_rates_are_both_recorded(
+    files: Callable[[str], dict[str, Path]], tmp_path: Path
+) -> None:
+    given = (*DIVERSE, "--unroll-steps", 0, "--optimizer", "SGD", "--record", "--force")
+    for rate in (0.1, 0.2, 0.2):
+        own = *flags(files("gan_mnist")), "--learning-rate", rate
+        command("gan_mnist", tmp_path, *given, *own)
+    assert [row["lr"] for row in rows(tmp_path / "gan_mnist.csv")] == ["0.1", "0.2"]
 
 
 def test_samples_of_a_finished_run_are_written_once(
@@ -560,7 +570,7 @@ def test_the_networks_of_cifar10_are_those_of_appendix_d() -> None:
 
 
 def test_the_lstm_starts_from_the_noise_and_emits_columns() -> None:
-    lstm, z = example("lab.networks.lstm"), torch.randn(3, 6)
+    lstm, z = example("rnn_mnist"), torch.randn(3, 6)
     generator = lstm.Generator(6, 5, "both", torch.Generator().manual_seed(0))
     cell = nn.LSTMCell(1, 5)
     cell.load_state_dict(
@@ -581,7 +591,8 @@ def test_the_lstm_starts_from_the_noise_and_emits_columns() -> None:
 
 
 def test_the_networks_of_rnn_mnist_are_those_of_appendix_c() -> None:
-    lstm, config = example("lab.networks.lstm"), example("rnn_mnist").PRESETS["paper"]
+    lstm = example("rnn_mnist")
+    config = lstm.PRESETS["paper"]
     size = config.noise_size, config.width, config.initial_state
     generator = lstm.Generator(*size, torch.Generator().manual_seed(0))
     biases = generator.lstm.bias_ih_l0 + generator.lstm.bias_hh_l0
@@ -702,7 +713,7 @@ def test_a_longer_run_of_rsgan_decays_until_its_end_and_knows_its_data(
 def test_the_sampler_draws_from_the_averaged_generator_where_there_is_one(
     files: Callable[[str], dict[str, Path]], tmp_path: Path
 ) -> None:
-    rsgan, samples = example("rsgan"), example("lab.metrics.samples")
+    rsgan = example("rsgan")
     settings = {**ARMS[6][1], "unroll_steps": 0, "ema": 0.5}
     own = options("rsgan", files("rsgan"))
     content = trained("rsgan", tmp_path, 3, options=own, **settings)
@@ -715,8 +726,8 @@ def test_the_sampler_draws_from_the_averaged_generator_where_there_is_one(
     generator.load_state_dict(content["parts"]["g"])
     noise = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
     as_bytes = example("lab.data.pixels").as_bytes
-    assert not torch.equal(images, as_bytes(samples.sample(generator, noise)))
+    assert not torch.equal(images, as_bytes(rsgan.sample(generator, noise)))
     before = {name: value.clone() for name, value in generator.state_dict().items()}
-    samples.sample(generator, noise)
+    rsgan.sample(generator, noise)
     assert all(torch.equal(v, before[name]) for name, v in generator.state_dict().items())
     assert re.fullmatch(r"small-dcgan-quarter-Rp-K0-seed0", config.name)

@@ -210,6 +210,7 @@ def test_nothing_is_overwritten_without_force(
     [
         ("mog", ("--unroll-steps", "-1")),
         ("mog", ("--pairs", "0")),
+        ("mog", ("--seeds", "0")),
         ("mog", ("--mixture", "no")),
         ("mog", ("--preset", "no")),
         ("mog", ("--device", "no")),
@@ -253,7 +254,7 @@ def test_the_plateaus_of_two_clusters_are_the_best_losses_at_a_collapsed_state()
 
 
 def test_two_clusters_tells_collapsed_from_covered() -> None:
-    clusters = example("lab.data.clusters")
+    clusters = example("two_clusters")
     history: list[dict[str, int]] = []
     for first, second, loss in (
         (95, 0, 0.47), (95, 0, 0.6), (90, 1, 0.4774), (40, 25, 0.69), (100, 0, 0.48)
@@ -321,7 +322,11 @@ def test_an_ensemble_holds_the_discriminators_that_it_says() -> None:
 def test_late_metrics_are_means_over_the_last_third() -> None:
     planar, mog_history = example("lab.planar"), example("mog_history")
     history = [
-        {"pairs": n, "each": [dict.fromkeys(planar.LATE, float(n * seed)) for seed in (1, 2)]}
+        {
+            "pairs": n,
+            "each": [dict.fromkeys(planar.LATE, float(n * seed)) for seed in (1, 2)],
+            "seconds": float(n),
+        }
         for n in (0, 2, 4, 5, 6)
     ]
     log = {"history": history, "provenance": {"revision": "none"}}
@@ -330,6 +335,7 @@ def test_late_metrics_are_means_over_the_last_third() -> None:
     assert [row["late_modes"] for row in found] == [5.0, 10.0]
     assert [row["modes"] for row in found] == [6.0, 12.0]
     assert [row["seed"] for row in found] == [0, 1]
+    assert [row["seconds"] for row in found] == [6.0, 6.0]  # of both models
 
 
 def test_packs_are_samples_of_one_seed() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -46,25 +47,16 @@ def late_rows(
     experiment: str, config: Any, log: Mapping[str, Any], *, also: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Return the rows of a record with metrics "late_...": means over the last third."""
-    history = log["history"]
-    last_third = [row["each"] for row in history if row["pairs"] >= 2 / 3 * config.pairs]
-    each = []
-    for seed, row in enumerate(history[-1]["each"]):
-        means = {
-            f"late_{name}": sum(rows[seed][name] for rows in last_third) / len(last_third)
-            for name in (*LATE, *also)
-        }
-        each.append(row | means)
-    last = history[-1] | {"each": each}
-    return seeds.record_rows(experiment, config, {**log, "history": [*history, last]})
+    frame = pd.DataFrame(study.model_rows(experiment, config, log))
+    late = frame[frame["pairs"] >= 2 / 3 * config.pairs].groupby("seed")[[*LATE, *also]]
+    means = late.mean().add_prefix("late_").to_dict("index")
+    return [row | means[row["seed"]] for row in study.last_rows(experiment, config, log)]
 
 
 def report(
     name: str,
-    configs: Sequence[Any],
-    logs: Sequence[Mapping[str, Any]],
+    results: study.Results,
     mixture: Mixture,
-    options: study.Options,
     *,
     curves: Mapping[str, str] = CURVES,
     table: Sequence[str] = TABLE,
@@ -74,14 +66,12 @@ def report(
     The figures are samples over training of the first seed, samples at the end of the first few,
     and curves of all.
     """
-    folder, first = options.figures or options.out, configs[0]
-    caption = f"preset {first.preset}, seed {first.first_seed}"
-    histories, kept = study.histories(configs, logs), study.first_logs(configs, logs)
-    study.table(histories, *table)
-    updates = [row["player_updates"] for row in logs[0]["history"]]
-    columns = sorted({round(i * (len(updates) - 1) / 6) for i in range(7)})
-    snapshots = {label: log["snapshots"] for label, log in kept.items()}
-    count = logs[0]["snapshots"][0].shape[1]
+    folder, first = results.folder, results.first
+    results.table(*table)
+    updates = [row["player_updates"] for row in results.logs[0]["history"]]
+    columns = plots.spread(len(updates), 7)
+    snapshots = {label: log["snapshots"] for label, log in results.first_logs.items()}
+    count = results.logs[0]["snapshots"][0].shape[1]
     draw = partial(
         plots.heat_maps,
         data=mixture.sample(count, torch.Generator().manual_seed(first.first_seed)),
@@ -91,7 +81,7 @@ def report(
         folder / f"{name}.png",
         {label: [moments[i][0] for i in columns] for label, moments in snapshots.items()},
         [f"{updates[i]:,}" for i in columns],
-        caption=f"updates of G and D ({caption})",
+        caption=f"updates of G and D (preset {first.preset}, seed {first.first_seed})",
     )
     if first.seeds > 1:
         last = {label: list(moments[-1]) for label, moments in snapshots.items()}
@@ -102,21 +92,19 @@ def report(
         "percent_high_quality": CEILING,
         "largest_mode_share": mixture.weights.max().item(),
     }
-    plots.curves(folder / f"{name}_curves.png", histories, curves, x="player_updates", ideal=ideal)
+    path = folder / f"{name}_curves.png"
+    plots.curves(path, results.frame, curves, x="player_updates", ideal=ideal)
 
 
 def report_by(
     name: Callable[[Any], str],
     mixture: Callable[[Any], Mixture],
-    configs: Sequence[Any],
-    logs: Sequence[Mapping[str, Any]],
-    options: study.Options,
+    results: study.Results,
     **how: Any,
 ) -> str:
     """Report settings by the names of their figures, and return how many modes each holds."""
-    runs = list(zip(configs, logs, strict=True))
-    for each in dict.fromkeys(map(name, configs)):
-        own = [run for run in runs if name(run[0]) == each]
-        report(each, *zip(*own, strict=True), mixture(own[0][0]), options, **how)
-    modes = len(mixture(configs[0]).means)
-    return study.sentence(study.histories(configs, logs), "modes", f"holds {{}} of {modes} modes")
+    for each in dict.fromkeys(map(name, results.configs)):
+        own = results.only(lambda config, each=each: name(config) == each)
+        report(each, own, mixture(own.first), **how)
+    modes = len(mixture(results.first).means)
+    return results.sentence("modes", f"holds {{}} of {modes} modes")

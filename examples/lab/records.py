@@ -1,15 +1,11 @@
 """One row a finished run, appended to a CSV file that the documentation is generated from."""
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-
-from lab.runs import write_atomically
 
 RENAMED = {  # fields of settings, and what the records have called them from the start
     "generator_learning_rate": "generator_lr",
@@ -23,39 +19,10 @@ def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
-def row(
-    experiment: str, config: Any, result: Mapping[str, Any], log: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return a row of a finished run: its settings, what came of it, and its provenance."""
-    settings = renamed(asdict(config))
-    batch_size, device = settings.pop("batch_size"), settings.pop("device")
-    size = {"player_updates": result["player_updates"], "batch_size": batch_size}
-    row = {"experiment": experiment, **settings, **size, **result, "device": device}
-    return row | log["provenance"]
-
-
-def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write a CSV file of rows that have the same columns."""
-
-    def draw_up(draft: Path) -> None:
-        with draft.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, draw_up)
-
-
-def write_json(path: Path, content: object) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda draft: draft.write_text(text))
-
-
 def append(path: Path, row: Mapping[str, object], *, key: Sequence[str]) -> bool:
-    """Append a row, unless one with the same key is there; safe under several processes.
+    """Append a row, unless one with the same key is there, and return whether it was.
 
-    Returns:
-        Whether the row was written.
+    Several processes may do so at once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")), path.open("a+", newline="") as file:

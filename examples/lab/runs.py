@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 SECONDS_BETWEEN_CHECKPOINTS = 10
@@ -81,6 +83,35 @@ def read_log(path: Path) -> dict[str, Any]:
     return log
 
 
+def update(
+    optimizer: torch.optim.Optimizer, loss: torch.Tensor, who: str, checkpoint: Path
+) -> None:
+    """Take a step of finite numbers, or stop before it reaches a checkpoint."""
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not torch.isfinite(loss + norm):
+        found = f"the loss and its gradient must be finite, they are {loss.item():g} and {norm:g}"
+        raise FloatingPointError(_stopped(f"{who}: {found}", checkpoint))
+    optimizer.step()
+    if not torch.isfinite(length := get_total_norm(parameters)):
+        found = f"the step must leave the parameters finite, their norm is {length:g}"
+        raise FloatingPointError(_stopped(f"{who}: {found}", checkpoint))
+
+
+def _stopped(what: str, checkpoint: Path) -> str:
+    kept = "none yet"
+    if checkpoint.exists():
+        log = read_log(checkpoint)
+        pair = log["since"][0] if "since" in log else log["history"][-1]["pairs"]
+        kept = f"{checkpoint} is of pair {pair}"
+    return (
+        f"{what} (the last checkpoint: {kept}): lower the learning rates, or leave --amp, in "
+        "another folder"
+    )
+
+
 def check(path: Path, settings: Mapping[str, Any], *, length: str) -> None:
     """Refuse the checkpoint of a run with other settings; the one named `length` may have grown."""
     try:
@@ -97,40 +128,35 @@ def check(path: Path, settings: Mapping[str, Any], *, length: str) -> None:
 
 
 def iterate(
-    path: Path,
-    settings: Mapping[str, Any],
+    config: Any,
+    options: Any,
+    line: int,
     parts: Parts,
     rng: Any,
     evaluate: Callable[[int, Sequence[Mapping[str, Any]]], tuple[dict[str, Any], Any]],
     *,
-    length: int,
-    every: int,
-    resume: bool,
-    bar: Mapping[str, Any],
-    counts: str = "pairs",
     writes: bool = True,
 ) -> Iterator[int]:
-    """Count the iterations of a training loop; evaluate and save between them.
+    """Count the pairs (or epochs) of a training loop; evaluate and save between them.
 
     The `seconds` of a row are CPU time of the process, which other work on the machine hardly
     changes; on other devices they are the clock's.
 
     Args:
-        path: The checkpoint; `settings`, `parts` and `rng` are what it holds, as in `save`.
-        settings: What makes this run another than its neighbours.
+        config: The settings of the run: its length, and when to evaluate.
+        options: Where the checkpoint is, and whether to start from it, if there is one.
+        line: That of the progress bar.
         parts: Everything that training changes.
         rng: The generator that every random number of the training comes from.
-        evaluate: Given the iterations done and the earlier rows, returns a row of metrics and
-            a snapshot for the figures. It must not draw from `rng`.
-        length: Iterations in all.
-        every: Iterations between evaluations.
-        resume: Whether to start from the checkpoint, if there is one.
-        bar: What the progress bar is to look like.
-        counts: What an iteration is, as a column of the rows: a pair of one D and one G update.
+        evaluate: Given the pairs done and the earlier rows, returns a row of metrics and a
+            snapshot for the figures. It must not draw from `rng`.
         writes: Whether this process saves; of several ranks that train alike, one does.
     """
+    path, settings = config.checkpoint(options.out), asdict(config)
+    counts = "epochs" if hasattr(config, "epochs") else "pairs"
+    length, every = getattr(config, counts), config.evaluate_every
     log: dict[str, Any] = {"history": [], "snapshots": []}
-    if resume and path.exists():
+    if options.resume and path.exists():
         log = load(path, parts, rng)
     history, snapshots = log["history"], log["snapshots"]
     last = history[-1] if history else {counts: 0, "seconds": 0.0}
@@ -145,9 +171,9 @@ def iterate(
     def elapsed() -> float:
         return round(earlier + clock() - started, 1)
 
-    def look(iteration: int) -> None:
-        row, snapshot = evaluate(iteration, history)
-        history.append({counts: iteration, **row, "seconds": elapsed()})
+    def look(number: int) -> None:
+        row, snapshot = evaluate(number, history)
+        history.append({counts: number, **row, "seconds": elapsed()})
         snapshots.append(snapshot)
 
     def keep(log: Mapping[str, Any]) -> None:
@@ -156,20 +182,25 @@ def iterate(
             save(path, settings, parts, rng, log)
         saved = time.perf_counter()
 
+    progress = tqdm(
+        range(done + 1, length + 1),
+        f"{config.label}, {config.models}",
+        total=length,
+        initial=done,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        position=line,
+        unit=counts[:-1],
+    )
     if not history:
         look(0)
-    pause = 0.5 if sys.stderr.isatty() else 30
-    progress = tqdm(
-        range(done + 1, length + 1), total=length, initial=done, mininterval=pause, **bar
-    )
-    for iteration in progress:
-        yield iteration
-        if iteration % every == 0 or iteration == length:
-            look(iteration)
-            if iteration == length or time.perf_counter() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+    for number in progress:
+        yield number
+        if number % every == 0 or number == length:
+            look(number)
+            if number == length or time.perf_counter() - saved > SECONDS_BETWEEN_CHECKPOINTS:
                 keep(log)
         elif time.perf_counter() - saved > SECONDS_AT_RISK:
-            keep({**log, "since": (iteration, elapsed())})
+            keep({**log, "since": (number, elapsed())})
 
 
 def cores(device: str = "cpu") -> int:
@@ -185,25 +216,14 @@ def run_all(
         yield from (run(one, 0) for one in settings)
         return
     context = multiprocessing.get_context("spawn")
-    lines = context.Queue()
-    for line in range(workers):
-        lines.put(line)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (context.RLock(), lines))
+    pool = ProcessPoolExecutor(workers, context, tqdm.set_lock, (context.RLock(),))
     try:
-        futures = [pool.submit(_run_on_own_line, run, one) for one in settings]
+        futures = [pool.submit(_on_own_line, run, one) for one in settings]
         yield from (future.result() for future in as_completed(futures))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_own_line = 0
-
-
-def _start_worker(lock: Any, lines: Any) -> None:
-    global _own_line
-    tqdm.set_lock(lock)
-    _own_line = lines.get()
-
-
-def _run_on_own_line(run: Callable[[Any, int], Any], settings: Any) -> Any:
-    return run(settings, _own_line)
+def _on_own_line(run: Callable[[Any, int], Any], settings: Any) -> Any:
+    number = multiprocessing.current_process().name.rpartition("-")[2]  # SpawnProcess-1 is first
+    return run(settings, int(number) - 1)

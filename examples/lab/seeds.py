@@ -7,7 +7,8 @@ games: the gradient of every seed, and so every step of Adam or SGD, is what it 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,8 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import unroll
-from lab import records
-from lab.networks.perceptrons import ACTIVATIONS
+
+Network = Callable[[Any], Any]
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "leaky_relu": partial(nn.LeakyReLU, 0.2),
+}
 
 
 class Generators:
@@ -48,6 +55,17 @@ class Generators:
 def generators(config: Any) -> Generators:
     """Return those of an experiment that has `first_seed`, `seeds` and a `device`."""
     return Generators(range(config.first_seed, config.first_seed + config.seeds), config.device)
+
+
+class Scale(nn.Module):
+    """Multiply the input by a constant."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
 
 
 class Linears(nn.Module):
@@ -106,23 +124,19 @@ class SideBySide:
     game: unroll.Objective
     seeds: int
 
-    def discriminator_loss(
-        self, discriminator: Callable[[Any], Any], fake: Any, real: Any
-    ) -> Tensor:
+    def discriminator_loss(self, discriminator: Network, fake: Any, real: Any) -> Tensor:
         return self.seeds * self.game.discriminator_loss(discriminator, fake, real)
 
-    def generator_loss(self, discriminator: Callable[[Any], Any], fake: Any, real: Any) -> Tensor:
+    def generator_loss(self, discriminator: Network, fake: Any, real: Any) -> Tensor:
         return self.seeds * self.game.generator_loss(discriminator, fake, real)
 
-    def discriminator_losses(
-        self, discriminator: Callable[[Any], Any], fake: Tensor, real: Tensor
-    ) -> Tensor:
+    def discriminator_losses(self, discriminator: Network, fake: Tensor, real: Tensor) -> Tensor:
         """Return D's loss of each seed."""
         of_real = discriminator(real)  # first, as games do, for what BatchNorm remembers
         pairs = zip(discriminator(fake), of_real, strict=True)
         return torch.stack([self.game.discriminator_loss(_itself, *logits) for logits in pairs])
 
-    def generator_losses(self, discriminator: Callable[[Any], Any], fake: Tensor) -> Tensor:
+    def generator_losses(self, discriminator: Network, fake: Tensor) -> Tensor:
         """Return G's loss of each seed, of a game in which the fakes alone make it."""
         each = discriminator(fake)
         return torch.stack([self.game.generator_loss(_itself, logits, logits) for logits in each])
@@ -132,47 +146,6 @@ def _itself(logits: Tensor) -> Tensor:
     return logits
 
 
-def model_rows(
-    experiment: str, config: Any, log: Mapping[str, Any], *, apart: Sequence[str] = ("compile",)
-) -> list[dict[str, Any]]:
-    """Return what is kept of every model over training, with its part of the seconds."""
-    apart = ("device", "first_seed", "seeds", *apart)
-    everything = records.renamed(asdict(config))
-    settings = {name: value for name, value in everything.items() if name not in apart}
-    about = {"device": config.device, **log["provenance"]}
-    return [
-        {"experiment": experiment, **settings, "seed": config.first_seed + number}
-        | {**row, "seconds": round(row["seconds"] / config.seeds, 2), **about}
-        for number, history in enumerate(histories(log))
-        for row in history
-    ]
-
-
-def histories(log: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
-    """Return the history of each seed, from the log of a run whose rows have a list "each"."""
-    rows = log["history"]
-    return [
-        [{**{k: v for k, v in row.items() if k != "each"}, **row["each"][seed]} for row in rows]
-        for seed in range(len(rows[0]["each"]))
-    ]
-
-
 def of_seed(earlier: Sequence[Mapping[str, Any]], seed: int) -> list[Mapping[str, Any]]:
     """Return one seed's metrics in the earlier rows of a run."""
     return [row["each"][seed] for row in earlier]
-
-
-def record_rows(
-    experiment: str, config: Any, log: Mapping[str, Any], size: Mapping[str, int] | None = None
-) -> list[dict[str, Any]]:
-    """Return what is kept of finished runs: settings, last metrics, provenance, a row a seed."""
-    size = size or {"pairs": config.pairs, "batch_size": config.batch_size}
-    apart = ("device", "first_seed", "seeds", "compile", *size)
-    everything = records.renamed(asdict(config))
-    settings = {name: value for name, value in everything.items() if name not in apart}
-    rows = []
-    for number, history in enumerate(histories(log)):
-        seed = {"seed": config.first_seed + number, "seeds_together": config.seeds}
-        row = {"experiment": experiment, **settings, **seed, **size, **history[-1]}
-        rows.append(row | {"device": config.device} | log["provenance"])
-    return rows

@@ -9,12 +9,13 @@ are those of `Options`.
 
 import argparse
 import inspect
+import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, make_dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, make_dataclass, replace
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, get_type_hints
@@ -23,7 +24,7 @@ import pandas as pd
 import torch
 import tyro
 
-from lab import records, runs, seeds
+from lab import records, runs
 from lab.columns import explained, moments, shown, title
 from lab.records import RESULTS
 
@@ -44,6 +45,8 @@ class Settings:
             flag = f"--{name.replace('_', '-')}"
             if name == "unroll_steps" and value < 0:
                 raise ValueError(f"{flag} must not be negative, got {value}")
+            if name == "ema" and not 0 <= value < 1:
+                raise ValueError(f"{flag} must be at least 0 and below 1, got {value}")
             if POSITIVE.search(name) and isinstance(value, int | float) and value <= 0:
                 raise ValueError(f"{flag} must be positive, got {value}")
 
@@ -57,6 +60,12 @@ class Settings:
         """Return the name of its checkpoint, without the folder."""
         setting = re.sub(r"[^\w.+]+", "-", self.label.replace(" = ", ""))
         return f"{setting}-{self.models}"
+
+    @property
+    def look_ahead(self) -> dict[str, Any]:
+        """Return those of the settings that are arguments of `unroll.UnrolledGeneratorLoss`."""
+        names = "unroll_steps", "stop_gradient", "average", "compile"
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def checkpoint(self, folder: Path) -> Path:
         return folder / "checkpoints" / f"{self.name}.pt"
@@ -107,6 +116,13 @@ class Options:
     figures: Path | None = None  # the folder of the figures, if not that of --out
 
 
+@dataclass(frozen=True)
+class DataOptions(Options):
+    """The data, and the runs."""
+
+    data_root: Path | None = None  # of MNIST/raw or images; else $UNROLL_DATA or data/, downloaded
+
+
 def comments(kind: type) -> Mapping[str, str]:
     """Return the comments beside the fields of a dataclass."""
     found: dict[str, str] = {}
@@ -123,153 +139,44 @@ def command_line(
     sweep: Mapping[str, Any],
     options: Options,
     arguments: Sequence[str] | None = None,
-) -> tuple[Any, dict[str, Any], dict[str, tuple[Any, ...]], Options]:
-    """Return a preset, what the command line changes of it, the values of `sweep`, and options."""
+) -> tuple[Any, dict[str, Sequence[Any]], Options]:
+    """Return the settings, the values of those in `sweep`, and the options."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=presets, default=next(iter(presets)))
     preset = parser.parse_known_args(arguments)[0].preset
     base = presets[preset]
-    kind = Literal[tuple(presets)]
-    flags = [("preset", Annotated[kind, tyro.conf.arg(help="what all other flags start from")])]
-    defaults: dict[str, Any] = {"preset": preset}
+    names = Literal[tuple(presets)]
+    flags: dict[str, Any] = {"preset": (names, preset, "what all other flags start from")}
     for given in (base, options):
         types, said = get_type_hints(type(given)), comments(type(given))
-        for field in fields(given):
-            if field.name not in said:
-                continue
-            kind, value = types[field.name], getattr(given, field.name)
-            if field.name in sweep and given is base:
-                several = sweep[field.name] or (value,)
-                kind, value = tuple[kind, ...], tuple(several)  # type: ignore[valid-type]
-            flags.append((field.name, Annotated[kind, tyro.conf.arg(help=said[field.name])]))
-            defaults[field.name] = value
-    command = make_dataclass("Command", flags, frozen=True)
-    given = tyro.cli(
-        command,
-        default=command(**defaults),
-        description=doc,
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    chosen = {f.name: getattr(given, f.name) for f in fields(command)}
+        for name in (n for n in type(given).__match_args__ if n in said):
+            flags[name] = types[name], getattr(given, name), said[name]
+    for name, several in sweep.items():
+        kind, value, said = flags[name]
+        flags[name] = tuple[kind, ...], tuple(several or (value,)), said
+    typed = [(n, Annotated[k, tyro.conf.arg(help=said)], v) for n, (k, v, said) in flags.items()]
+    command = make_dataclass("Command", typed)
+    config = (tyro.conf.FlagCreatePairsOff,)
+    chosen = vars(tyro.cli(command, description=doc, args=arguments, config=config))
     own = {n: v for n, v in chosen.items() if n in type(base).__match_args__ and n not in sweep}
-    swept = {name: chosen[name] for name in sweep}
-    of_runs = {f.name: chosen[f.name] for f in fields(options) if f.name in chosen}
-    return base, own, swept, replace(options, **of_runs)
+    of_runs = {n: v for n, v in chosen.items() if n in type(options).__match_args__}
+    return replace(base, **own), {n: chosen[n] for n in sweep}, replace(options, **of_runs)
 
 
-def configurations(
-    base: Any, own: Mapping[str, Any], sweep: Mapping[str, Sequence[Any]], options: Options
-) -> list[Any]:
+def configurations(base: Any, sweep: Mapping[str, Sequence[Any]], options: Options) -> list[Any]:
     """Return the settings of every run: those that train all seeds side by side are one."""
-    own = dict(own) | {"device": options.device}
+    if options.seeds < 1:
+        raise ValueError(f"--seeds must be positive, got {options.seeds}")
+    models = range(options.first_seed, options.first_seed + options.seeds)
+    numbers: list[dict[str, int]] = [{"seed": seed} for seed in models]
     if isinstance(base, SideBySide):
-        own |= {"seeds": options.seeds, "first_seed": options.first_seed}
-        numbers: Iterable[dict[str, Any]] = [{}]
-    else:
-        numbers = [{"seed": options.first_seed + number} for number in range(options.seeds)]
+        numbers = [{"seeds": options.seeds, "first_seed": options.first_seed}]
     arms = [dict(zip(sweep, values, strict=True)) for values in product(*sweep.values())]
-    return [replace(base, **own | arm | seed) for seed in numbers for arm in arms]
-
-
-def pairs(
-    config: Any,
-    options: Options,
-    line: int,
-    parts: runs.Parts,
-    rng: Any,
-    evaluate: Callable[..., tuple[dict[str, Any], Any]],
-    **more: Any,
-) -> Iterator[int]:
-    """Count the pairs of updates of a run, with evaluations and checkpoints between them."""
-    counts = "epochs" if hasattr(config, "epochs") else "pairs"
-    return runs.iterate(
-        config.checkpoint(options.out),
-        asdict(config),
-        parts,
-        rng,
-        evaluate,
-        length=getattr(config, counts),
-        every=config.evaluate_every,
-        resume=options.resume,
-        bar={"desc": f"{config.label}, {config.models}", "position": line, "unit": counts[:-1]},
-        counts=counts,
-        **more,
-    )
-
-
-def main(
-    doc: str | None,
-    presets: Mapping[str, Any],
-    train: Callable[[Any, Options, int], None],
-    report: Callable[[Sequence[Any], Sequence[Mapping[str, Any]], Options], str],
-    record: str | Callable[[Any], str],
-    sweep: Mapping[str, Any],
-    *,
-    options: Options = Options(),
-    arms: Callable[[list[Any], Options], list[Any]] | None = None,
-    rows: Callable[[str, Any, Mapping[str, Any]], Iterable[dict[str, Any]]] | None = None,
-    leads: Callable[[], bool] = lambda: True,
-    arguments: Sequence[str] | None = None,
-) -> None:
-    """Train what the command line asks for, record each run as it finishes, and report.
-
-    Args:
-        doc: The experiment's own text, which `--help` shows.
-        presets: Settings by name; the first is the default.
-        train: Given settings, options and the line of the progress bar, trains one run.
-        report: Given settings, their logs and the options, draws, prints and returns a sentence.
-        record: The name of the record, or what it is for given options.
-        sweep: The settings that take several values, with the default ones; None: the preset's.
-        options: With which the flags of the runs start.
-        arms: Changes the settings of the runs, where not every combination makes one.
-        rows: Given the record's name, settings and log, returns the rows of the record.
-        leads: Whether this process, of several that train one model together, writes.
-        arguments: In place of the command line's.
-    """
-    options = replace(options, out=options.out / Path(sys.argv[0]).stem)
-    base, own, swept, options = command_line(doc, presets, sweep, options, arguments)
-    try:
-        torch.empty(0, device=options.device)
-        configs = configurations(base, own, swept, options)
-        configs = list(dict.fromkeys(arms(configs, options) if arms else configs))
-        _refuse_overwriting(configs, options)
-        check_writable("--out", options.out)
-        if options.record:
-            check_writable("--records", options.records)
-    except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        refuse(error)
-
-    record = record if isinstance(record, str) else record(options)
-    path = options.records / f"{record}.csv"
-    if leads():
-        print(_start_line(configs, options, RESULTS / f"{record}.csv"), flush=True)
-        settings = {"command": sys.argv, **runs.provenance(), "runs": [asdict(c) for c in configs]}
-        records.write_json(options.out / "config.json", settings)
-    rows = rows or default_rows
-    slowest = sorted(configs, key=lambda c: (getattr(c, "seed", 0), -c.unroll_steps))
-    try:
-        task = partial(_carry_out, train, options)
-        for config in runs.run_all(task, slowest, options.workers, options.device):
-            log = runs.read_log(config.checkpoint(options.out))
-            for row in rows(record, config, log) if options.record and leads() else ():
-                names = [*asdict(config), *records.RENAMED.values(), "seed", "pairs", "revision"]
-                records.append(path, row, key=[name for name in names if name in row])
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted: the same command with --resume continues.")
-    except (FloatingPointError, OSError, ValueError) as error:
-        sys.exit(
-            f"\nStopped: {error}\nThe checkpoints in {options.out} are whole, --resume continues."
-        )
-    if not leads():
-        return
-    logs = [runs.read_log(config.checkpoint(options.out)) for config in configs]
-    records.write(options.out / "metrics.csv", series(configs, logs))
-    print(f"\n{report(configs, logs, options)}")
-    print(f"Figures, time series and checkpoints are in {options.figures or options.out}/.")
+    return [replace(base, device=options.device, **arm, **n) for n in numbers for arm in arms]
 
 
 def _carry_out(train: Callable[..., None], options: Options, config: Any, line: int) -> Any:
+    torch.set_num_threads(1)  # a process a core
     train(config, options, line)
     return config
 
@@ -329,70 +236,168 @@ def _seconds(config: Any, record: Path) -> float:
         if name in found and name in wanted:
             found = found[found[name] == wanted[name]]
     length = "epochs" if "epochs" in wanted else "pairs"
-    if found.empty or length not in wanted:
-        return float("nan")
     together = found.get("seeds_together", 1)  # models that the seconds are of
     per_model = (found["seconds"] / found[length] / together).median()
     return float(per_model * wanted[length] * wanted.get("seeds", 1))
 
 
-def default_rows(record: str, config: Any, log: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if "each" in log["history"][-1]:
-        return seeds.record_rows(record, config, log)
-    return [records.row(record, config, log["history"][-1], log)]
-
-
-def series(configs: Sequence[Any], logs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of all settings and models over training."""
+def models(config: Any, log: Mapping[str, Any]) -> list[tuple[int, list[dict[str, Any]]]]:
+    """Return the seed and the history of every model of a run."""
+    history = log["history"]
+    if not isinstance(config, SideBySide):
+        return [(config.seed, history)]
+    each = zip(*(row["each"] for row in history), strict=True)
+    shared = [{name: value for name, value in row.items() if name != "each"} for row in history]
     return [
-        {"setting": config.label, "seed": seed} | row
-        for config, log in zip(configs, logs, strict=True)
+        (seed, [row | one for row, one in zip(shared, own, strict=True)])
+        for seed, own in enumerate(each, start=config.first_seed)
+    ]
+
+
+def model_rows(experiment: str, config: Any, log: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return settings, metrics and provenance of every model, with its part of the seconds."""
+    settings = records.renamed(asdict(config))
+    about = {"device": settings.pop("device"), **log["provenance"]}
+    if isinstance(config, SideBySide):
+        for shared in ("seeds", "first_seed", "compile"):
+            settings.pop(shared, None)
+    part = getattr(config, "seeds", 1)
+    return [
+        {"experiment": experiment, **settings, "seed": seed, **row, **about}
+        | {"seconds": round(row["seconds"] / part, 2)}
         for seed, history in models(config, log)
         for row in history
     ]
 
 
-def models(config: Any, log: Mapping[str, Any]) -> list[tuple[int, list[dict[str, Any]]]]:
-    if "each" in log["history"][-1]:
-        return list(enumerate(seeds.histories(log), start=config.first_seed))
-    return [(config.seed, log["history"])]
+def last_rows(experiment: str, config: Any, log: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what is recorded of most experiments: a row a model, of its last evaluation."""
+    history = log["history"]
+    together = {"seconds": history[-1]["seconds"]}
+    if isinstance(config, SideBySide):
+        together["seeds_together"] = config.seeds
+    last = model_rows(experiment, config, log)[len(history) - 1 :: len(history)]
+    return [row | together for row in last]
 
 
-def histories(
-    configs: Sequence[Any], logs: Sequence[Mapping[str, Any]]
-) -> dict[str, list[list[dict[str, Any]]]]:
-    """Return the histories of all models by the label of their setting."""
-    found: dict[str, list[list[dict[str, Any]]]] = {}
-    for config, log in zip(configs, logs, strict=True):
-        found.setdefault(config.label, []).extend(history for _, history in models(config, log))
-    return found
+class Results:
+    """What finished runs left behind: their settings, their logs, and tables of them."""
+
+    def __init__(self, configs: Sequence[Any], options: Options) -> None:
+        self.configs, self.options = configs, options
+        self.logs = [runs.read_log(config.checkpoint(options.out)) for config in configs]
+        self.folder = options.figures or options.out
+        self.first = configs[0]
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """A row an evaluation of every model."""
+        return pd.DataFrame(
+            {"setting": config.label, "seed": seed} | row
+            for config, log in zip(self.configs, self.logs, strict=True)
+            for seed, history in models(config, log)
+            for row in history
+        )
+
+    @property
+    def last(self) -> pd.DataFrame:
+        """The last row of every model."""
+        return self.frame.groupby(["setting", "seed"], sort=False).tail(1)
+
+    @property
+    def first_logs(self) -> dict[str, Any]:
+        """The log of each setting's first run."""
+        found: dict[str, Any] = {}
+        for config, log in zip(self.configs, self.logs, strict=True):
+            found.setdefault(config.label, log)
+        return found
+
+    def only(self, chosen: Callable[[Any], bool]) -> "Results":
+        """Return the results of the settings that are chosen."""
+        return Results([config for config in self.configs if chosen(config)], self.options)
+
+    def table(self, *columns: str) -> None:
+        """Print the means of the last metrics with standard errors, and what the columns are."""
+        settings = self.last.groupby("setting", sort=False)
+        text = pd.DataFrame({title(name): settings[name].agg(shown) for name in columns})
+        text.insert(0, "models", settings.size())
+        print(f"\n{text.rename_axis(None).to_string()}\n\n{explained(columns)}")
+
+    def sentence(self, metric: str, text: str) -> str:
+        """Return a sentence on the mean of a metric: "K = 0 holds 1 of 8 modes, K = 10 8"."""
+        means = self.last.groupby("setting", sort=False)[metric].agg(lambda v: moments(v)[0])
+        found = [f"{label} {text.format(f'{mean:.3g}')}" for label, mean in means.items()]
+        return ", ".join(found) + "."
 
 
-def first_logs(configs: Sequence[Any], logs: Sequence[Any]) -> dict[str, Any]:
-    """Return the log of each setting's first run."""
-    found: dict[str, Any] = {}
-    for config, log in zip(configs, logs, strict=True):
-        found.setdefault(config.label, log)
-    return found
+def main(
+    doc: str | None,
+    presets: Mapping[str, Any],
+    train: Callable[[Any, Options, int], None],
+    report: Callable[["Results"], str],
+    record: str | Callable[[Any], str],
+    sweep: Mapping[str, Any],
+    *,
+    options: Options = Options(),
+    arms: Callable[[list[Any], Options], list[Any]] | None = None,
+    rows: Callable[[str, Any, Mapping[str, Any]], Iterable[dict[str, Any]]] = last_rows,
+    leads: Callable[[], bool] = lambda: True,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Train what the command line asks for, record each run as it finishes, and report.
 
+    Args:
+        doc: The experiment's own text, which `--help` shows.
+        presets: Settings by name; the first is the default.
+        train: Given settings, options and the line of the progress bar, trains one run.
+        report: Draws and prints the results, and returns a sentence.
+        record: The name of the record, or what it is for given options.
+        sweep: The settings that take several values, with the default ones; None: the preset's.
+        options: With which the flags of the runs start.
+        arms: Changes the settings of the runs, where not every combination makes one.
+        rows: Given the record's name, settings and log, returns the rows of the record.
+        leads: Whether this process, of several that train one model together, writes.
+        arguments: In place of the command line's.
+    """
+    options = replace(options, out=options.out / Path(sys.argv[0]).stem)
+    try:
+        base, swept, options = command_line(doc, presets, sweep, options, arguments)
+        torch.empty(0, device=options.device)
+        configs = configurations(base, swept, options)
+        configs = list(dict.fromkeys(arms(configs, options) if arms else configs))
+        _refuse_overwriting(configs, options)
+        check_writable("--out", options.out)
+        if options.record:
+            check_writable("--records", options.records)
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        refuse(error)
 
-def table(by_label: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], *columns: str) -> None:
-    """Print the last metrics of each setting, means with standard errors, and what they mean."""
-    lines = [["", "models", *map(title, columns)]]
-    for label, own in by_label.items():
-        last = [[history[-1][name] for history in own] for name in columns]
-        lines.append([label, str(len(own)), *map(shown, last)])
-    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
-    print()
-    for line in lines:
-        print("".join(map(str.rjust, line, widths)))
-    print(f"\n{explained(columns)}")
-
-
-def sentence(
-    by_label: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], metric: str, text: str
-) -> str:
-    """Return a sentence on the mean of a metric: "K = 0 holds 1 of 8 modes, K = 10 8"."""
-    means = {k: moments([history[-1][metric] for history in own])[0] for k, own in by_label.items()}
-    found = [f"{label} {text.format(f'{mean:.3g}')}" for label, mean in means.items()]
-    return ", ".join(found) + "."
+    record = record if isinstance(record, str) else record(options)
+    path = options.records / f"{record}.csv"
+    if leads():
+        print(_start_line(configs, options, RESULTS / f"{record}.csv"), flush=True)
+        settings = {"command": sys.argv, **runs.provenance(), "runs": [asdict(c) for c in configs]}
+        text = json.dumps(settings, indent=2) + "\n"
+        runs.write_atomically(options.out / "config.json", lambda draft: draft.write_text(text))
+    slowest = sorted(configs, key=lambda c: (getattr(c, "seed", 0), -c.unroll_steps))
+    try:
+        task = partial(_carry_out, train, options)
+        for config in runs.run_all(task, slowest, options.workers, options.device):
+            log = runs.read_log(config.checkpoint(options.out))
+            for row in rows(record, config, log) if options.record and leads() else ():
+                names = {*asdict(config), *records.RENAMED.values(), "lr", "seed", "revision"}
+                records.append(path, row, key=[name for name in row if name in names])
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted: the same command with --resume continues.")
+    except (FloatingPointError, OSError, ValueError) as error:
+        sys.exit(
+            f"\nStopped: {error}\nThe checkpoints in {options.out} are whole, --resume continues."
+        )
+    if not leads():
+        return
+    results = Results(configs, options)
+    runs.write_atomically(
+        options.out / "metrics.csv", partial(results.frame.to_csv, index=False, na_rep="nan")
+    )
+    print(f"\n{report(results)}")
+    print(f"Figures, time series and checkpoints are in {results.folder}/.")

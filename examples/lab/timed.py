@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 from lab import runs
 from lab.data import colors, digits
 
@@ -24,6 +26,7 @@ DATA = SAMPLE, STACKS, (colors, "draw"), (colors, "coloured")
 
 def serve(name: str, preset: str, own: dict[str, Any], files: dict[str, str]) -> None:
     """Time a pair for every line of input; the first line of output is about the settings."""
+    torch.set_num_threads(1)  # as a worker has
     module, of_data = importlib.import_module(name), list[float]()
     base = module.PRESETS[preset]
     config = replace(base, **{n: v for n, v in own.items() if n in type(base).__match_args__})

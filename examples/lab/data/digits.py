@@ -48,18 +48,6 @@ class Digits:
         return torch.randint(len(self), shape, generator=rng, device=rng.device)
 
 
-def padded(images: Tensor, size: int) -> Tensor:
-    """Return square images with as many black pixels around as `size` asks for.
-
-    Black is the least value of the type of numbers: 0 for bytes, -1 for floats.
-    """
-    margin, odd = divmod(size - images.shape[-1], 2)
-    if margin < 0 or odd:
-        raise ValueError(f"size must be {images.shape[-1]} plus an even number, got {size}")
-    black = -1 if images.is_floating_point() else 0
-    return functional.pad(images, [margin] * 4, value=black)
-
-
 def mnist(root: Path | None = None, *, train: bool = True, size: int = 28) -> Digits:
     """Return the training or the test digits of MNIST, from `root` or from $UNROLL_DATA.
 
@@ -84,7 +72,8 @@ def mnist(root: Path | None = None, *, train: bool = True, size: int = 28) -> Di
             f"MNIST in {raw} cannot be read ({error}): it is incomplete or damaged, or the "
             "download failed; delete the folder and try again, or give a --data-root that has it"
         ) from error
-    return Digits(padded(images.unsqueeze(1), size), labels)
+    padded = functional.pad(images.unsqueeze(1), [(size - 28) // 2] * 4)
+    return Digits(padded, labels)
 
 
 def _check(images: Tensor, labels: Tensor) -> None:

@@ -1,10 +1,11 @@
-"""Colour images in memory: CIFAR-10 by torchvision, or any folder of images."""
+"""Colour images in memory: CIFAR-10 and STL-10 by torchvision, or any folder of images."""
 
 import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -13,14 +14,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, STL10
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import resize
 
-from lab.data.pixels import as_floats
 from lab.runs import write_atomically
 
 SPLITS = ("train", "test")
 BATCHES = CIFAR10.base_folder  # what torchvision calls its copy of CIFAR-10
+Sampler = Callable[[int, torch.Generator], Tensor]  # how many -> images of bytes
 
 
 class Images(NamedTuple):
@@ -57,12 +59,31 @@ def load(
         )
     if (root / BATCHES).exists():
         return _cifar10(root, split, size)
-    return _folder(root, split, size, cache or _default_cache())
+    caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return _folder(root, split, size, cache or caches / "unroll-images")
 
 
-def batch(images: Tensor, indices: Tensor) -> Tensor:
-    """Return images, of 0..255, as a batch in [-1, 1]."""
-    return as_floats(images[indices])
+@cache
+def stl10(size: int) -> Images:
+    """Return STL-10's unlabelled images, resized: RS-GAN both trains and evaluates on them."""
+    root = Path(os.environ.get("UNROLL_DATA", "data"))
+    root = root if (root / STL10.base_folder).exists() else Path("data")
+    try:
+        found = STL10(root, split="unlabeled", download=True)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"STL-10 is neither whole in {root} nor downloadable ({error}): give --data-root, a "
+            "folder of images"
+        ) from error
+    parts = torch.from_numpy(found.data).split(1000)
+    pixels = torch.cat([resize(part, [size, size]) for part in parts])
+    return Images(pixels, torch.zeros(len(pixels), dtype=torch.long), ("",), "stl10")
+
+
+def subset(pixels: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Return as many random images, or all: folders are in the order of their classes."""
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+    return pixels[order[:count]]
 
 
 def _cifar10(root: Path, split: str, size: int) -> Images:
@@ -98,10 +119,6 @@ def _folder(root: Path, split: str, size: int, cache: Path) -> Images:
     labels = torch.tensor([classes.index(name) for name in own])
     kept = cache / f"{root.resolve().name}-{split}-{size}-{_digest(paths)}.pt"
     return Images(_decoded(paths, size, kept), labels, classes, root.resolve().name)
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "unroll-images")
 
 
 def _digest(paths: Sequence[Path]) -> str:

@@ -11,14 +11,6 @@ from torch import Tensor
 HIGH_QUALITY = 3.0  # within so many standard deviations of the nearest mode
 CEILING = 100 * (1 - math.exp(-(HIGH_QUALITY**2) / 2))  # % high quality of perfect samples: 98.89
 
-TABLE = {
-    "modes": "modes",
-    "percent_high_quality": "% HQ",
-    "reverse_kl_high_quality": "reverse KL (HQ)",
-    "reverse_kl_all": "reverse KL (all)",
-    "rotations": "rotations",
-    "seconds": "seconds",
-}
 CURVES = {
     "modes": "modes captured",
     "percent_high_quality": "high-quality samples, HQ (%)",

@@ -1,7 +1,7 @@
 """Figures in the layout of the paper: rows are settings, columns are training steps."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
@@ -40,6 +41,37 @@ def density(samples: Tensor, extent: float) -> Tensor:
     return y.T @ x / (len(samples) * 2 * math.pi * bandwidth**2)
 
 
+def spread(count: int, most: int) -> list[int]:
+    """Return which of `count` moments to show: at most so many, from the first to the last."""
+    found: list[int] = np.unique(np.linspace(0, count - 1, most).round().astype(int)).tolist()
+    return found
+
+
+def grid(
+    path: Path,
+    rows: Mapping[str, Sequence[Any]],
+    columns: Sequence[str],
+    draw: Callable[[Axes, Any], object],
+    *,
+    size: tuple[float, float],
+    caption: str,
+) -> None:
+    """Draw a row a setting and a column a moment of training; `draw` fills a cell."""
+    shape = len(rows), len(columns)
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    for row, (label, cells) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(label)
+        for ax in row:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        for ax, cell in zip(row, cells, strict=False):
+            draw(ax, cell)
+    for ax, title in zip(axes[0], columns, strict=True):
+        ax.set_title(title)
+    figure.supxlabel(caption, fontsize=9)
+    save(figure, path)
+
+
 def heat_maps(
     path: Path,
     rows: Mapping[str, Sequence[Tensor]],
@@ -50,18 +82,10 @@ def heat_maps(
     caption: str,
 ) -> None:
     """Draw one row of heat maps a setting and, in the last column, the data; all on one scale."""
-    peak = density(data, extent).max().item()
-    shape = len(rows), len(columns) + 1
-    size = 1.1 * shape[1] + 0.3, 1.1 * shape[0] + 0.5
-    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
-    for row, (label, snapshots) in zip(axes, rows.items(), strict=True):
-        row[0].set_ylabel(label)
-        for ax, samples in zip(row, [*snapshots, data], strict=True):
-            _show(ax, samples, extent, peak)
-    for ax, title in zip(axes[0], [*columns, "data"], strict=True):
-        ax.set_title(title)
-    figure.supxlabel(caption, fontsize=9)
-    save(figure, path)
+    show = partial(_show, extent=extent, peak=density(data, extent).max().item())
+    whole = {label: [*snapshots, data] for label, snapshots in rows.items()}
+    size = 1.1 * len(columns) + 1.4, 1.1 * len(rows) + 0.5
+    grid(path, whole, [*columns, "data"], show, size=size, caption=caption)
 
 
 def animation(
@@ -74,8 +98,6 @@ def animation(
     frames: int = 50,
 ) -> None:
     """Animate the heat maps of all settings side by side, the data last."""
-    last = len(titles) - 1
-    moments = np.unique(np.linspace(0, last, frames).round().astype(int))
     peak = density(data, extent).max().item()
     width = len(rows) + 1
     figure, axes = plt.subplots(1, width, figsize=(2.6 * width, 3.1), layout="constrained")
@@ -93,7 +115,7 @@ def animation(
     draw(0)
     figure.canvas.draw()
     figure.set_layout_engine("none")  # laid out once, not in every frame
-    order = [*moments, *[last] * 8]
+    order = [*spread(len(titles), frames), *[len(titles) - 1] * 8]
     movie = FuncAnimation(figure, draw, order)
     write_atomically(path, partial(movie.save, writer=PillowWriter(fps=8), dpi=80))
     plt.close(figure)
@@ -101,10 +123,10 @@ def animation(
 
 def curves(
     path: Path,
-    histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    frame: pd.DataFrame,
     metrics: Mapping[str, str],
     *,
-    x: str,
+    x: str = "pairs",
     ideal: Mapping[str, float],
 ) -> None:
     """Plot metrics over training: thin lines are seeds, a thick one is their mean.
@@ -117,20 +139,19 @@ def curves(
     for ax, (metric, label) in zip(axes.flat, metrics.items(), strict=False):
         if metric in ideal:
             ax.axhline(ideal[metric], color="0.6", linestyle="--", linewidth=1)
-        for number, (name, seeds) in enumerate(histories.items()):
+        for number, (name, own) in enumerate(frame.groupby("setting", sort=False)):
             color = f"C{number}"
-            steps = [row[x] for row in seeds[0]]
             if metric == "largest_mode":
-                modes = [row[metric] for row in seeds[0]]
-                areas = [20 * row["largest_mode_share"] for row in seeds[0]]
-                ax.scatter(steps, modes, areas, color=color, linewidths=0, clip_on=False)
+                first = own[own["seed"] == own["seed"].min()]
+                areas = 20 * first["largest_mode_share"]
+                ax.scatter(first[x], first[metric], areas, color, linewidths=0, clip_on=False)
                 continue
-            values = np.array([[row[metric] for row in history] for history in seeds], dtype=float)
-            if len(seeds) > 1:
-                ax.plot(steps, values.T, color=color, linewidth=0.5, alpha=0.4)
-            mean = values.mean(axis=0)
+            values = own.pivot(index=x, columns="seed", values=metric).astype(float)
+            if values.shape[1] > 1:
+                ax.plot(values, color=color, linewidth=0.5, alpha=0.4)
+            mean = values.mean(axis=1, skipna=False)  # as far as all of them reach
             style = ".-" if number < 10 else ".--"  # there are ten colours
-            ax.plot(steps, mean, style, color=color, markersize=2, linewidth=1.2, label=name)
+            ax.plot(mean, style, color=color, markersize=2, linewidth=1.2, label=name)
         ax.set(xlabel=x.replace("_", " "), ylabel=label)
         ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.xaxis.set_major_formatter("{x:,.0f}")
@@ -145,7 +166,7 @@ def curves(
 
 def _show(ax: Axes, samples: Tensor, extent: float, peak: float) -> AxesImage:
     ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_color("0.8")
+    ax.spines[:].set(visible=True, color="0.8")
     box = (-extent, extent, -extent, extent)
     norm = PowerNorm(0.5, 0, peak, clip=True)
     return ax.imshow(density(samples, extent).numpy(), "Greens", norm, origin="lower", extent=box)

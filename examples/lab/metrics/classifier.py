@@ -34,10 +34,9 @@ TURN, SCALE, SHIFT = 10.0, 0.1, 2.0  # how digits are deformed: degrees, a part,
 
 
 @dataclass(frozen=True)
-class Options(study.Options):
+class Options(study.DataOptions):
     """The files of the experiments on MNIST, and the runs."""
 
-    data_root: Path | None = None  # holds MNIST/raw; else $UNROLL_DATA, else data/, downloaded
     classifier: Path | None = None  # tells digits apart; else $UNROLL_CLASSIFIER, else trained once
 
 
@@ -55,18 +54,18 @@ def prepared(options: Options) -> dict[str, Any]:
     return facts(options.classifier)
 
 
-def network(widths: tuple[int, int, int] = WIDTHS) -> nn.Sequential:
+def network() -> nn.Sequential:
     """Return an untrained classifier of `(N, 1, 28, 28)`: small, since it sees many samples."""
     layers: list[nn.Module] = []
     kernels = 5, 3, 3
-    for inputs, outputs, kernel in zip((1, *widths), widths, kernels, strict=False):
+    for inputs, outputs, kernel in zip((1, *WIDTHS), WIDTHS, kernels, strict=False):
         layers += [
             nn.Conv2d(inputs, outputs, kernel, stride=2, padding=kernel // 2, bias=False),
             nn.BatchNorm2d(outputs),
             nn.ReLU(),
         ]
     return nn.Sequential(
-        *layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(widths[-1] * 16, digits.CLASSES)
+        *layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(WIDTHS[-1] * 16, digits.CLASSES)
     )
 
 
@@ -87,27 +86,21 @@ def classify(network: nn.Module, images: Tensor, *, batch_size: int = 512) -> Te
 
 
 def train(
-    path: Path,
-    root: Path | None = None,
-    *,
-    widths: tuple[int, ...] = WIDTHS,
-    epochs: int = EPOCHS,
-    seed: int = 0,
-    enough: float = ENOUGH,
+    path: Path, root: Path | None = None, *, epochs: int = EPOCHS, enough: float = ENOUGH
 ) -> str:
     """Train a classifier, keep it in a file if it is good enough, and return its hash.
 
     The digits are turned, scaled and shifted by chance. It takes about four minutes on one core.
     """
-    torch.manual_seed(seed)  # weights and dropout
-    rng = torch.Generator().manual_seed(seed)
+    torch.manual_seed(0)  # weights and dropout
+    rng = torch.Generator().manual_seed(0)
     data, test = digits.mnist(root), digits.mnist(root, train=False)
-    trained = network(widths)
+    trained = network()
     optimizer = torch.optim.AdamW(trained.parameters(), RATE, weight_decay=1e-2)
     steps = math.ceil(len(data) / 128)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=epochs * steps)
     for epoch in trange(1, epochs + 1, desc="classifier of digits, once", unit="epoch"):
-        torch.manual_seed(seed + epoch)
+        torch.manual_seed(epoch)
         for index in torch.randperm(len(data), generator=rng).split(128):
             logits = trained(deformed(data.at(index), rng))
             loss = functional.cross_entropy(logits, data.labels[index], label_smoothing=0.05)
@@ -119,8 +112,7 @@ def train(
     accuracy = round(100 * right.float().mean().item(), 2)
     if accuracy < enough:
         raise RuntimeError(f"{accuracy} % of the test digits are right, not {enough}")
-    known = {"widths": list(widths), "epochs": epochs, "seed": seed, "test_accuracy": accuracy}
-    return save(path, trained, known | provenance())
+    return save(path, trained, {"epochs": epochs, "test_accuracy": accuracy} | provenance())
 
 
 def deformed(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -149,11 +141,10 @@ def load(path: Path | None = None, device: str | torch.device = "cpu") -> nn.Seq
         raise FileNotFoundError(f"--classifier must be a trained classifier, there is no {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        states, facts, expected = (content[key] for key in ("states", "facts", "hash"))
-        if digest(states) != expected:
+        if digest(content["states"]) != content["hash"]:
             raise ValueError("its weights are not those that its hash was made of")
-        trained = network(tuple(facts["widths"]))
-        trained.load_state_dict(states)
+        trained = network()
+        trained.load_state_dict(content["states"])
     except Exception as error:  # pickle, zip and torch have one each
         raise RuntimeError(
             f"--classifier {path} cannot be read ({error}): delete it, and it is trained again"

@@ -4,10 +4,7 @@ All logarithms are natural. Labels are those of `lab.metrics.classifier`, and a 
 digits is one of 1,000 modes (section 3.3.1 of the paper).
 """
 
-from collections.abc import Sequence
-
 import numpy as np
-import torch
 from scipy.stats import entropy
 from torch import Tensor
 
@@ -17,25 +14,16 @@ def stack_labels(digits: Tensor) -> Tensor:
     return digits @ digits.new_tensor([100, 10, 1])
 
 
-def counts(labels: Tensor, classes: int) -> Tensor:
+def counts(labels: Tensor, classes: int) -> np.ndarray:
     """Return how many samples each class has."""
-    return torch.bincount(labels.cpu(), minlength=classes)
-
-
-def reverse_kl(found: Tensor | Sequence[int]) -> float:
-    """Return KL(model || uniform) of counts: log(classes) where a single class has all."""
-    return float(entropy(np.asarray(found), np.ones(len(found))))
-
-
-def class_entropy(found: Tensor | Sequence[int]) -> float:
-    """Return the entropy of counts: log(classes) where all are equal."""
-    return float(entropy(np.asarray(found)))
+    return np.bincount(labels.cpu().numpy(), minlength=classes)
 
 
 def mode_metrics(labels: Tensor, modes: int = 1000) -> dict[str, float]:
     """Return Table 1's metrics: modes with at least one sample, and KL(model || uniform)."""
     found = counts(labels, modes)
-    return {"modes": int((found > 0).sum()), "reverse_kl": reverse_kl(found)}
+    kl = entropy(found, np.ones(modes))  # log(modes) where a single one has all
+    return {"modes": int((found > 0).sum()), "reverse_kl": float(kl)}
 
 
 def class_metrics(labels: Tensor, classes: int = 10) -> dict[str, float]:
@@ -43,7 +31,7 @@ def class_metrics(labels: Tensor, classes: int = 10) -> dict[str, float]:
     found = counts(labels, classes)
     return {
         "classes": int((found > 0).sum()),
-        "class_entropy": class_entropy(found),
+        "class_entropy": float(entropy(found)),  # log(classes) where all are equal
         "dominant_class": int(found.argmax()),
-        "dominant_share": found.max().item() / len(labels),
+        "dominant_share": float(found.max() / len(labels)),
     }

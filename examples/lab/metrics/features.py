@@ -6,7 +6,7 @@ the Inception Score needs logits.
 
 import hashlib
 import importlib
-import importlib.util
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -133,25 +133,12 @@ def load(name: str, device: str = "cpu") -> Extractor:
 def named(name: str, rule: str) -> Any:
     """Return what `package.module:name` or `file.py:name` names."""
     source, _, attribute = name.rpartition(":")
-    path = Path(source)
     try:
-        if path.suffix == ".py":
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(source)
-        return getattr(module, attribute)
-    except (AttributeError, FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+        if source.endswith(".py"):
+            return runpy.run_path(source)[attribute]
+        return getattr(importlib.import_module(source), attribute)
+    except (AttributeError, FileNotFoundError, KeyError, ModuleNotFoundError, ValueError) as error:
         raise ValueError(f"{rule}, got {name!r}: {error}") from error
-
-
-def classes(embedding: Embedding) -> Tensor:
-    """Return the class that a classifier sees in each image."""
-    if embedding.logits is None:
-        raise ValueError("these features come without logits: classes need those of a classifier")
-    return embedding.logits.argmax(1)
 
 
 def fingerprint(network: nn.Module) -> str:

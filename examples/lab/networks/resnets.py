@@ -83,8 +83,8 @@ def resnet_generator(channels: list[int], size: int, narrow: int = 1) -> nn.Sequ
 def resnet_discriminator(channels: list[int], narrow: int = 1) -> nn.Sequential:
     """Return a discriminator of residual blocks, each of which halves the size."""
     return nn.Sequential(
-        _first_down(channels[0], narrow),
-        *(_down(inputs, outputs, narrow) for inputs, outputs in pairwise(channels)),
+        _down(3, channels[0], channels[0] // narrow, first=True),
+        *(_down(inputs, outputs, inputs // narrow) for inputs, outputs in pairwise(channels)),
         nn.LeakyReLU(LEAK),
         SumOverPixels(),
         _spectral(nn.Linear(channels[-1], 1, bias=False)),
@@ -125,28 +125,19 @@ def _up(inputs: int, outputs: int, narrow: int) -> Residual:
     return Residual(branch, nn.Sequential(upsample, nn.Conv2d(inputs, outputs, 1)))
 
 
-def _down(inputs: int, outputs: int, narrow: int) -> Residual:
-    hidden = inputs // narrow
-    branch = nn.Sequential(
+def _down(inputs: int, outputs: int, hidden: int, *, first: bool = False) -> Residual:
+    """The first block, on pixels, has no activation before it, and pools before its shortcut."""
+    branch = [
         nn.LeakyReLU(LEAK),
         _spectral(nn.Conv2d(inputs, hidden, 3, padding=1)),
         nn.LeakyReLU(LEAK),
         _spectral(nn.Conv2d(hidden, outputs, 3, padding=1)),
         nn.AvgPool2d(2),
-    )
-    shortcut = nn.Sequential(_spectral(nn.Conv2d(inputs, outputs, 1)), nn.AvgPool2d(2))
-    return Residual(branch, shortcut)
-
-
-def _first_down(outputs: int, narrow: int) -> Residual:
-    hidden = outputs // narrow
-    branch = nn.Sequential(
-        _spectral(nn.Conv2d(3, hidden, 3, padding=1)),
-        nn.LeakyReLU(LEAK),
-        _spectral(nn.Conv2d(hidden, outputs, 3, padding=1)),
-        nn.AvgPool2d(2),
-    )
-    return Residual(branch, nn.Sequential(nn.AvgPool2d(2), _spectral(nn.Conv2d(3, outputs, 1))))
+    ]
+    shortcut = [_spectral(nn.Conv2d(inputs, outputs, 1)), nn.AvgPool2d(2)]
+    if first:
+        branch, shortcut = branch[1:], shortcut[::-1]
+    return Residual(nn.Sequential(*branch), nn.Sequential(*shortcut))
 
 
 def _from_noise(channels: int, start: int) -> list[nn.Module]:
