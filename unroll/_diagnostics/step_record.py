@@ -80,6 +80,7 @@ class Call:
 
         reached = {n: g for b in first for n, g in b.gradients.items()}
         none = {n: torch.zeros_like(self.start[n]) for b in first for n in b.parameters}
+        taking = found.keys() & none.keys()  # that take a step of the look-ahead
         found, *nudged = ({n: g.get(n, z) for n, z in none.items()} for g in (found, *nudged))
         self.ours, self.real = found, none | double(reached)
         kinds = {p.dtype for p in self.point.parameters.values() if p.is_floating_point()}
@@ -97,23 +98,27 @@ class Call:
         # The update is compared for the loop's gradients: Adam magnifies their round-off.
         self.moves: list[Numbers] = []
         self.moved: list[str] = []
+        self.zeros: list[str] = []  # of those moved, by a gradient of zeros in place of none
         self.state: list[Any] = []
         if set(self.counts) == {1} and reached:
             game, point = replace(self.game, transform_gradients=None), self.point
-            given = point.parameters, reached, point.optimizer_state, optimizer.settings
+            theta = point.parameters
+            gradients = {n: reached.get(n, torch.zeros_like(theta[n])) for n in taking}
+            given = theta, gradients, point.optimizer_state, optimizer.settings
             with torch.no_grad():
                 after, state = update(game, *given)
             named = dict(module.named_parameters())
-            ours, real = (minus(double(theta), self.start) for theta in (after, named))
+            ours, real = (minus(double(moved), self.start) for moved in (after, named))
             small = {n: 4 * eps * float(p.norm()) for n, p in self.start.items()}
             self.moves, self.moved = [ours, real], _differing(ours, real, small)
+            self.zeros = [n for n in self.moved if n in reached and n not in taking]
             before, wanted = (
                 _entries(exported if several else [exported])
                 for exported in map(optimizer.export, (point.optimizer_state, state))
             )
             actual = _entries([_live_state(one, named) for one in optimizers])
             small = {k: 4 * eps * float(before[k].norm()) if k in before else 0.0 for k in wanted}
-            common = {k: v for k, v in wanted.items() if k in actual}
+            common = {k: v for k, v in wanted.items() if k in actual and k[1] in {"", *taking}}
             self.state = _differing(common, actual, small)
             if not self.off:
                 self.error = max(self.error, _relative(ours, real))
