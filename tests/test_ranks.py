@@ -22,8 +22,9 @@ class Parted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        body = plain().double()
-        self.body = DistributedDataParallel(body) if dist.is_initialized() else body
+        self.body = plain().double()
+        if dist.is_initialized():  # it would wait for gradients of real parameters
+            self.body = DistributedDataParallel(self.body, find_unused_parameters=True)
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.body(x)
