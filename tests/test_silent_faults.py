@@ -448,9 +448,10 @@ def test_a_gradient_that_comes_from_outside_autograd_is_refused(how: str, penali
 
 
 def test_without_the_second_term_it_is_not_needed() -> None:
-    d = nn.Sequential(nn.Linear(3, 4), Cubed("in NumPy"), nn.Linear(4, 1)).to(DEVICE).double()
-    known = copy.deepcopy(d)
-    known.get_submodule("1").how = "of autograd"
+    layers = nn.Linear(3, 4), Cubed("of autograd"), nn.Linear(4, 1)
+    known = nn.Sequential(*layers).to(DEVICE).double()
+    d = copy.deepcopy(known)
+    vars(d[1]).update(how="in NumPy")
     fake, real = fakes(), randn(5, 3)
     losses = [Loss(one, sgd(one), unroll_steps=2, stop_gradient=True) for one in (d, known)]
     torch.testing.assert_close(*[torch.autograd.grad(loss(fake, real), fake) for loss in losses])
