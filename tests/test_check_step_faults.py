@@ -229,6 +229,24 @@ def test_layers_that_are_frozen_for_the_look_ahead_alone() -> None:
     wrong(loss, step, r"^'0\.bias', '0\.weight' move in the loop alone")
 
 
+@pytest.mark.parametrize("none", [False, True])
+def test_zeros_in_place_of_no_gradient_move_a_frozen_layer(none: bool) -> None:
+    """Adam's momentum moves what has zeros for a gradient, and skips what has none."""
+    d = net().to(DEVICE)
+    loss = trained(Loss(d, OPTIMIZERS["Adam"](d), unroll.Criterion(bce), unroll_steps=2))
+    d[0].requires_grad_(False)
+    zero = lambda _: loss.optimizer.zero_grad(set_to_none=none)  # noqa: E731
+    step, weight = looped(loss, zero=False, first=zero), d.get_parameter("0.weight")
+    before = weight.detach().clone()
+    if none:
+        assert unroll.check_step(loss, step, batch(), batch() + 1).ok
+    else:
+        words = r"^'0\.bias', '0\.weight' get no gradient, but keep zeros .*set_to_none=True"
+        wrong(loss, step, words)
+    step(batch(), batch() + 1)
+    assert torch.equal(weight, before) is none
+
+
 class Listed(nn.Module):
     """Layers in a plain list."""
 

@@ -16,6 +16,21 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.ranks import OPTIMIZERS, Play, Routed, gradients, normalised, plain, played, synchronised
 from unroll import R1, Minimax, RelativisticAverage, UnrolledGeneratorLoss
 
+
+class Parted(nn.Module):
+    """A D that wraps its network itself, where there are ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = plain().double()
+        if dist.is_initialized():  # it would wait for gradients of real parameters
+            self.body = DistributedDataParallel(self.body, find_unused_parameters=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.body(x)
+        return output
+
+
 GLOBAL = [
     Play(steps, optimizer, resampled, options={"checkpoint": True} if checkpoint else {})
     for steps, optimizer, resampled, checkpoint in product(
@@ -26,6 +41,7 @@ GLOBAL = [
     Play(3, options={"average": True}),
     Play(3, options={"stop_gradient": True}),
     Play(3, options={"sync": True}, wrap=False),
+    Play(3, discriminator=Parted, wrap=False),
     Play(0),
 ]  # fmt: skip
 LOCAL = [Play(3, options={"sync": False}), Play(3, wrap=False)]

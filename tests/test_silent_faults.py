@@ -399,3 +399,92 @@ def test_a_wrong_gradient_does_not_hide_in_the_round_off_of_small_steps() -> Non
     report = unroll.check_gradients(Loss(d, sgd(d), Faint(), unroll_steps=2), fakes(), randn(5, 3))
     assert not report.ok
     assert report.relative_error > 1e-4
+
+
+@torch.library.custom_op("unroll_tests::scaled", mutates_args=("into",))
+def scaled(x: Tensor, slope: Tensor, into: Tensor) -> None:
+    into.copy_(x * slope)
+
+
+class Cube(torch.autograd.Function):
+    """Its gradient comes from a kernel that autograd does not know, as fused attention's does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, how: str) -> Tensor:
+        ctx.how = how
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        if ctx.how == "of autograd":
+            return 3 * x * x * gradient, None
+        if ctx.how == "in NumPy":
+            slope = 3 * x.detach().cpu().numpy() ** 2
+            return torch.from_numpy(slope * gradient.detach().cpu().numpy()).to(x.device), None
+        into = torch.empty_like(x)
+        scaled(gradient, 3 * x * x, into)
+        return into, None
+
+
+class Cubed(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        cube: Tensor = Cube.apply(x, self.how)
+        return cube
+
+
+@pytest.mark.parametrize("penalised", [False, True])
+@pytest.mark.parametrize("how", ["in NumPy", "filling a tensor"])
+def test_a_gradient_that_comes_from_outside_autograd_is_refused(how: str, penalised: bool) -> None:
+    d = nn.Sequential(nn.Linear(3, 4), Cubed(how), nn.Linear(4, 1)).to(DEVICE).double()
+    game = unroll.Minimax() + unroll.R1(1.0) if penalised else unroll.Minimax()
+    with pytest.raises(RuntimeError, match=r"derivative .*, in 1 \(Cubed\) .*stop_gradient=True"):
+        Loss(d, sgd(d), game, unroll_steps=2)(fakes(), randn(5, 3))
+
+
+def test_without_the_second_term_it_is_not_needed() -> None:
+    layers = nn.Linear(3, 4), Cubed("of autograd"), nn.Linear(4, 1)
+    known = nn.Sequential(*layers).to(DEVICE).double()
+    d = copy.deepcopy(known)
+    vars(d[1]).update(how="in NumPy")
+    fake, real = fakes(), randn(5, 3)
+    losses = [Loss(one, sgd(one), unroll_steps=2, stop_gradient=True) for one in (d, known)]
+    torch.testing.assert_close(*[torch.autograd.grad(loss(fake, real), fake) for loss in losses])
+    assert unroll.check_gradients(Loss(known, sgd(known), unroll_steps=2), fake, real).ok
+
+
+class Auxiliary(torch.autograd.Function):
+    """A loss that joins in the backward pass: one of two gradients is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.ones_like(loss))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        (one,) = ctx.saved_tensors
+        return gradient, one
+
+
+def test_a_constant_gradient_beside_another_is_welcome() -> None:
+    class Balanced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x)
+            joined: Tensor = Auxiliary.apply(y, y.square().mean())
+            return joined
+
+    d, real, fake = Balanced(), randn(5, 3), fakes()
+    ahead = Loss(d, sgd(d), unroll_steps=3).unroll(fake, real)
+    train(d, sgd(d), [(fake.detach(), real)] * 3, unroll.Minimax())
+    for name, parameter in d.named_parameters():
+        torch.testing.assert_close(ahead.parameters[name], parameter, rtol=1e-12, atol=1e-14)

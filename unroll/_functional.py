@@ -262,6 +262,8 @@ def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
         for submodule in submodules:
             if isinstance(submodule, _SpectralNorm):
                 submodule.training = False
+            if isinstance(submodule, nn.parallel.DistributedDataParallel):  # its ranks would wait
+                submodule.require_backward_grad_sync = submodule.require_forward_param_sync = False
         compiled = "torch._dynamo" in sys.modules  # importing it takes seconds
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield

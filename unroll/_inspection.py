@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from unroll._autograd_fixes import RECOMPUTATION, recomputation_refused
+from unroll._autograd_fixes import RECOMPUTATION, inner_gradients, recomputation_refused
 from unroll._functional import (
     Functional,
     Pair,
@@ -32,7 +32,13 @@ from unroll._look_ahead import (
     update,
 )
 from unroll._modes.checkpointed import refuse_unrepeatable
-from unroll._probes import graph, has_dead_ends, warning_of_probabilities, without_derivative
+from unroll._probes import (
+    graph,
+    has_dead_ends,
+    lost_derivatives,
+    warning_of_probabilities,
+    without_derivative,
+)
 from unroll._random import random_state, replayed
 from unroll._validation import Mapped, outside_autograd, same, warn
 
@@ -132,6 +138,7 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
     _inspect_derivatives(
         module,
         theta,
+        loss,
         gradients,
         tensors(pair[0]),
         lambda: discriminator(lambda d: d(pair[1]), theta, point.buffers),
@@ -239,6 +246,7 @@ def _many_ranks(layer: nn.SyncBatchNorm) -> bool:
 def _inspect_derivatives(
     module: nn.Module,
     theta: Mapping[str, Tensor],
+    loss: Tensor,
     gradients: Gradients,
     fakes: Sequence[Tensor],
     forward: Callable[[], object],
@@ -250,8 +258,11 @@ def _inspect_derivatives(
     found: Sequence[Tensor | None] = [None] * len(points)
     if outputs:
         try:
-            if has_dead_ends(graph(outputs, [t.grad_fn for t in fakes if t.grad_fn is not None])):
-                raise RuntimeError("a derivative is not implemented")
+            until = [t.grad_fn for t in fakes if t.grad_fn is not None]
+            with lost_derivatives(graph([loss], until)) as lost:
+                inner_gradients(loss, [theta[name] for name in gradients], create_graph=True)
+            if lost or has_dead_ends(graph(outputs, until)):
+                raise RuntimeError(f"a derivative is not implemented {lost}")
             found = torch.autograd.grad(
                 outputs, points, [g.detach() for g in outputs], retain_graph=True, allow_unused=True
             )

@@ -102,11 +102,12 @@ def _missing_order(layer: Callable[[], Any], inputs: list[Tensor], parameters: l
             break
         loss = torch.stack([t.square().sum() for t in values]).sum()
         try:
-            found = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
+            with lost_derivatives(graph([loss])) as lost:
+                found = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
         except RuntimeError:
             return order
         values = [g for g in found if g is not None and g.requires_grad]
-        if order < 3 and has_dead_ends(graph(values)):
+        if order < 3 and (lost or has_dead_ends(graph(values))):
             return order + 1
     return 0
 
@@ -128,8 +129,33 @@ def graph(outputs: Iterable[Tensor], until: Iterable[Node] = ()) -> set[Node]:
 
 def has_dead_ends(nodes: set[Node]) -> bool:
     """Return whether there are missing derivatives, which ``autograd.grad`` may pass by."""
-    missing = {"torch::autograd::NotImplemented", "torch::autograd::Error"}
-    return any(node.name() in missing for node in nodes)
+    missing = {f"torch::autograd::{kind}NotImplemented" for kind in ("", "Warn")}
+    return any(node.name() in {*missing, "torch::autograd::Error"} for node in nodes)
+
+
+@contextmanager
+def lost_derivatives(nodes: Iterable[Node]) -> Iterator[list[str]]:
+    """Record nodes whose backward pass leaves autograd: in NumPy, ``.data`` or a kernel.
+
+    What they return is linear in what they get, so that it must be in the graph, too.
+    """
+    lost: list[str] = []
+
+    def hook_of(node: Node) -> Callable[..., None]:
+        def look(returned: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
+            seeds = [g.requires_grad for g in given if g is not None]
+            found = [g for g in returned if g is not None and g.layout == torch.strided]
+            if seeds and all(seeds) and not any(g.requires_grad for g in found):
+                lost.extend([node.name()] * any(bool(g.any()) for g in found))
+
+        return look
+
+    handles = [node.register_hook(hook_of(node)) for node in nodes]
+    try:
+        yield lost
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

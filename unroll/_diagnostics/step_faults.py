@@ -117,7 +117,13 @@ def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[
                 f"than it is given, D in another mode?). {REMEDY}{drawn * call.drew}"
             )
             return words, bool(words[1:]) or not call.drew
-    changed = [n for n in call.moved if n not in outside]
+    if call.zeros and not call.off:
+        words.append(
+            f"{listed(call.zeros)} get no gradient, but keep zeros of an earlier one, for which "
+            "the optimizer moves them in the loop alone (momentum, weight decay). Call "
+            "optimizer.zero_grad(set_to_none=True)."
+        )
+    changed = [n for n in call.moved if n not in (*outside, *call.zeros)]
     if call.state and not call.off:
         words.append(
             f"the optimizer's state ({listed({k for k, _ in call.state})}) differs, though the "

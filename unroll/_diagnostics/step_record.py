@@ -80,6 +80,7 @@ class Call:
 
         reached = {n: g for b in first for n, g in b.gradients.items()}
         none = {n: torch.zeros_like(self.start[n]) for b in first for n in b.parameters}
+        taking = found.keys() & none.keys()  # that take a step of the look-ahead
         found, *nudged = ({n: g.get(n, z) for n, z in none.items()} for g in (found, *nudged))
         self.ours, self.real = found, none | double(reached)
         kinds = {p.dtype for p in self.point.parameters.values() if p.is_floating_point()}
@@ -97,16 +98,21 @@ class Call:
         # The update is compared for the loop's gradients: Adam magnifies their round-off.
         self.moves: list[Numbers] = []
         self.moved: list[str] = []
+        self.zeros: list[str] = []  # of those moved, where zeros stand for no gradient
         self.state: list[Any] = []
         if set(self.counts) == {1} and reached:
             game, point = replace(self.game, transform_gradients=None), self.point
-            given = point.parameters, reached, point.optimizer_state, optimizer.settings
+            theta = point.parameters
+            gradients = {n: reached.get(n, torch.zeros_like(theta[n])) for n in taking}
+            given = point.optimizer_state, optimizer.settings
             with torch.no_grad():
-                after, state = update(game, *given)
+                after, _ = update(game, theta, gradients, *given)
+                _, state = update(game, theta, reached, *given)  # counts steps, on zeros too
             named = dict(module.named_parameters())
-            ours, real = (minus(double(theta), self.start) for theta in (after, named))
+            ours, real = (minus(double(moved), self.start) for moved in (after, named))
             small = {n: 4 * eps * float(p.norm()) for n, p in self.start.items()}
             self.moves, self.moved = [ours, real], _differing(ours, real, small)
+            self.zeros = [n for n in self.moved if n in reached and n not in taking]
             before, wanted = (
                 _entries(exported if several else [exported])
                 for exported in map(optimizer.export, (point.optimizer_state, state))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from unroll._functional import Pair, tensors, unwrap_once
+from unroll._functional import Pair, tensors
 
 
 def resolved_sync(discriminator: nn.Module, sync: object) -> tuple[bool, Any]:
@@ -21,11 +21,9 @@ def resolved_sync(discriminator: nn.Module, sync: object) -> tuple[bool, Any]:
             f"sync: must be True, False or None; got {sync!r}. None averages over ranks where the "
             "discriminator is wrapped in DistributedDataParallel."
         )
-    module: nn.Module | None = discriminator
-    while module is not None:
+    for module in discriminator.modules():  # wrappers of it, or parts of a D that wraps them itself
         if isinstance(module, DistributedDataParallel):
             return sync is not False, module.process_group
-        module = unwrap_once(module)
     if sync and not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             "sync: must not be True without a process group; torch.distributed is not initialised. "
