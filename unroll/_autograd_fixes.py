@@ -61,6 +61,11 @@ def _batch_norm(
         y = (input - mean) * torch.rsqrt(variance + eps)
     else:
         y = _normalised(input, [d for d in range(first, input.dim()) if d != 1], eps)
+    return _by_channel(y, weight, bias)
+
+
+def _by_channel(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    each = [-1, *[1] * (y.dim() - 2)]
     y = y if weight is None else y * weight.view(each)
     return y if bias is None else y + bias.view(each)
 
@@ -116,21 +121,21 @@ def _differentiable(
 
 
 def _norm(
-    function: Callable[..., Any], names: str, norm_of: Callable[..., Callable[..., Tensor]]
+    function: Callable[..., Any], order: str, norm_of: Callable[..., Callable[..., Tensor]]
 ) -> Callable[..., Any]:
     """Let a norm have derivatives of every order, and be PyTorch's otherwise.
 
     ``norm_of`` makes it a function of input, weight and bias in elementary operations, out of the
-    arguments, which have ``names``, and a node of the derivative.
+    arguments, which have the names in ``order``, and a node of the derivative.
     """
+    names = order.split()
 
     def norm(*args: Any, **kwargs: Any) -> Any:
         output = function(*args, **kwargs)
         y, *others = output if isinstance(output, tuple) else (output,)
-        given = {**dict(zip(names.split(), args, strict=False)), **kwargs}
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         # No hook reaches graphs that a transform of torch.func or the compiler differentiates.
-        compiling = torch.compiler.is_compiling()
-        if compiling or torch._C._functorch.maybe_current_level() is not None:
+        if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
             affine = {name: given.get(name) for name in ("weight", "bias")}
             y = norm_of(given)(given["input"], **affine).to(y.dtype)
             return (y, *others) if others else y
@@ -152,8 +157,7 @@ def _layer_norm_of(given: Any, _: Any = None) -> Callable[..., Tensor]:
 def _batch_norm_of(given: Any, node: Any = None, *, first: int = 0) -> Callable[..., Tensor]:
     statistics: list[Tensor] = []
     if not given.get("use_input_stats", given.get("training", first == 2)):
-        # The node's complain where they have changed meanwhile.
-        names = ["running_mean", "running_var"]
+        names = ["running_mean", "running_var"]  # the node's complain if they have changed
         statistics = [getattr(node, f"_saved_{n}") if node is not None else given[n] for n in names]
     return partial(_batch_norm, statistics=statistics, eps=given.get("eps", 1e-5), first=first)
 
@@ -170,10 +174,7 @@ def _group_norm(
     if not torch.compiler.is_compiling():
         return output
     y = _normalised(input.reshape(len(input), num_groups, -1), [2], eps).view_as(input)
-    each = [-1, *[1] * (input.dim() - 2)]
-    y = y if weight is None else y * weight.view(each)
-    y = y if bias is None else y + bias.view(each)
-    return y.to(output.dtype)
+    return _by_channel(y, weight, bias).to(output.dtype)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -129,8 +129,9 @@ def graph(outputs: Iterable[Tensor], until: Iterable[Node] = ()) -> set[Node]:
 
 def has_dead_ends(nodes: set[Node]) -> bool:
     """Return whether there are missing derivatives, which ``autograd.grad`` may pass by."""
-    missing = {f"torch::autograd::{kind}NotImplemented" for kind in ("", "Warn")}
-    return any(node.name() in {*missing, "torch::autograd::Error"} for node in nodes)
+    kinds = ("NotImplemented", "WarnNotImplemented", "Error")
+    missing = {f"torch::autograd::{kind}" for kind in kinds}
+    return any(node.name() in missing for node in nodes)
 
 
 @contextmanager

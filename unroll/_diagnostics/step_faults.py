@@ -160,12 +160,13 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
 
     real, ours = vector(call.real), vector(call.ours)
     # In proportion to what is explained: round-off of a larger gradient explains everything.
-    allowed = (TOLERANCE + call.noise / call.size) * float(real.norm())
+    tolerance = TOLERANCE + call.noise / call.size
+    allowed = tolerance * float(real.norm())
     cap = float(real.abs().max())
     objective = call.loss.objective
     parts = summands(objective)
     if found := fit(ours):
-        if isclose(found[0], 1, rel_tol=TOLERANCE + call.noise / call.size):  # too small to fit
+        if isclose(found[0], 1, rel_tol=tolerance):  # too small to fit
             return ""
         return _scaled(found[0], scales, getattr(parts[0], "weight", 1.0))
     if float((ours.clamp(-cap, cap) - real).norm()) <= allowed:

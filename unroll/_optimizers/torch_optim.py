@@ -181,7 +181,7 @@ def _input(value: Any) -> Any:
 
 
 def _live(key: str, value: Any) -> Any:
-    """Return a state entry apart from the user's; what all elements share as a Python float."""
+    """Return a copy of a state entry; a number that all elements share becomes a Python float."""
     if not isinstance(value, Tensor):
         return value
     return float(value) if key in SCALARS else value.detach().clone()
