@@ -37,17 +37,17 @@ from torchopt.base import GradientTransformation
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.games import OPTIMIZERS as GAME_OPTIMIZERS
 from tests.oracles import central_difference
-from tests.own_rules import MUON, OWN, RULES, with_muon
+from tests.own_rules import MUON, OWN, RULES, SEVERAL, with_muon
 from tests.players import OPTIMIZERS as PLAYERS
 from tests.players import Build, batches, called, deep, train
 from tests.settings import randn
 from tests.zoo import ZOO, Animal
 from tests.zoo_refused import REFUSED, Refusal
-from unroll import Objective, UnrolledGeneratorLoss
+from unroll import ClipGradNorm, ClipGradValue, Objective, UnrolledGeneratorLoss
 from unroll._optimizers import group_rules
 
 K, SEED, SAMPLES, BOUND = 3, 0, 5, 1e-6
-OPTIMIZERS = PLAYERS | MUON | OWN
+OPTIMIZERS = PLAYERS | MUON | OWN | SEVERAL
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 Row = dict[str, str]
 
@@ -92,7 +92,9 @@ def _first(names: Iterable[str], key: Callable[[str], str]) -> list[str]:
 
 
 def public_name(optimizer: Any, name: str) -> str:
-    """Return the public name of what an entry of a table builds; of a list, its last one's."""
+    """Return the public name of what an entry of a table builds; of Muon's list, its last one's."""
+    if name in SEVERAL:
+        return "several.list"
     if isinstance(optimizer, list):
         return public_name(optimizer[-1], name)
     if type(optimizer) in RULES:
@@ -113,8 +115,14 @@ COLUMNS = {
         ),
     )
 }
-COLUMNS |= OWN | ({"torch Muon": lambda d: with_muon(d, 0.05)} if MUON else {})
+COLUMNS |= OWN | SEVERAL | ({"torch Muon": lambda d: with_muon(d, 0.05)} if MUON else {})
+TRANSFORMS = {
+    "torch Adam, norm clipped": ClipGradNorm(0.1),
+    "torch Adam, values clipped": ClipGradValue(0.05),
+}
+COLUMNS |= dict.fromkeys(TRANSFORMS, GAME_OPTIMIZERS["torch Adam"])
 CLASSES = {name: public_name(build(deep()), name) for name, build in COLUMNS.items()}
+CLASSES |= {n: f"transform_gradients.{type(t).__name__}" for n, t in TRANSFORMS.items()}
 # The papers' discriminators take a while: one entry of each class of torch.optim, and an Adam.
 FEW = [n for n in _first(COLUMNS, CLASSES.__getitem__) if n.startswith("torch ") or n == "adam"]
 # Optimizers of torch refuse to be built on lazy parameters or on none, with their own words.
@@ -188,7 +196,11 @@ def relative_error(optimizer_name: str, discriminator_name: str) -> float:
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels cannot do R1 in a real step
         pairs = [(animal.feed(batch()), animal.feed(batch() + 0.5)) for _ in range(2)]
         state = {} if isinstance(animal, Refusal) else warmed(d, optimizer, pairs, objective)
-    loss = UnrolledGeneratorLoss(d, optimizer, objective, unroll_steps=K)
+    loss = UnrolledGeneratorLoss(
+        *(d, optimizer, objective),
+        unroll_steps=K,
+        transform_gradients=TRANSFORMS.get(optimizer_name),
+    )
 
     def f(x: Tensor) -> Tensor:
         torch.manual_seed(SEED)  # dropout's draws

@@ -169,6 +169,14 @@ def with_muon(d: nn.Module, lr: float = LR, **settings: Any) -> list[Any]:
     return optimizers
 
 
+def in_turn(d: nn.Module) -> list[Any]:
+    """Return optimizers for every second parameter of D and, if there are any, the rest."""
+    halves = list(d.parameters())[::2], list(d.parameters())[1::2]
+    first = torch.optim.AdamW(halves[0], lr=LR, weight_decay=0.1)
+    return [first, torch.optim.SGD(halves[1], lr=LR, momentum=0.9)] if halves[1] else [first]
+
+
+SEVERAL: dict[str, Build] = {"torch AdamW and SGD": in_turn}
 MUON: dict[str, Build] = {}
 if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
     MUON["Muon"] = with_muon

@@ -7,6 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from lab.columns import DOCS
 
 Row = Mapping[str, str]
+OTHERS = {
+    "registered": "registered rules",
+    "several": "a list of optimizers",
+    "transform_gradients": "`transform_gradients=`",
+}
 
 
 def records(name: str) -> Sequence[Row]:
@@ -34,8 +39,8 @@ def correctness(rows: Sequence[Row]) -> str:
         package, _, name = row["class"].rpartition(".")
         return name if package == "torch.optim" else package
 
-    packages = ("torchopt", "registered")
-    families = sorted({*map(family, rows)}, key=lambda name: (name in packages, name.lower()))
+    others = ("torchopt", *OTHERS)
+    families = sorted({*map(family, rows)}, key=lambda name: (name in others, name.lower()))
     exact, refused = [], []
     for discriminator in dict.fromkeys(row["discriminator"] for row in rows):
         own = [row for row in rows if row["discriminator"] == discriminator]
@@ -73,8 +78,8 @@ def optimizers(rows: Sequence[Row]) -> str:
         package, _, name = row["class"].rpartition(".")
         if package == "torch.optim" or row.get("float32") == row.get("float64") == "":
             return f"`{row['class']}`"
-        if package == "registered":
-            return "registered rules"
+        if package in OTHERS:
+            return OTHERS[package]
         if name.startswith("Meta"):
             return "torchopt's `MetaOptimizer`s"
         if name == "FuncOptimizer":
