@@ -81,6 +81,33 @@ _DCGAN: tuple[Layer, ...] = (
     ("conv", 256, 1, 4, 1, 0),
     ("flatten",),
 )
+_STACKED_GENERATOR: tuple[Layer, ...] = (
+    ("linear", 256, 64 * 4 * 4),
+    ("unflatten", 64, 4, 4),
+    ("batch_norm", 64),
+    ("relu",),
+    ("transposed", 64, 32, 4, 2, 1),
+    ("batch_norm", 32),
+    ("relu",),
+    ("transposed", 32, 16, 4, 2, 1),
+    ("batch_norm", 16),
+    ("relu",),
+    ("transposed", 16, 3, 4, 2, 1),
+    ("tanh",),
+)
+_STACKED: tuple[Layer, ...] = (
+    ("conv", 3, 2, 3, 2, 1),
+    ("batch_norm", 2),
+    ("leaky_relu",),
+    ("conv", 2, 4, 3, 2, 1),
+    ("batch_norm", 4),
+    ("leaky_relu",),
+    ("conv", 4, 8, 3, 2, 1),
+    ("batch_norm", 8),
+    ("leaky_relu",),
+    ("flatten",),
+    ("linear", 8 * 4 * 4, 1),
+)
 _TINY_GENERATOR: tuple[Layer, ...] = (
     ("linear", 5, 32),
     ("unflatten", 8, 2, 2),
@@ -102,6 +129,7 @@ NETWORKS = {
     "wide": Networks(_PLANAR, dense("tanh", 2, 128, 128, 1), 256, (2,), 512),
     "conv": Networks(_IMAGES, _CONV, 100, (3, 32, 32), 64),
     "dcgan32": Networks(_IMAGES, _DCGAN, 100, (3, 32, 32), 64),
+    "stacked": Networks(_STACKED_GENERATOR, _STACKED, 256, (3, 32, 32), 16),
     # of the tests only: every kind of layer, small
     "tiny": Networks(_TINY_GENERATOR, _TINY_DISCRIMINATOR, 5, (3, 4, 4), 6),
 }
