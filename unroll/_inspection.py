@@ -278,20 +278,3 @@ def _inspect_derivatives(
             ) from error
     if fakes and all(g is None for g in found[: len(fakes)]):
         warn(DETACHED_FAKES)
-
-
-@contextmanager
-def calls_to_the_module_itself(module: nn.Module) -> Iterator[list[bool]]:
-    """Record forward calls of a module that do not run on parameters of the look-ahead."""
-    own = {id(p) for p in module.parameters()}
-    found: list[bool] = []
-
-    def hook(module: nn.Module, _: Any) -> None:
-        if any(id(p) in own for p in module.parameters()):
-            found.append(True)
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield found
-    finally:
-        handle.remove()

@@ -202,7 +202,7 @@ def check_gradients_found(gradients: Mapping[str, Tensor]) -> None:
         raise ValueError(
             "objective: discriminator_loss must depend on the parameters of the discriminator "
             "it is given; its loss depends on none that the optimizer trains. Call the "
-            "`discriminator` argument, not the module itself, and do not detach its output."
+            "`discriminator` argument, not a copy of D, and do not detach its output."
         )
 
 
