@@ -48,6 +48,7 @@ ELSEWHERE = {
     "a list must hold": "test_several.py",
     "different parameters": "test_several.py",
     "share memory": "test_users_code.py",
+    "shares memory": "test_users_code.py",
     "register_multi_grad_hook": "test_users_code.py",
     "compiled generator": "test_users_code.py",
     "the update uses D's parameter": "test_users_code.py",

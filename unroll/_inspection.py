@@ -268,13 +268,13 @@ def _inspect_derivatives(
             )
         except RuntimeError as error:
             named = without_derivative(module, forward)
-            if not named:
+            if not named and "not implemented" not in str(error):
                 raise
             raise RuntimeError(
                 "discriminator: the look-ahead needs a derivative that PyTorch does not have, in "
-                f"{', '.join(named)} (a gradient penalty needs one order more). Replace the layer "
-                "(plain operations for a fused kernel), or set stop_gradient=True for the first "
-                "term alone."
+                f"{', '.join(named) or 'discriminator_loss of the objective'} (a gradient penalty "
+                "needs one order more). Replace it (plain operations for a fused kernel), or set "
+                "stop_gradient=True for the first term alone."
             ) from error
     if fakes and all(g is None for g in found[: len(fakes)]):
         warn(DETACHED_FAKES)
