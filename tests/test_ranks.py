@@ -31,7 +31,7 @@ class Parted(nn.Module):
         return output
 
 
-def partly_averaged(of: str, rank: int, world: int) -> list[list[Tensor]]:
+def partly_averaged(of: str, rank: int, _world: int) -> list[list[Tensor]]:
     """Return D's parameters after real steps and after a look-ahead, one part not averaged."""
     torch.manual_seed(0)
     d: Any = plain().double()

@@ -89,6 +89,7 @@ def check_gradients(
     if not words and (report.verdict != "wrong" or report.suspicions):
         return report
     words = [*report.suspicions, *words] or [
-        "the objective: its own operations have a wrong derivative (does it detach, or use .data?)"
+        "the objective (or D, at K = 0 or with stop_gradient=True): its own operations have a wrong "
+        "derivative (does it detach, use .data or a straight-through estimator?)"
     ]
     return Report("wrong", report.relative_error, tuple(words))
