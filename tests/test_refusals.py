@@ -49,6 +49,7 @@ ELSEWHERE = {
     "different parameters": "test_several.py",
     "share memory": "test_users_code.py",
     "shares memory": "test_users_code.py",
+    "PyTorch's derivative of": "test_silent_faults.py",
     "register_multi_grad_hook": "test_users_code.py",
     "compiled generator": "test_users_code.py",
     "the update uses D's parameter": "test_users_code.py",

@@ -47,6 +47,7 @@ DETACHED_FAKES = (
     "second term of Eq. 12 is zero. Use `fake` as it is given, or say stop_gradient=True if the "
     "first term alone is meant."
 )
+_WRONG = ("WeightNormInterfaceBackward", "NativeLayerNormBackwardBackward")
 
 
 @dataclass
@@ -123,6 +124,7 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
     batch = tensors(pair)
     _refuse_unregistered(game, loss, batch)
     _refuse_own_parameters(module, loss, batch)
+    _refuse_hidden_norms(loss, batch)
     updated = _own_parameter(module, [*moved.values(), *tensors(state)], [loss, *batch])
     if updated is not None:
         raise RuntimeError(
@@ -181,6 +183,24 @@ def _refuse_unregistered(game: Game, loss: Tensor, until: Iterable[Tensor]) -> N
             f"parameters of the discriminator (shapes {shapes}), so that the look-ahead would "
             "leave them where they are. Register them: layers in an nn.ModuleList, a tensor as an "
             "nn.Parameter, an encoder or a learned temperature in one nn.Module together with D."
+        )
+
+
+def _refuse_hidden_norms(loss: Tensor, until: Iterable[Tensor]) -> None:
+    """Refuse norms with a wrong derivative that no function call showed, to be replaced."""
+    nodes = graph([loss], [t.grad_fn for t in until if t.grad_fn is not None])
+    known = {
+        following
+        for node in nodes
+        if node.name().startswith("_NormGradients")
+        for following, _ in node.next_functions
+    }
+    if hidden := [n.name() for n in nodes - known if n.name().startswith(_WRONG)]:
+        raise RuntimeError(
+            f"discriminator: PyTorch's derivative of {hidden[0]} is wrong, and the look-ahead "
+            "replaces it in calls from Python alone, not in code of torch.jit and torch.export or "
+            "in torch.ops.aten. Call torch.nn.functional and torch.nn.utils.parametrizations, or "
+            "set stop_gradient=True for the first term alone."
         )
 
 

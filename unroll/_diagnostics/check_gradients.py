@@ -45,7 +45,7 @@ def check_gradients(
     Raises:
         TypeError: D, the optimizer, the objective or ``project`` cannot be copied, or
             ``minibatches`` holds something else than pairs; their code runs in its own type only,
-            not in float64.
+            not in float64; no fakes are floating-point.
         ValueError: ``minibatches`` holds fewer than K pairs.
 
     Example:
@@ -61,6 +61,12 @@ def check_gradients(
         pairs += drawn_minibatches(minibatches, loss.unroll_steps)
     copies = map_tensors(double, pairs)
     fakes = [t.requires_grad_() for f, _ in copies for t in tensors(f) if t.is_floating_point()]
+    if not fakes:
+        kinds = [str(t.dtype) for t in tensors(fake)]
+        raise TypeError(
+            f"fake: must hold a floating-point tensor, for check_gradients to move; got {kinds}. Of "
+            "complex samples give torch.view_as_real, and let D's forward put them together."
+        )
     resampled = copies[1:] if minibatches is not None else None
     device = fakes[0].device
     state = every_random_state(device)
