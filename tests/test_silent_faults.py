@@ -552,3 +552,53 @@ def test_a_missing_derivative_of_the_objective_is_named() -> None:
         RuntimeError, match=r"needs a derivative .*, in discriminator_loss of the objective.*stop_g"
     ):
         Loss(d, sgd(d), Aligned(), unroll_steps=2)(fakes(), randn(5, 3))
+
+
+class Unseen(nn.Module):
+    """It reads its weight from a list as a constant, of which no graph tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 1)
+        self.weights, self.used = [self.layer.weight], True
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.weights[0].detach().norm()
+        output: Tensor = self.head(torch.tanh(self.layer(x) / (norm if self.used else 2.0)))
+        return output
+
+
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_a_constant_out_of_a_list_is_refused_where_it_matters(stop_gradient: bool) -> None:
+    d, options = Unseen().to(DEVICE).double(), {"stop_gradient": stop_gradient}
+    before = [(p.data_ptr(), p._version, p.detach().clone()) for p in d.parameters()]
+    with pytest.raises(RuntimeError, match=r"uses D's parameter 'layer\.weight' other than"):
+        Loss(d, sgd(d), unroll_steps=2, **options)(fakes(), randn(5, 3))
+    for p, (place, version, value) in zip(d.parameters(), before, strict=True):
+        assert (p.data_ptr(), p._version) == (place, version)
+        assert torch.equal(p, value)
+    d.used = False
+    assert Loss(d, sgd(d), unroll_steps=2, **options)(fakes(), randn(5, 3)).isfinite()
+    d.used = True
+    d.layer.requires_grad_(False)  # it stands still, so that the constant is theta_D^k's
+    optimizer = sgd(d.head)
+    assert Loss(d, optimizer, unroll_steps=2, **options)(fakes(), randn(5, 3)).isfinite()
+
+
+@pytest.mark.parametrize("method", ["discriminator_loss", "generator_loss"])
+def test_a_constant_that_the_objective_keeps_is_refused(method: str) -> None:
+    d, game = net(), unroll.Minimax()
+    kept = list(d.parameters())
+
+    def scaled(*batch: Any) -> Tensor:
+        with torch.no_grad():
+            scale = torch.stack([p.norm() for p in kept]).sum()
+        loss: Tensor = getattr(game, method)(*batch)
+        return loss / scale
+
+    own = {name: getattr(game, name) for name in ("discriminator_loss", "generator_loss")}
+    objective = unroll.Losses(**own | {method: scaled})
+    with pytest.raises(RuntimeError, match=r"uses D's parameter '0\.weight' other than"):
+        Loss(d, sgd(d), objective, unroll_steps=2)(fakes(), randn(5, 3))
+    if method == "generator_loss":
+        assert Loss(d, sgd(d), objective, unroll_steps=0)(fakes(), randn(5, 3)).isfinite()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unroll._autograd_fixes import recomputation_refused
 from unroll._functional import Batch, Functional, Pair, outside_compiled_code, preserved, tensors
-from unroll._inspection import Inspection, warn_of_gradient_hooks
+from unroll._inspection import Inspection
 from unroll._look_ahead import (
     Game,
     Point,
@@ -107,7 +107,6 @@ class UnrolledGeneratorLoss(nn.Module):
     ) -> None:
         super().__init__()
         module = checked_arguments(discriminator, objective, transform_gradients, project)
-        warn_of_gradient_hooks(module)
         parts = module, summands(objective)
         averages, ranks = resolved_sync(discriminator, module, sync)
         # Not as attributes of an nn.Module: D would become a submodule of its loss.
