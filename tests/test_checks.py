@@ -234,9 +234,9 @@ def test_an_objective_that_closes_over_the_module_finds_theta_k_in_it(method: st
 
 
 def test_a_forward_pass_that_was_replaced_on_the_instance_is_no_mistake() -> None:
-    d = discriminator()
+    d: Any = discriminator()
     own = d.forward
-    d.forward = lambda x: own(x) * (1 + d[0].bias.mean())  # type: ignore[assignment]
+    d.forward = lambda x: own(x) * (1 + d[0].bias.mean())
     loss = Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), unroll_steps=2)
     report = unroll.check_gradients(loss, batch(), batch())
     assert report.ok, report
@@ -259,6 +259,14 @@ def test_an_objective_that_holds_the_module_finds_theta_k_in_it() -> None:
     d = discriminator()
     loss = Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), Holding(d), unroll_steps=2)
     assert unroll.check_gradients(loss, batch(), batch()).ok
+
+
+def test_samples_that_nothing_can_move_are_refused() -> None:
+    d = discriminator()
+    loss = Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), unroll_steps=2)
+    for dtype in (torch.complex64, torch.long):
+        with pytest.raises(TypeError, match=r"^fake: must hold a floating-point tensor.*got \['to"):
+            unroll.check_gradients(loss, batch().to(dtype), batch())
 
 
 class Noisy(nn.Module):

@@ -50,6 +50,7 @@ ELSEWHERE = {
     "share memory": "test_users_code.py",
     "shares memory": "test_users_code.py",
     "PyTorch's derivative of": "test_silent_faults.py",
+    "must hold a floating-point tensor": "test_checks.py",
     "register_multi_grad_hook": "test_users_code.py",
     "compiled generator": "test_users_code.py",
     "the update uses D's parameter": "test_users_code.py",

@@ -177,8 +177,8 @@ def test_only_the_objective_is_named(make: Callable[[], nn.Module], build: Any) 
     report = checked(d, build(d), Relativistic())
     assert report.verdict == "wrong"
     assert report.suspicions == (
-        "the objective (or D, at K = 0 or with stop_gradient=True): its own operations have a wrong "
-        "derivative (does it detach, use .data or a straight-through estimator?)",
+        "the objective (or D, at K = 0 or with stop_gradient=True): its own operations have a "
+        "wrong derivative (does it detach, use .data or a straight-through estimator?)",
     )
 
 

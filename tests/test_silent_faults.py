@@ -596,7 +596,7 @@ def test_a_constant_that_the_objective_keeps_is_refused(method: str) -> None:
         loss: Tensor = getattr(game, method)(*batch)
         return loss / scale
 
-    own = {name: getattr(game, name) for name in ("discriminator_loss", "generator_loss")}
+    own: Any = {name: getattr(game, name) for name in ("discriminator_loss", "generator_loss")}
     objective = unroll.Losses(**own | {method: scaled})
     with pytest.raises(RuntimeError, match=r"uses D's parameter '0\.weight' other than"):
         Loss(d, sgd(d), objective, unroll_steps=2)(fakes(), randn(5, 3))

@@ -113,7 +113,7 @@ def test_parameters_that_share_memory_are_refused_and_neighbours_are_not() -> No
 
 @pytest.mark.parametrize("where", ["a buffer", "an attribute", "a list"])
 def test_what_d_keeps_of_a_parameters_memory_is_refused(where: str) -> None:
-    d = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).to(DEVICE)
+    d: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).to(DEVICE)
     shared = d[0].weight.detach()[1:]
     if where == "a buffer":
         d[1].register_buffer("kept", shared)
@@ -128,7 +128,7 @@ def test_what_d_keeps_of_a_parameters_memory_is_refused(where: str) -> None:
 
 
 def test_a_weight_that_a_spectral_norm_makes_anew_shares_memory_with_nothing() -> None:
-    d = nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 3)), nn.Linear(3, 1)).to(DEVICE)
+    d: Any = nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 3)), nn.Linear(3, 1)).to(DEVICE)
     assert d[0].weight.data_ptr() == d[0].weight_orig.data_ptr()
     Loss(d, adam(d), unroll_steps=1)
 

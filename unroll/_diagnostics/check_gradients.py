@@ -64,8 +64,8 @@ def check_gradients(
     if not fakes:
         kinds = [str(t.dtype) for t in tensors(fake)]
         raise TypeError(
-            f"fake: must hold a floating-point tensor, for check_gradients to move; got {kinds}. Of "
-            "complex samples give torch.view_as_real, and let D's forward put them together."
+            f"fake: must hold a floating-point tensor, for check_gradients to move; got {kinds}. "
+            "Give torch.view_as_real of complex samples, and let D's forward put them together."
         )
     resampled = copies[1:] if minibatches is not None else None
     device = fakes[0].device
@@ -95,7 +95,7 @@ def check_gradients(
     if not words and (report.verdict != "wrong" or report.suspicions):
         return report
     words = [*report.suspicions, *words] or [
-        "the objective (or D, at K = 0 or with stop_gradient=True): its own operations have a wrong "
-        "derivative (does it detach, use .data or a straight-through estimator?)"
+        "the objective (or D, at K = 0 or with stop_gradient=True): its own operations have a "
+        "wrong derivative (does it detach, use .data or a straight-through estimator?)"
     ]
     return Report("wrong", report.relative_error, tuple(words))

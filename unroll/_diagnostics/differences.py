@@ -34,8 +34,8 @@ UPDATED = (
     "norm use torch.nn.utils.parametrizations.spectral_norm, which stands still in the look-ahead"
 )
 OWN_ESTIMATE = (
-    ": does it detach, or change gradients in a hook? Your loop's own steps take the same derivative, "
-    "so that a straight-through estimator or a gradient reversal, where meant, is one here, too"
+    ": does it detach, or change gradients in a hook? Your loop's own steps take the same "
+    "derivative, so that a straight-through estimator or a gradient reversal, where meant, is one here, too"
 )
 DEAD = (
     "f_K does not change with the fakes here, as where D's units are dead. Check with other "
