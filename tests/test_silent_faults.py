@@ -545,7 +545,9 @@ def test_a_missing_derivative_of_the_objective_is_named() -> None:
             score = discriminator(fake)
             classes = torch.cat([score, 2 * score, -score], 1)[:, None].log_softmax(-1)
             labels = torch.tensor([[1, 2]], device=DEVICE)
-            return nn.functional.ctc_loss(classes, labels, (5,), (2,)) + score.square().mean()
+            lengths = torch.tensor([5]), torch.tensor([2])
+            loss: Tensor = nn.functional.ctc_loss(classes, labels, *lengths)
+            return loss
 
     d = net()
     with pytest.raises(
@@ -570,7 +572,8 @@ class Unseen(nn.Module):
 
 @pytest.mark.parametrize("stop_gradient", [False, True])
 def test_a_constant_out_of_a_list_is_refused_where_it_matters(stop_gradient: bool) -> None:
-    d, options = Unseen().to(DEVICE).double(), {"stop_gradient": stop_gradient}
+    d = Unseen().to(DEVICE).double()
+    options: Any = {"stop_gradient": stop_gradient}
     before = [(p.data_ptr(), p._version, p.detach().clone()) for p in d.parameters()]
     with pytest.raises(RuntimeError, match=r"uses D's parameter 'layer\.weight' other than"):
         Loss(d, sgd(d), unroll_steps=2, **options)(fakes(), randn(5, 3))

@@ -106,8 +106,8 @@ def _refuse_shared_memory(module: nn.Module) -> None:
                 )
     for path, layer in module.named_modules():
         for key, t in _kept(layer):
-            for name, p in by_storage.get(t.untyped_storage().data_ptr(), ()):
-                if p.requires_grad and not t.requires_grad and _overlap(p, t):
+            for name, whole in by_storage.get(t.untyped_storage().data_ptr(), ()):
+                if whole.requires_grad and not t.requires_grad and _overlap(whole, t):
                     raise ValueError(
                         f"discriminator: {f'{path}.{key}'.lstrip('.')!r} shares memory with the "
                         f"parameter {name!r}, so that a step of it moves both, which a look-ahead "

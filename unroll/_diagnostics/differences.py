@@ -35,7 +35,8 @@ UPDATED = (
 )
 OWN_ESTIMATE = (
     ": does it detach, or change gradients in a hook? Your loop's own steps take the same "
-    "derivative, so that a straight-through estimator or a gradient reversal, where meant, is one here, too"
+    "derivative, so that a straight-through estimator or a gradient reversal, where meant, is one "
+    "here, too"
 )
 DEAD = (
     "f_K does not change with the fakes here, as where D's units are dead. Check with other "
