@@ -220,12 +220,26 @@ def test_flags_detached_fakes() -> None:
 
 
 @pytest.mark.parametrize("method", ["discriminator_loss", "generator_loss"])
-def test_flags_an_objective_that_closes_over_the_module(method: str) -> None:
+def test_an_objective_that_closes_over_the_module_finds_theta_k_in_it(method: str) -> None:
     d = discriminator()
+    before, state = dict(vars(d[0])), copy.deepcopy(d.state_dict())
     game = Game(**{method: lambda _, fake, real: d(fake).mean() - d(real).mean()})
-    loss = Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), game, unroll_steps=2)
-    flagged(loss, "calls the discriminator module itself")
-    assert not d._forward_pre_hooks
+    for unroll_steps in (0, 2):
+        optimizer = torch.optim.SGD(d.parameters(), lr=0.5)
+        loss = Loss(d, optimizer, game, unroll_steps=unroll_steps)
+        report = unroll.check_gradients(loss, batch(), batch())
+        assert report.ok, report
+    assert vars(d[0]) == before
+    assert all(torch.equal(p, state[name]) for name, p in d.state_dict().items())
+
+
+def test_a_forward_pass_that_was_replaced_on_the_instance_is_no_mistake() -> None:
+    d: Any = discriminator()
+    own = d.forward
+    d.forward = lambda x: own(x) * (1 + d[0].bias.mean())
+    loss = Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), unroll_steps=2)
+    report = unroll.check_gradients(loss, batch(), batch())
+    assert report.ok, report
 
 
 class Holding:
@@ -245,6 +259,14 @@ def test_an_objective_that_holds_the_module_finds_theta_k_in_it() -> None:
     d = discriminator()
     loss = Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), Holding(d), unroll_steps=2)
     assert unroll.check_gradients(loss, batch(), batch()).ok
+
+
+def test_samples_that_nothing_can_move_are_refused() -> None:
+    d = discriminator()
+    loss = Loss(d, torch.optim.SGD(d.parameters(), lr=0.5), unroll_steps=2)
+    for dtype in (torch.complex64, torch.long):
+        with pytest.raises(TypeError, match=r"^fake: must hold a floating-point tensor.*got \['to"):
+            unroll.check_gradients(loss, batch().to(dtype), batch())
 
 
 class Noisy(nn.Module):

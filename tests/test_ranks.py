@@ -31,6 +31,37 @@ class Parted(nn.Module):
         return output
 
 
+def partly_averaged(of: str, rank: int, _world: int) -> list[list[Tensor]]:
+    """Return D's parameters after real steps and after a look-ahead, one part not averaged."""
+    torch.manual_seed(0)
+    d: Any = plain().double()
+    if of == "a parameter to be ignored":
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(d, ["2.weight"])
+        wrapped: nn.Module = DistributedDataParallel(d)
+    else:
+        d[0] = DistributedDataParallel(d[0])
+        wrapped = d
+    optimizer = torch.optim.SGD(d.parameters(), lr=0.2, momentum=0.5)
+    torch.manual_seed(rank)
+    fake, real = torch.randn(2, 4, 3, dtype=torch.float64)
+    loss = UnrolledGeneratorLoss(wrapped, optimizer, Minimax(), unroll_steps=3)
+    ahead = loss.unroll(fake, real).parameters
+    for _ in range(3):
+        optimizer.zero_grad()
+        Minimax().discriminator_loss(wrapped, fake, real).backward()
+        optimizer.step()
+    return [[p.detach() for p in d.parameters()], [p.detach() for p in ahead.values()]]
+
+
+@pytest.mark.parametrize("of", ["a parameter to be ignored", "a part outside of the wrapper"])
+def test_what_is_not_averaged_in_training_is_not_in_the_look_ahead(of: str, tmp_path: Path) -> None:
+    results = [found for (found,) in played([of], 2, tmp_path, partly_averaged)]
+    for trained, ahead in results:
+        torch.testing.assert_close(ahead, trained, rtol=1e-12, atol=1e-14)
+    assert not torch.equal(results[0][0][2], results[1][0][2])
+    assert torch.equal(results[0][0][0], results[1][0][0])
+
+
 GLOBAL = [
     Play(steps, optimizer, resampled, options={"checkpoint": True} if checkpoint else {})
     for steps, optimizer, resampled, checkpoint in product(

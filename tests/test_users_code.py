@@ -111,6 +111,28 @@ def test_parameters_that_share_memory_are_refused_and_neighbours_are_not() -> No
     Loss(d, adam(d), unroll_steps=1)
 
 
+@pytest.mark.parametrize("where", ["a buffer", "an attribute", "a list"])
+def test_what_d_keeps_of_a_parameters_memory_is_refused(where: str) -> None:
+    d: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).to(DEVICE)
+    shared = d[0].weight.detach()[1:]
+    if where == "a buffer":
+        d[1].register_buffer("kept", shared)
+    else:
+        vars(d[1]).update(kept=[shared] if where == "a list" else shared)
+    with pytest.raises(
+        ValueError, match=r"'1\.kept' shares memory with the parameter '0\.weight'.*keep a clone"
+    ):
+        Loss(d, adam(d), unroll_steps=1)
+    d[0].requires_grad_(False)  # a step does not move it
+    Loss(d, adam(d[1]), unroll_steps=1)
+
+
+def test_a_weight_that_a_spectral_norm_makes_anew_shares_memory_with_nothing() -> None:
+    d: Any = nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 3)), nn.Linear(3, 1)).to(DEVICE)
+    assert d[0].weight.data_ptr() == d[0].weight_orig.data_ptr()
+    Loss(d, adam(d), unroll_steps=1)
+
+
 # --- what is given back ---------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from unroll._probes import (
     graph,
     has_dead_ends,
     lost_derivatives,
+    read_elsewhere,
     warning_of_probabilities,
     without_derivative,
 )
@@ -47,6 +49,7 @@ DETACHED_FAKES = (
     "second term of Eq. 12 is zero. Use `fake` as it is given, or say stop_gradient=True if the "
     "first term alone is meant."
 )
+_WRONG = ("WeightNormInterfaceBackward", "NativeLayerNormBackwardBackward")
 
 
 @dataclass
@@ -66,9 +69,13 @@ class Inspection:
         module, value = self.parts[0], generator_value(game.discriminator, game.objective)
         with self._leaving_nothing_behind():
             batch, pair = map_tensors(Tensor.clone, (batch, pair))  # D may change its input
-            if self.stop_gradient:
+
+            def d_loss() -> Tensor:
                 theta = leaves(point.parameters, game.moving)
-                differentiate(game, theta, point.buffers, pair, create_graph=False)
+                return differentiate(game, theta, point.buffers, pair, create_graph=False)[0]
+
+            if self.stop_gradient:
+                d_loss()
                 inspect_value(module, value, point, batch)
             else:
                 following = inspect_step(game, point, pair)
@@ -77,6 +84,8 @@ class Inspection:
                     refuse_unrepeatable(step, *self.parts, (point, pair, game.optimizer.settings))
                 if self.checkpoint and self.average:
                     refuse_unrepeatable(value, *self.parts, (following, batch))
+            for loss in (d_loss, partial(value, point, batch)):
+                _refuse_use_of(read_elsewhere(game.discriminator, game.moving, loss))
         self.searched[game.discriminator.layers, game.moving] = False
 
     def recomputes(self, d: Functional, value: Value, point: Point, batch: Pair) -> bool:
@@ -123,6 +132,7 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
     batch = tensors(pair)
     _refuse_unregistered(game, loss, batch)
     _refuse_own_parameters(module, loss, batch)
+    _refuse_hidden_norms(loss, batch)
     updated = _own_parameter(module, [*moved.values(), *tensors(state)], [loss, *batch])
     if updated is not None:
         raise RuntimeError(
@@ -184,6 +194,20 @@ def _refuse_unregistered(game: Game, loss: Tensor, until: Iterable[Tensor]) -> N
         )
 
 
+def _refuse_hidden_norms(loss: Tensor, until: Iterable[Tensor]) -> None:
+    """Refuse norms with a wrong derivative that no function call showed, to be replaced."""
+    nodes = graph([loss], [t.grad_fn for t in until if t.grad_fn is not None])
+    replacements = [node for node in nodes if node.name().startswith("_NormGradients")]
+    known = {following for node in replacements for following, _ in node.next_functions}
+    if hidden := [n.name() for n in nodes - known if n.name().startswith(_WRONG)]:
+        raise RuntimeError(
+            f"discriminator: PyTorch's derivative of {hidden[0]} is wrong, and the look-ahead "
+            "replaces it in calls from Python alone, not in code of torch.jit and torch.export or "
+            "in torch.ops.aten. Call torch.nn.functional and torch.nn.utils.parametrizations, or "
+            "set stop_gradient=True for the first term alone."
+        )
+
+
 def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
     """Refuse the form of activation checkpointing that hooks no tensors."""
     if any(node.name().startswith("CheckpointFunction") for node in graph([loss])):
@@ -192,7 +216,11 @@ def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
 
 def _refuse_own_parameters(module: nn.Module, loss: Tensor, until: Iterable[Tensor]) -> None:
     """Refuse a loss that D's real parameters reach; ``until`` are the tensors it may depend on."""
-    if (name := _own_parameter(module, [loss], until)) is not None:
+    _refuse_use_of(_own_parameter(module, [loss], until))
+
+
+def _refuse_use_of(name: str | None) -> None:
+    if name is not None:
         raise RuntimeError(
             f"discriminator, objective: the loss uses D's parameter {name!r} other than "
             "through the discriminator it is given (from a closure, or D keeps it in a plain "
@@ -214,17 +242,6 @@ def _ends(outputs: Iterable[Tensor], until: Iterable[Tensor]) -> list[Tensor]:
     nodes = graph(outputs, [t.grad_fn for t in until if t.grad_fn is not None])
     variables = (getattr(node, "variable", None) for node in nodes)
     return [variable for variable in variables if variable is not None]
-
-
-def warn_of_gradient_hooks(module: nn.Module) -> None:
-    """Warn of post-accumulate-grad hooks: they never fire in the look-ahead."""
-    for name, parameter in module.named_parameters():
-        if getattr(parameter, "_post_accumulate_grad_hooks", None):
-            warn(
-                f"discriminator: parameter {name!r} has post-accumulate-grad hooks, which do not "
-                "run in the look-ahead. If one changes gradients, use parameter.register_hook."
-            )
-            return
 
 
 def _refuse_layers(module: nn.Module) -> None:
@@ -268,30 +285,13 @@ def _inspect_derivatives(
             )
         except RuntimeError as error:
             named = without_derivative(module, forward)
-            if not named:
+            if not named and "not implemented" not in str(error):
                 raise
             raise RuntimeError(
                 "discriminator: the look-ahead needs a derivative that PyTorch does not have, in "
-                f"{', '.join(named)} (a gradient penalty needs one order more). Replace the layer "
-                "(plain operations for a fused kernel), or set stop_gradient=True for the first "
-                "term alone."
+                f"{', '.join(named) or 'discriminator_loss of the objective'} (a gradient penalty "
+                "needs one order more). Replace it (plain operations for a fused kernel), or set "
+                "stop_gradient=True for the first term alone."
             ) from error
     if fakes and all(g is None for g in found[: len(fakes)]):
         warn(DETACHED_FAKES)
-
-
-@contextmanager
-def calls_to_the_module_itself(module: nn.Module) -> Iterator[list[bool]]:
-    """Record forward calls of a module that do not run on parameters of the look-ahead."""
-    own = {id(p) for p in module.parameters()}
-    found: list[bool] = []
-
-    def hook(module: nn.Module, _: Any) -> None:
-        if any(id(p) in own for p in module.parameters()):
-            found.append(True)
-
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield found
-    finally:
-        handle.remove()

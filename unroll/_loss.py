@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unroll._autograd_fixes import recomputation_refused
 from unroll._functional import Batch, Functional, Pair, outside_compiled_code, preserved, tensors
-from unroll._inspection import Inspection, warn_of_gradient_hooks
+from unroll._inspection import Inspection
 from unroll._look_ahead import (
     Game,
     Point,
@@ -27,7 +27,7 @@ from unroll._look_ahead import (
 )
 from unroll._modes.checkpointed import checkpointed
 from unroll._modes.compiled import Code
-from unroll._modes.distributed import agreed, averaged, resolved_sync
+from unroll._modes.distributed import Ranks, agreed, averaged, resolved_sync
 from unroll._modes.evaluated import evaluated
 from unroll._objectives import Minimax, Objective
 from unroll._optimizers import Moving, inner_optimizer
@@ -107,9 +107,8 @@ class UnrolledGeneratorLoss(nn.Module):
     ) -> None:
         super().__init__()
         module = checked_arguments(discriminator, objective, transform_gradients, project)
-        warn_of_gradient_hooks(module)
         parts = module, summands(objective)
-        averages, group = resolved_sync(discriminator, sync)
+        averages, ranks = resolved_sync(discriminator, module, sync)
         # Not as attributes of an nn.Module: D would become a submodule of its loss.
         vars(self).update(
             discriminator=module,
@@ -123,7 +122,7 @@ class UnrolledGeneratorLoss(nn.Module):
             project=project,
             sync=averages,
             _given=discriminator,
-            _group=group,
+            _ranks=ranks,
             _parts=parts,
             _losses=[],
             _code=Code() if compile else None,
@@ -144,7 +143,7 @@ class UnrolledGeneratorLoss(nn.Module):
     project: Mapped | None
     sync: bool
     _given: nn.Module  # D in its wrappers
-    _group: Any
+    _ranks: Ranks
     _code: Code | None
     _parts: tuple[nn.Module, list[Objective]]  # what is preserved: D, summands of the objective
     _inspection: Inspection
@@ -258,7 +257,7 @@ class UnrolledGeneratorLoss(nn.Module):
         d = Functional(self.discriminator)
         optimizer = inner_optimizer(self.optimizer, d.parameters, optimizer_state)
         moving = self._moving.among(self.optimizer, d.parameters, optimizer.names)
-        mean = partial(averaged, group=self._group) if self.sync else None
+        mean = partial(averaged, ranks=self._ranks) if self.sync else None
         functions = mean, self.transform_gradients, self.project
         point = start(d, optimizer.initial_state)
         return Game(d, optimizer, self.objective, moving, *functions), point
@@ -285,7 +284,7 @@ class UnrolledGeneratorLoss(nn.Module):
         """Return what the K steps see, all of it, before the first."""
         draw = partial(drawn, batch, minibatches, self.unroll_steps, differentiable=differentiable)
         settings = {"a graph is needed": not self._constant, "checkpoint": self.checkpoint}
-        return agreed(draw, settings, self.discriminator, self._group) if self.sync else draw()
+        return agreed(draw, settings, self.discriminator, self._ranks) if self.sync else draw()
 
     @property
     def _constant(self) -> bool:

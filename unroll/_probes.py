@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -157,6 +157,35 @@ def lost_derivatives(nodes: Iterable[Node]) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def read_elsewhere(
+    discriminator: Functional, moving: Iterable[str], loss: Callable[[], Tensor]
+) -> str | None:
+    """Return a real parameter whose value a loss uses, as a constant perhaps: NaN would reach it.
+
+    Only those that are ``moving`` matter: the others are theta_D^k's, too.
+    """
+    real = {name: discriminator.parameters[name] for name in moving}
+
+    def reached(names: Iterable[str]) -> bool:
+        kept = [(real[name], real[name].data) for name in names]
+        value = None
+        try:
+            for p, data in kept:
+                p.data = torch.full_like(data, torch.nan)  # other memory: nobody else reads it
+            with suppress(ArithmeticError, AssertionError, RuntimeError, ValueError):
+                value = loss()  # some code refuses NaN
+        finally:
+            for p, data in kept:
+                p.data = data
+        return value is not None and bool(value.isnan())
+
+    if not reached(real) or bool(loss().isnan()):
+        return None
+    return next(
+        (name for name in discriminator.parameters if name in real and reached([name])), None
+    )
 
 
 @contextmanager

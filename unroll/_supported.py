@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import combinations
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from unroll._functional import unwrap_once
 
@@ -88,7 +90,7 @@ def _places(t: Tensor) -> Tensor:
 
 
 def _refuse_shared_memory(module: nn.Module) -> None:
-    """Refuse parameters that have elements in common."""
+    """Refuse parameters that have elements in common, with each other or with what D keeps."""
     by_storage: dict[int, list[tuple[str, Tensor]]] = {}
     for name, p in module.named_parameters():
         if p.layout == torch.strided and p.numel():
@@ -102,3 +104,26 @@ def _refuse_shared_memory(module: nn.Module) -> None:
                     "of one moves the other, which a look-ahead step does not. Make them one "
                     "nn.Parameter, transposed where it is used, or use parametrizations."
                 )
+    for path, layer in module.named_modules():
+        for key, t in _kept(layer):
+            for name, whole in by_storage.get(t.untyped_storage().data_ptr(), ()):
+                if whole.requires_grad and not t.requires_grad and _overlap(whole, t):
+                    raise ValueError(
+                        f"discriminator: {f'{path}.{key}'.lstrip('.')!r} shares memory with the "
+                        f"parameter {name!r}, so that a step of it moves both, which a look-ahead "
+                        "step does not. Read parameter.detach() where it is used, or keep a clone."
+                    )
+
+
+def _kept(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that a layer holds beside its parameters, by the name of what holds them.
+
+    But those that a spectral norm's hook makes anew before the layer runs.
+    """
+    hooks = layer._forward_pre_hooks.values()
+    renewed = [hook.name for hook in hooks if isinstance(hook, SpectralNorm)]
+    for key, value in (*layer._buffers.items(), *vars(layer).items()):
+        several = value.values() if isinstance(value, dict) else value
+        for t in several if isinstance(value, (dict, list, tuple)) else [value]:
+            if type(t) is Tensor and t.layout == torch.strided and key not in renewed:
+                yield key, t

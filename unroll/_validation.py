@@ -31,6 +31,7 @@ def checked_arguments(
     _check_objective(objective)
     _check_mapped("transform_gradients", transform_gradients)
     _check_mapped("project", project)
+    _warn_of_gradient_hooks(module)
     return module
 
 
@@ -202,7 +203,7 @@ def check_gradients_found(gradients: Mapping[str, Tensor]) -> None:
         raise ValueError(
             "objective: discriminator_loss must depend on the parameters of the discriminator "
             "it is given; its loss depends on none that the optimizer trains. Call the "
-            "`discriminator` argument, not the module itself, and do not detach its output."
+            "`discriminator` argument, not a copy of D, and do not detach its output."
         )
 
 
@@ -248,6 +249,17 @@ def warn(text: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
+
+
+def _warn_of_gradient_hooks(module: nn.Module) -> None:
+    """Warn of post-accumulate-grad hooks: they never fire in the look-ahead."""
+    for name, parameter in module.named_parameters():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            warn(
+                f"discriminator: parameter {name!r} has post-accumulate-grad hooks, which do not "
+                "run in the look-ahead. If one changes gradients, use parameter.register_hook."
+            )
+            return
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -412,10 +412,6 @@ def detaching_projection(b: Built) -> None:
     b.options["project"] = lambda theta: {k: p / p.norm().detach() for k, p in theta.items()}
 
 
-def closed_over_module(b: Built) -> None:
-    b.game = Game(discriminator_loss=lambda _, fake, real: GAME.discriminator_loss(b.d, fake, real))
-
-
 def wrong_objective(b: Built) -> None:
     b.game = Game(
         discriminator_loss=lambda d, fake, real: (
@@ -579,9 +575,6 @@ FAULTS: dict[str, Fault] = {
     ),
     "a detached norm in a hook": ("gradients", detaching_hook, r"gradient hook of '0\.weight'"),
     "a detached norm in a projection": ("gradients", detaching_projection, "of project="),
-    "an objective that calls the module": (
-        "gradients", closed_over_module, "calls the discriminator module itself"
-    ),
     "an objective with a wrong function": ("gradients", wrong_objective, "^the objective"),
     "detached reals": ("gradients", detached_reals, "^the objective"),
     "a backward hook that changes gradients": (

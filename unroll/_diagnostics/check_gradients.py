@@ -8,20 +8,15 @@ from collections.abc import Iterable
 import torch
 
 from unroll._diagnostics.central import gradients_of
-from unroll._diagnostics.copies import InDouble, double, in_double
+from unroll._diagnostics.copies import InDouble, double, in_double, standing_in
 from unroll._diagnostics.differences import Check
 from unroll._diagnostics.report import GradientReport, Report
 from unroll._functional import Batch, Pair, map_tensors, tensors
-from unroll._inspection import DETACHED_FAKES, calls_to_the_module_itself
+from unroll._inspection import DETACHED_FAKES
 from unroll._loss import UnrolledGeneratorLoss
 from unroll._probes import leaf
 from unroll._random import every_random_state, set_every_random_state
 from unroll._validation import drawn_minibatches
-
-CALLS_THE_MODULE = (
-    "the objective calls the discriminator module itself; it must call the `discriminator` that it "
-    "is given, which is D at theta_D^k"
-)
 
 
 def check_gradients(
@@ -50,7 +45,7 @@ def check_gradients(
     Raises:
         TypeError: D, the optimizer, the objective or ``project`` cannot be copied, or
             ``minibatches`` holds something else than pairs; their code runs in its own type only,
-            not in float64.
+            not in float64; no fakes are floating-point.
         ValueError: ``minibatches`` holds fewer than K pairs.
 
     Example:
@@ -66,40 +61,41 @@ def check_gradients(
         pairs += drawn_minibatches(minibatches, loss.unroll_steps)
     copies = map_tensors(double, pairs)
     fakes = [t.requires_grad_() for f, _ in copies for t in tensors(f) if t.is_floating_point()]
+    if not fakes:
+        kinds = [str(t.dtype) for t in tensors(fake)]
+        raise TypeError(
+            f"fake: must hold a floating-point tensor, for check_gradients to move; got {kinds}. "
+            "Give torch.view_as_real of complex samples, and let D's forward put them together."
+        )
     resampled = copies[1:] if minibatches is not None else None
     device = fakes[0].device
     state = every_random_state(device)
-    with (
-        torch.enable_grad(),
-        warnings.catch_warnings(record=True) as caught,
-        calls_to_the_module_itself(loss.discriminator) as strays,
-    ):
+    with torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         own = loss.discriminator.parameters()
         mode = InDouble(next(p.dtype for p in own if p.is_floating_point()))
         check = Check(in_double(loss), copies[0], resampled, mode)
         try:
-            with mode, calls_to_the_module_itself(check.loss.discriminator) as more_strays:
+            with mode, standing_in(check.loss.discriminator, loss.discriminator):
                 report = check.run(fakes)
         except Exception as failure:
-            if not strays and not more_strays:
-                given = map_tensors(leaf, (fake, real, pairs[1:] if resampled else None))
-                value = loss(given[0], given[1], minibatches=given[2])
-                gradients_of(value, [t for t in tensors(given[0]) if t.requires_grad])
-                raise TypeError(
-                    "loss: check_gradients computes in float64, in which the code of D or of the "
-                    f"objective fails, though not in its own type ({type(failure).__name__}: "
-                    f"{failure}). Let it keep the type of its input in place of one that it names."
-                ) from failure
-            report = Report("wrong", float("inf"))
+            given = map_tensors(leaf, (fake, real, pairs[1:] if resampled else None))
+            value = loss(given[0], given[1], minibatches=given[2])
+            gradients_of(value, [t for t in tensors(given[0]) if t.requires_grad])
+            raise TypeError(
+                "loss: check_gradients computes in float64, in which the code of D or of the "
+                f"objective fails, though not in its own type ({type(failure).__name__}: "
+                f"{failure}). Let it keep the type of its input in place of one that it names."
+            ) from failure
         finally:
             set_every_random_state(state, device)
-    words = [CALLS_THE_MODULE] if strays or more_strays else []
+    words = []
     if any(str(w.message) == DETACHED_FAKES for w in caught):
         words.append("the objective (or D) detaches the fakes in discriminator_loss")
     if not words and (report.verdict != "wrong" or report.suspicions):
         return report
     words = [*report.suspicions, *words] or [
-        "the objective: its own operations have a wrong derivative (does it detach, or use .data?)"
+        "the objective (or D, at K = 0 or with stop_gradient=True): its own operations have a "
+        "wrong derivative (does it detach, use .data or a straight-through estimator?)"
     ]
     return Report("wrong", report.relative_error, tuple(words))

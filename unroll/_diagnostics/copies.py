@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torchopt.base import GradientTransformation
 from torchopt.pytree import tree_leaves
 
-from unroll._functional import tensors
+from unroll._functional import preserved, tensors
 from unroll._loss import UnrolledGeneratorLoss
 from unroll._optimizers import unwrapped_optimizers
 
@@ -50,6 +51,15 @@ def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
     )
     copied._moving = copy.copy(loss._moving)
     return copied
+
+
+@contextmanager
+def standing_in(twin: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Let a module have the tensors of its copy: an objective or a hook may close over it."""
+    with preserved(module):
+        for own, copied in zip(module.modules(), twin.modules(), strict=True):
+            vars(own).update(_parameters=copied._parameters, _buffers=copied._buffers)
+        yield
 
 
 def _twin(tensor: Tensor) -> Tensor:

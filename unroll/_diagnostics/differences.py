@@ -33,6 +33,11 @@ UPDATED = (
     ": does it depend on what it updates in forward, outside of the graph ({0})? For a spectral "
     "norm use torch.nn.utils.parametrizations.spectral_norm, which stands still in the look-ahead"
 )
+OWN_ESTIMATE = (
+    ": does it detach, or change gradients in a hook? Your loop's own steps take the same "
+    "derivative, so that a straight-through estimator or a gradient reversal, where meant, is one "
+    "here, too"
+)
 DEAD = (
     "f_K does not change with the fakes here, as where D's units are dead. Check with other "
     "parameters of D"
@@ -143,7 +148,9 @@ class Check:
                 own = [n for n in updated_buffers if n.startswith(path) and order == 1]
                 yield (
                     f"wrong {ordinal} derivative of layer {name} (relative error "
-                    f"{layers[name].relative_error:.1e})" + UPDATED.format(own) * bool(own)
+                    f"{layers[name].relative_error:.1e})"
+                    + UPDATED.format(own) * bool(own)
+                    + OWN_ESTIMATE * (order == 1 and not own)
                 )
             if blamed:
                 break

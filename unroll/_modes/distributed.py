@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,22 +14,38 @@ from torch.nn.parallel import DistributedDataParallel
 from unroll._functional import Pair, tensors
 
 
-def resolved_sync(discriminator: nn.Module, sync: object) -> tuple[bool, Any]:
-    """Return whether gradients are averaged over ranks, and over which group (None: the world)."""
+class Ranks(NamedTuple):
+    """Over which ranks gradients are averaged, and of which parameters."""
+
+    group: Any = None  # of processes; None is the world
+    apart: frozenset[str] = frozenset()  # parameters of D that stay a rank's own
+
+
+def resolved_sync(discriminator: nn.Module, module: nn.Module, sync: object) -> tuple[bool, Ranks]:
+    """Return whether gradients are averaged over ranks, and how; ``module`` is D itself."""
     if sync is not None and not isinstance(sync, bool):
         raise TypeError(
             f"sync: must be True, False or None; got {sync!r}. None averages over ranks where the "
             "discriminator is wrapped in DistributedDataParallel."
         )
-    for module in discriminator.modules():  # wrappers of it, or parts of a D that wraps them itself
-        if isinstance(module, DistributedDataParallel):
-            return sync is not False, module.process_group
+    # Wrappers of D, or parts of a D that wraps them itself.
+    found = [m for m in discriminator.modules() if isinstance(m, DistributedDataParallel)]
+    if found:
+        averaged = {
+            id(p)
+            for part in found
+            for path, layer in part.module.named_modules()
+            for name, p in layer.named_parameters(recurse=False)
+            if f"{path}.{name}" not in part.parameters_to_ignore  # as it asks itself
+        }
+        apart = frozenset(name for name, p in module.named_parameters() if id(p) not in averaged)
+        return sync is not False, Ranks(found[0].process_group, apart)
     if sync and not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             "sync: must not be True without a process group; torch.distributed is not initialised. "
             "Call torch.distributed.init_process_group first, or leave sync out."
         )
-    return bool(sync), None
+    return bool(sync), Ranks()
 
 
 class _MeanOverRanks(torch.autograd.Function):
@@ -48,12 +64,19 @@ class _MeanOverRanks(torch.autograd.Function):
 
 
 def averaged(
-    gradients: Mapping[str, Tensor], moving: Mapping[str, Tensor], pair: Pair, *, group: Any
+    gradients: Mapping[str, Tensor],
+    moving: Mapping[str, Tensor],
+    pair: Pair,
+    *,
+    ranks: Ranks,
 ) -> dict[str, Tensor]:
     """Return the gradients of all ranks, averaged, in one collective.
 
     A parameter that got a gradient on some ranks only counts as zero on the others.
     """
+    moving = {name: p for name, p in moving.items() if name not in ranks.apart}
+    if not moving:
+        return dict(gradients)
     dtype = reduce(torch.promote_types, [p.dtype for p in moving.values()])
     parts = [gradients.get(name, torch.zeros_like(p)).reshape(-1) for name, p in moving.items()]
     present = torch.tensor([float(name in gradients) for name in moving], device=parts[0].device)
@@ -61,9 +84,9 @@ def averaged(
     # All ranks run the same backward pass, those whose gradients are constant too.
     reached = [t for t in (*tensors(pair), *moving.values()) if t.requires_grad]
     *means, counts = torch.split(
-        _MeanOverRanks.apply(flat, group, *reached), [p.numel() for p in [*parts, present]]
+        _MeanOverRanks.apply(flat, ranks.group, *reached), [p.numel() for p in [*parts, present]]
     )
-    return {
+    return {name: g for name, g in gradients.items() if name in ranks.apart} | {
         name: mean.view(p.shape).to(p.dtype)
         for (name, p), mean, count in zip(moving.items(), means, counts.tolist(), strict=True)
         if count
@@ -71,7 +94,7 @@ def averaged(
 
 
 def agreed(
-    draw: Callable[[], list[Any]], settings: Mapping[str, bool], module: nn.Module, group: Any
+    draw: Callable[[], list[Any]], settings: Mapping[str, bool], module: nn.Module, ranks: Ranks
 ) -> list[Any]:
     """Return what ``draw`` does, after all ranks have said that they will take the same steps."""
     pairs: list[Any] = []
@@ -82,8 +105,8 @@ def agreed(
         failure = error
     device = next(module.parameters()).device
     mine = torch.tensor([len(pairs), failure is not None, *settings.values()], device=device)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, mine, group=group)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(ranks.group))]
+    dist.all_gather(everyone, mine, group=ranks.group)
     if failure is not None:
         raise failure
     rows = [rank.tolist() for rank in everyone]
