@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import cifar10
 import matplotlib.pyplot as plt
@@ -46,7 +46,7 @@ class Config:
     steps: int = 30  # of L-BFGS at most (ours)
     samples: int = 2000  # of which pairs are made (ours)
     distances: int = 10_000  # pairs (ours)
-    draw: int = 0  # the seed of all of these
+    draw: Annotated[int, tyro.conf.arg(name="seed")] = 0  # of all of these
     data_root: Path | None = None  # as for cifar10.py
     device: str = "cpu"
     checkpoints: Path = Path("runs/cifar10/checkpoints")  # of the models

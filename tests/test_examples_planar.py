@@ -105,7 +105,7 @@ COMMANDS: list[tuple[str, tuple[object, ...], str, list[tuple[str, ...]], list[s
     ),
     (
         "mog_history",
-        ("--members", 1, 5, "--delays", 3, "--ahead", 1, "--pairs", 2),
+        ("--members", 1, 5, "--delay", 3, "--unroll-steps", 1, "--pairs", 2),
         "mog_history",
         [("0", "1", "1", "True"), ("0", "5", "1", "True"), ("0", "5", "3", "False"),
          ("0", "5", "3", "True"), ("1", "1", "1", "True")],
@@ -135,7 +135,7 @@ COMMANDS: list[tuple[str, tuple[object, ...], str, list[tuple[str, ...]], list[s
     ),
     (
         "mog_rivals",
-        ("--method", "GAN", "WGAN-GP 10", "--data", "ring", "--unroll-steps", 0, "--pairs", 2),
+        ("--method", "GAN", "WGAN-GP 10", "--mixture", "ring", "--unroll-steps", 0, "--pairs", 2),
         "mog_rivals",
         [("GAN", "4"), ("WGAN-GP 10", "12")],  # the second has five critic steps
         ["mog_rivals_ring.png", "mog_rivals_costs.png"],

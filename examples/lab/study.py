@@ -28,6 +28,7 @@ from lab import records, runs
 from lab.columns import explained, moments, shown, title
 from lab.records import RESULTS
 
+FLAGS = {"data": "mixture", "peak_lr": "peak-learning-rate"}  # whose records have an older name
 POSITIVE = re.compile("(_rate|r_steps|_every|samples|width|size|^pairs|^epochs|^members|^delay)$")
 
 
@@ -123,14 +124,13 @@ class DataOptions(Options):
     data_root: Path | None = None  # of MNIST/raw or images; else $UNROLL_DATA or data/, downloaded
 
 
-def comments(kind: type) -> Mapping[str, str]:
-    """Return the comments beside the fields of a dataclass."""
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__[:-1]):
-        for line in inspect.getsource(base).splitlines():
-            if match := re.match(r"    (\w+): .*?  # (.*)", line):
-                found[match[1]] = match[2]
-    return found
+def described(given: Any) -> dict[str, tuple[Any, Any, str]]:
+    """Return type, value and comment of every field of a dataclass that has one beside it."""
+    said: dict[str, str] = {}
+    for base in reversed(type(given).__mro__[:-1]):
+        said |= re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(base), re.MULTILINE)
+    types, names = get_type_hints(type(given)), type(given).__match_args__
+    return {name: (types[name], getattr(given, name), said[name]) for name in names if name in said}
 
 
 def command_line(
@@ -145,22 +145,24 @@ def command_line(
     parser.add_argument("--preset", choices=presets, default=next(iter(presets)))
     preset = parser.parse_known_args(arguments)[0].preset
     base = presets[preset]
-    names = Literal[tuple(presets)]
-    flags: dict[str, Any] = {"preset": (names, preset, "what all other flags start from")}
-    for given in (base, options):
-        types, said = get_type_hints(type(given)), comments(type(given))
-        for name in (n for n in type(given).__match_args__ if n in said):
-            flags[name] = types[name], getattr(given, name), said[name]
+    own, of_runs = described(base), described(options)
+    flags: dict[str, Any] = {
+        "preset": (Literal[tuple(presets)], preset, "what all other flags start from")
+    }
+    flags |= own | of_runs
     for name, several in sweep.items():
         kind, value, said = flags[name]
         flags[name] = tuple[kind, ...], tuple(several or (value,)), said
-    typed = [(n, Annotated[k, tyro.conf.arg(help=said)], v) for n, (k, v, said) in flags.items()]
+    typed = [
+        (name, Annotated[kind, tyro.conf.arg(name=FLAGS.get(name), help=said)], value)
+        for name, (kind, value, said) in flags.items()
+    ]
     command = make_dataclass("Command", typed)
     config = (tyro.conf.FlagCreatePairsOff,)
     chosen = vars(tyro.cli(command, description=doc, args=arguments, config=config))
-    own = {n: v for n, v in chosen.items() if n in type(base).__match_args__ and n not in sweep}
-    of_runs = {n: v for n, v in chosen.items() if n in type(options).__match_args__}
-    return replace(base, **own), {n: chosen[n] for n in sweep}, replace(options, **of_runs)
+    base = replace(base, **{name: chosen[name] for name in own if name not in sweep})
+    options = replace(options, **{name: chosen[name] for name in of_runs})
+    return base, {name: chosen[name] for name in sweep}, options
 
 
 def configurations(base: Any, sweep: Mapping[str, Sequence[Any]], options: Options) -> list[Any]:
