@@ -31,6 +31,7 @@ from lab.figures import images
 from lab.metrics import classifier, coverage
 from lab.networks import dcgan, joined
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import unroll
 
@@ -173,7 +174,7 @@ def data_score(options: Options, known: Mapping[str, Any], count: int) -> None:
             "test_accuracy": known["test_accuracy"],
             **runs.provenance(),
         }
-        print(f"seed {seed}: {row['modes']} modes, reverse KL {row['reverse_kl']:.4f}")
+        tqdm.write(f"seed {seed}: {row['modes']} modes, reverse KL {row['reverse_kl']:.4f}")
         if options.record:
             path = options.records / "stacked_mnist_data.csv"
             records.append(path, row, key=("samples", "seed", "classifier"))

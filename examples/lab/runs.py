@@ -127,6 +127,19 @@ def check(path: Path, settings: Mapping[str, Any], *, length: str) -> None:
         raise ValueError(f"{path} cannot be resumed, it has {was}: use another folder")
 
 
+def bar(config: Any, line: int = 0, **how: Any) -> "tqdm[int]":
+    """Return the progress bar of a run, drawn."""
+    counts = "epochs" if hasattr(config, "epochs") else "pairs"
+    return tqdm(
+        desc=f"{config.label}, {config.models}",
+        total=getattr(config, counts),
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        position=line,
+        unit=counts[:-1],
+        **how,
+    )
+
+
 def iterate(
     config: Any,
     options: Any,
@@ -182,15 +195,7 @@ def iterate(
             save(path, settings, parts, rng, log)
         saved = time.perf_counter()
 
-    progress = tqdm(
-        range(done + 1, length + 1),
-        f"{config.label}, {config.models}",
-        total=length,
-        initial=done,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-        position=line,
-        unit=counts[:-1],
-    )
+    progress = bar(config, line, iterable=range(done + 1, length + 1), initial=done)
     if not history:
         look(0)
     for number in progress:
@@ -212,6 +217,8 @@ def run_all(
 ) -> Iterator[Any]:
     """Yield results as runs finish; `run` gets its settings and a line for its progress bar."""
     workers = min(workers or cores(device), len(settings))
+    for line, one in enumerate(settings[:workers]):
+        bar(one, line).disable = True  # until its own is drawn over it, after imports and compiling
     if workers == 1:
         yield from (run(one, 0) for one in settings)
         return

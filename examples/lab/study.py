@@ -125,7 +125,7 @@ class DataOptions(Options):
 
 
 def described(given: Any) -> dict[str, tuple[Any, Any, str]]:
-    """Return type, value and comment of every field of a dataclass that has one beside it."""
+    """Return type, value and comment of the fields that have a comment beside them."""
     said: dict[str, str] = {}
     for base in reversed(type(given).__mro__[:-1]):
         said |= re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(base), re.MULTILINE)
@@ -366,7 +366,8 @@ def main(
         base, swept, options = command_line(doc, presets, sweep, options, arguments)
         torch.empty(0, device=options.device)
         configs = configurations(base, swept, options)
-        configs = list(dict.fromkeys(arms(configs, options) if arms else configs))
+        with runs.bar(configs[0], leave=False):  # while data are read
+            configs = list(dict.fromkeys(arms(configs, options) if arms else configs))
         _refuse_overwriting(configs, options)
         check_writable("--out", options.out)
         if options.record:
