@@ -20,16 +20,16 @@ another network. Which numbers can be compared with published ones:
                                               around samples shrink as counts grow
 """
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import pandas as pd
 import torch
 import tyro
-from lab import records, runs, study
+from lab import columns, records, runs
 from lab.data import image_folder
 from lab.data.image_folder import Sampler, subset
 from lab.metrics import features, image_metrics
@@ -125,15 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"--samples and --image-size must be positive, got {config}")
         torch.empty(0, device=config.device)
         if config.record:
-            study.check_writable("--records", config.records)
+            runs.check_writable("--records", config.records)
         row = evaluate(config)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        study.refuse(error)
-    for name in ("fake", "real", "features", "fake_images", "real_images"):
-        print(f"{name.replace('_', ' '):16}{row[name]}")
-    for name, label in image_metrics.METRICS.items():
-        value = row[name]
-        print(f"{label:16}{'n/a' if math.isnan(value) else f'{value:.4f}'}")
+        runs.refuse(error)
+    setting = "{fake} against {real} by {features}".format_map(row)
+    frame = pd.DataFrame([row | {"setting": setting}])
+    print(columns.table(frame, ["fake_images", "real_images", *image_metrics.METRICS]))
+    print("\n" + columns.sentence(frame, "fid", "has a FID of {}"))
     path = config.records / "evaluate.csv"
     if config.record and not records.append(path, row, key=KEY):
         print(f"{path} has these numbers already")

@@ -22,9 +22,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import tyro
-from lab import records, study, timed
+from lab import columns, records, runs, timed
 from lab.metrics import classifier
+from tqdm import tqdm
 
 EXAMPLES = Path(__file__).resolve().parent
 WARM_UP = 3
@@ -122,17 +124,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         classifier.prepared(options)
     except (OSError, RuntimeError, ValueError) as error:
-        study.refuse(error)
-    for row in rows(options):
-        share = row["data_seconds_a_pair"] / row["seconds_a_pair"]
-        print(
-            f"{row['experiment']}, {row['preset']}, K = {row['unroll_steps']}, batches of "
-            f"{row['batch_size']}, {row['revision']}: {1e3 * row['seconds_a_pair']:.1f} ms a pair, "
-            f"data {100 * share:.2f} %, {row['images_a_second']:,.0f} images/s",
-            flush=True,
-        )
+        runs.refuse(error)
+    found = []
+    for row in tqdm(rows(options), unit="setting"):
+        named = "{experiment}, {preset}, K = {unroll_steps}, {revision}".format_map(row)
+        found.append(row | {"setting": named})
         if options.record:
             records.append(options.records / "throughput.csv", row, key=KEY)
+    frame = pd.DataFrame(found)
+    measured = "seconds_a_pair", "data_seconds_a_pair", "images_a_second"
+    print(columns.table(frame, ["batch_size", "pairs", *measured]))
+    share = (frame["data_seconds_a_pair"] / frame["seconds_a_pair"]).max()
+    print(f"\nIts data take at most {100 * share:.2g} % of a pair.")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def test_a_damaged_download_is_named(
 
     monkeypatch.delenv("UNROLL_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lab.digits, "MNIST", download)
+    monkeypatch.setattr("torchvision.datasets.MNIST", download)
     with pytest.raises(RuntimeError, match=r"MNIST in data.* cannot be read \(File not found"):
         lab.digits.mnist()
     assert wanted == [{"train": True, "download": True}]

@@ -336,7 +336,7 @@ def test_bad_arguments_are_refused_before_any_work(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(example("lab.data.image_folder").STL10, "__init__", fail)
+    monkeypatch.setattr("torchvision.datasets.STL10.__init__", fail)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     own = files(name) if "--preset" not in arguments else {}

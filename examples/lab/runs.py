@@ -6,12 +6,13 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.nn.utils import get_total_norm
@@ -31,6 +32,25 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Stop before any work, and say why."""
+    tqdm.write(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Refuse a folder in which no file can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{flag} must be in a folder that can be written to, {folder} cannot ({error}): give "
+            "another one"
+        ) from error
 
 
 def provenance() -> dict[str, str]:

@@ -104,9 +104,7 @@ def train(
         for index in torch.randperm(len(data), generator=rng).split(128):
             logits = trained(deformed(data.at(index), rng))
             loss = functional.cross_entropy(logits, data.labels[index], label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            study.step(optimizer, loss)
             cycle.step()
     right = classify(trained.eval(), as_floats(test.images)) == test.labels
     accuracy = round(100 * right.float().mean().item(), 2)
