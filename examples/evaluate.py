@@ -129,8 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row = evaluate(config)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         runs.refuse(error)
-    setting = "{fake} against {real} by {features}".format_map(row)
-    frame = pd.DataFrame([row | {"setting": setting}])
+    frame = pd.DataFrame([row | {"setting": "{fake} against {real} by {features}".format_map(row)}])
     print(columns.table(frame, ["fake_images", "real_images", *image_metrics.METRICS]))
     print("\n" + columns.sentence(frame, "fid", "has a FID of {}"))
     path = config.records / "evaluate.csv"

@@ -214,8 +214,7 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
         where = generate(options.generate, options.out, options.first_seed)
         tqdm.write(f"Samples are in {where}/.")
         sys.exit()
-    known = classifier.prepared(options)
-    judge = {"classifier": known["hash"], "classifier_accuracy": known["test_accuracy"]}
+    judge = classifier.prepared(options)
     return [own(replace(config, **judge)) for config in configs]
 
 

@@ -115,8 +115,7 @@ def arms(configs: Sequence[Config], options: study.DataOptions) -> list[Config]:
     return [replace(config, data=name) for config in configs]
 
 
-SWEEP = {}
 HOOKS = {"options": study.DataOptions(), "arms": arms, "rows": rows}
-main = partial(study.main, __doc__, PRESETS, train, report, "image_classifier", SWEEP, **HOOKS)
+main = partial(study.main, __doc__, PRESETS, train, report, "image_classifier", {}, **HOOKS)
 if __name__ == "__main__":
     main()

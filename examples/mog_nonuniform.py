@@ -127,12 +127,8 @@ def arms(configs: Sequence[Config], _: study.Options) -> list[Config]:
     return [replace(c, stop_gradient=c.stop_gradient and c.unroll_steps > 0) for c in configs]
 
 
-SWEEP = {
-    "activation": ("relu",),
-    "weight_deviation": tuple(WEIGHTS),
-    "unroll_steps": (0, 10),
-    "stop_gradient": (False, True),
-}
+SWEEP = {"activation": ("relu",), "weight_deviation": tuple(WEIGHTS)}
+SWEEP |= {"unroll_steps": (0, 10), "stop_gradient": (False, True)}
 HOOKS = {"options": study.Options(seeds=10), "arms": arms}
 main = partial(study.main, __doc__, PRESETS, train, report, "mog_nonuniform", SWEEP, **HOOKS)
 if __name__ == "__main__":

@@ -131,12 +131,8 @@ def arms(configs: Sequence[Config], _: study.Options) -> list[Config]:
     ]
 
 
-SWEEP = {
-    "stop_gradient": (False, True),
-    "average": (False, True),
-    "unroll_steps": (1, 3, 5, 10, 20),
-    "generator_steps": (1, 5),
-}
+SWEEP = {"stop_gradient": (False, True), "average": (False, True)}
+SWEEP |= {"unroll_steps": (1, 3, 5, 10, 20), "generator_steps": (1, 5)}
 ROWS = partial(planar.late_rows, also=["second_term"])
 HOOKS = {"options": study.Options(seeds=5), "arms": arms, "rows": ROWS}
 main = partial(study.main, __doc__, PRESETS, train, report, "mog_second_gradient", SWEEP, **HOOKS)

@@ -156,7 +156,7 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     if options.data_score:
         data_score(options, known, configs[0].samples)
         sys.exit()
-    return [replace(config, classifier=known["hash"]) for config in configs]
+    return [replace(config, classifier=known["classifier"]) for config in configs]
 
 
 def data_score(options: Options, known: Mapping[str, Any], count: int) -> None:
@@ -170,8 +170,8 @@ def data_score(options: Options, known: Mapping[str, Any], count: int) -> None:
             "samples": count,
             "seed": seed,
             **coverage.mode_metrics(coverage.stack_labels(labels), MODES),
-            "classifier": known["hash"],
-            "test_accuracy": known["test_accuracy"],
+            "classifier": known["classifier"],
+            "test_accuracy": known["classifier_accuracy"],
             **runs.provenance(),
         }
         tqdm.write(f"seed {seed}: {row['modes']} modes, reverse KL {row['reverse_kl']:.4f}")
