@@ -197,7 +197,7 @@ def test_the_classifier_is_trained_where_there_is_none(
     options = classifier.Options(data_root=root)
     known = classifier.prepared(options)
     assert known == classifier.facts(tmp_path / "own.pt")
-    assert train(tmp_path / "again.pt", root, epochs=1, enough=0) == known["hash"]
+    assert train(tmp_path / "again.pt", root, epochs=1, enough=0) == known["classifier"]
     monkeypatch.setattr(classifier, "train", None)
     assert classifier.prepared(options) == known  # once
 
