@@ -71,7 +71,7 @@ def flags(files: dict[str, Path]) -> list[object]:
 
 
 def options(name: str, files: dict[str, Path]) -> Any:
-    return replace(example(name).Options(), **files)
+    return replace(example(name).HOOKS["options"], **files)
 
 
 @pytest.mark.parametrize(("name", "settings"), ARMS)
