@@ -118,9 +118,8 @@ def train(config: Config, options: study.DataOptions, line: int) -> None:
         return {"player_updates": 2 * pairs, **losses.row()}, samples.contiguous()
 
     generator, discriminator = ranks.wrapped(g), ranks.wrapped(d)
-    unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator, d_optimizer, GAME, checkpoint=config.checkpointed, **config.look_ahead
-    )
+    how = {"checkpoint": config.checkpointed, **config.look_ahead}
+    unrolled = unroll.UnrolledGeneratorLoss(discriminator, d_optimizer, GAME, **how)
     standard = unroll.UnrolledGeneratorLoss(discriminator, d_optimizer, GAME, unroll_steps=0)
     # bfloat16 has the exponents of float32: its losses need no scaling.
     precision = partial(torch.autocast, torch.device(device).type, torch.bfloat16, config.amp)
