@@ -517,8 +517,8 @@ def _rank(rank: int, world: int, folder: str) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world), **address}
     cifar10.ranks.join("cpu")
     config = replace(cifar10.PRESETS["small"], **ARMS[4][1], ranks=world, pairs=4)
-    out = Path(folder, "out2")
-    cifar10.train(config, cifar10.Options(data_root=Path(folder, "images"), out=out), 0)
+    where = {"data_root": Path(folder, "images"), "out": Path(folder, "out2")}
+    cifar10.train(config, replace(cifar10.HOOKS["options"], **where), 0)
     cifar10.ranks.leave()
 
 
