@@ -68,7 +68,6 @@ class Config(study.OneModel):
 PAPER = Config()
 SMALL = {"size": 0.25, "pairs": 2000, "batch_size": 32, "evaluate_every": 100}
 PRESETS = {"small": replace(PAPER, preset="small", **SMALL), "paper": PAPER}
-Options = study.DataOptions
 
 
 class Losses(nn.Module):
@@ -86,7 +85,7 @@ class Losses(nn.Module):
         return dict(zip(LOSSES, self.values.tolist(), strict=True))
 
 
-def train(config: Config, options: Options, line: int) -> None:
+def train(config: Config, options: study.DataOptions, line: int) -> None:
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     device = ranks.join(config.device)
     rng = torch.Generator(device).manual_seed(config.seed)
@@ -119,9 +118,8 @@ def train(config: Config, options: Options, line: int) -> None:
         return {"player_updates": 2 * pairs, **losses.row()}, samples.contiguous()
 
     generator, discriminator = ranks.wrapped(g), ranks.wrapped(d)
-    unrolled = unroll.UnrolledGeneratorLoss(
-        discriminator, d_optimizer, GAME, checkpoint=config.checkpointed, **config.look_ahead
-    )
+    how = {"checkpoint": config.checkpointed, **config.look_ahead}
+    unrolled = unroll.UnrolledGeneratorLoss(discriminator, d_optimizer, GAME, **how)
     standard = unroll.UnrolledGeneratorLoss(discriminator, d_optimizer, GAME, unroll_steps=0)
     # bfloat16 has the exponents of float32: its losses need no scaling.
     precision = partial(torch.autocast, torch.device(device).type, torch.bfloat16, config.amp)
@@ -185,7 +183,7 @@ def report(results: study.Results) -> str:
     return results.sentence("f_0", "ends with a generator's loss of {}")
 
 
-def arms(configs: Sequence[Config], options: Options) -> list[Config]:
+def arms(configs: Sequence[Config], options: study.DataOptions) -> list[Config]:
     ranks.join(options.device)
     data = image_folder.load(options.data_root)
     facts = {"data": data.name, "images": len(data.pixels), "ranks": ranks.count()}
@@ -193,7 +191,7 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
 
 
 SWEEP = {"unroll_steps": (0, 1, 5, 10)}
-HOOKS = {"options": Options(), "arms": arms, "leads": ranks.first}
+HOOKS = {"options": study.DataOptions(), "arms": arms, "leads": ranks.first}
 main = partial(study.main, __doc__, PRESETS, train, report, "cifar10", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

@@ -14,14 +14,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import cifar10
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 import tyro
-from lab import records, runs, study
+from lab import columns, records, runs
 from lab.data import image_folder
 from lab.data.pixels import as_bytes, as_floats
 from lab.figures import images, plots
@@ -46,7 +47,7 @@ class Config:
     steps: int = 30  # of L-BFGS at most (ours)
     samples: int = 2000  # of which pairs are made (ours)
     distances: int = 10_000  # pairs (ours)
-    draw: int = 0  # the seed of all of these
+    draw: Annotated[int, tyro.conf.arg(name="seed")] = 0  # of all of these
     data_root: Path | None = None  # as for cifar10.py
     device: str = "cpu"
     checkpoints: Path = Path("runs/cifar10/checkpoints")  # of the models
@@ -221,7 +222,7 @@ def draw_distances(path: Path, real: Tensor, found: Mapping[tuple[int, int], Ten
 
 
 def report(folder: Path, where: Setting, found: Mapping[Path, tuple[cifar10.Config, Any]]) -> None:
-    """Draw Fig. 5, App. G's pages and Fig. 6."""
+    """Print the table, and draw Fig. 5, App. G's pages and Fig. 6."""
     results = {(model.unroll_steps, model.seed): result for model, result in found.values()}
     targets = where.data.pixels[where.chosen]
     for seed in sorted({seed for _, seed in results}):
@@ -230,10 +231,17 @@ def report(folder: Path, where: Setting, found: Mapping[Path, tuple[cifar10.Conf
         draw_reconstructions(path, targets, of_seed)
     own = {key: result["distances"] for key, result in results.items()}
     draw_distances(folder / "cifar10_distances.png", where.real, own)
-    for (k, seed), result in results.items():
-        w = wasserstein_distance(result["distances"], where.real)
-        print(f"K = {k}, seed {seed}: MSE {result['mse'].mean():.4f}, W1 to the data {w:.3f}")
-    print("MSE: of reconstructions, in [-1, 1]; W1: of the distances of pairs, to the data's.")
+    frame = pd.DataFrame(
+        {
+            "setting": f"K = {k}",
+            "models": sum(of_k == k for of_k, _ in results),
+            "mse": result["mse"].mean().item(),
+            "wasserstein": wasserstein_distance(result["distances"], where.real),
+        }
+        for (k, _), result in results.items()
+    )
+    print(columns.table(frame, ["models", "mse", "wasserstein"]))
+    print("\n" + columns.sentence(frame, "mse", "reconstructs images to an error of {}"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -244,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = {}
     try:
         trained = models(config.checkpoints)
+        progress = tqdm(trained.items(), unit="model")
         where = setting(config)
         for path, model in trained.items():
             if (model.data, model.images) != (where.data.name, len(where.data.pixels)):
@@ -251,13 +260,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"--data-root must be what {path} was trained on, {model.images} images of "
                     f"{model.data}, it has {len(where.data.pixels)} of {where.data.name}"
                 )
-        study.check_writable("--out", config.out)
-        for path, model in tqdm(trained.items(), unit="model"):
+        runs.check_writable("--out", config.out)
+        for path, model in progress:
             found[path] = model, measure(path, where)
             if config.record:
                 record(where, *found[path])
     except (OSError, ValueError) as error:
-        study.refuse(error)
+        runs.refuse(error)
     except KeyboardInterrupt:
         sys.exit("\nInterrupted: the same command continues.")
     report(config.figures or config.out, where, found)

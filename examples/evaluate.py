@@ -20,16 +20,16 @@ another network. Which numbers can be compared with published ones:
                                               around samples shrink as counts grow
 """
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import pandas as pd
 import torch
 import tyro
-from lab import records, runs, study
+from lab import columns, records, runs
 from lab.data import image_folder
 from lab.data.image_folder import Sampler, subset
 from lab.metrics import features, image_metrics
@@ -51,7 +51,7 @@ class Config:
     features: str = "inception"  # or a checkpoint of image_classifier.py, or file.py:name
     sampler: str = "rsgan:sampler"  # the function that opens a checkpoint
     samples: int = 10_000  # images of each side, or all where there are fewer
-    size: int = 32  # pixels a side
+    image_size: int = 32  # pixels a side
     seed: int = 0  # of samples, subsets and clusters
     device: str = "cpu"  # cpu, cuda, mps
     record: bool = False  # append a row to the record
@@ -82,7 +82,7 @@ def read(where: str, split: str, config: Config, option: str) -> tuple[str, Tens
             f"{option} must be a folder of images, a checkpoint (*.pt) or {CIFAR}, there is no "
             f"{where}"
         )
-    images = image_folder.load(root, split=split, size=config.size)
+    images = image_folder.load(root, split=split, size=config.image_size)
     inside = root is not None and (root / split).is_dir()
     name = f"{images.name}/{split}" if inside or root is None else images.name
     return name, subset(images.pixels, config.samples, config.seed)
@@ -96,7 +96,8 @@ def evaluate(config: Config) -> dict[str, str | int | float]:
     real_name, real = read(config.real, config.split, config, "REAL")
     if fake.shape[1:] != real.shape[1:]:
         raise ValueError(
-            f"--size must be that of the generated images, {fake.shape[-1]}, got {config.size}"
+            f"--image-size must be that of the generated images, {fake.shape[-1]}, got "
+            f"{config.image_size}"
         )
     found = image_metrics.measure(network(fake), network(real), seed=config.seed)
     return {
@@ -107,7 +108,7 @@ def evaluate(config: Config) -> dict[str, str | int | float]:
         "fake_images": len(fake),
         "fake_hash": runs.digest({"": fake}),
         "real_images": len(real),
-        "size": config.size,
+        "size": config.image_size,
         "seed": config.seed,
         **found,
         "seconds": round(time.process_time() - started, 1),
@@ -120,19 +121,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = (tyro.conf.FlagCreatePairsOff,)
     config = tyro.cli(Config, description=__doc__, args=arguments, config=flags)
     try:
-        if config.samples < 1 or config.size < 1:
-            raise ValueError(f"--samples and --size must be positive, got {config}")
+        if config.samples < 1 or config.image_size < 1:
+            raise ValueError(f"--samples and --image-size must be positive, got {config}")
         torch.empty(0, device=config.device)
         if config.record:
-            study.check_writable("--records", config.records)
+            runs.check_writable("--records", config.records)
         row = evaluate(config)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        study.refuse(error)
-    for name in ("fake", "real", "features", "fake_images", "real_images"):
-        print(f"{name.replace('_', ' '):16}{row[name]}")
-    for name, label in image_metrics.METRICS.items():
-        value = row[name]
-        print(f"{label:16}{'n/a' if math.isnan(value) else f'{value:.4f}'}")
+        runs.refuse(error)
+    frame = pd.DataFrame([row | {"setting": "{fake} against {real} by {features}".format_map(row)}])
+    print(columns.table(frame, ["fake_images", "real_images", *image_metrics.METRICS]))
+    print("\n" + columns.sentence(frame, "fid", "has a FID of {}"))
     path = config.records / "evaluate.csv"
     if config.record and not records.append(path, row, key=KEY):
         print(f"{path} has these numbers already")

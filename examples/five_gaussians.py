@@ -94,10 +94,8 @@ def train(config: Config, options: study.Options, line: int) -> None:
         return rngs.normal(config.noise_size, count)
 
     game = seeds.SideBySide(GAMES[config.game], config.seeds)
-    project = normalised if config.normalise else None
-    unrolled = unroll.UnrolledGeneratorLoss(
-        d, d_optimizer, game, project=project, **config.look_ahead
-    )
+    how = {"project": normalised if config.normalise else None, **config.look_ahead}
+    unrolled = unroll.UnrolledGeneratorLoss(d, d_optimizer, game, **how)
     evaluate = planar.evaluation(g, noise(config.samples), mixture)
     parts = {"g": g, "d": d, "g_adam": g_optimizer, "d_adam": d_optimizer}
     for _ in runs.iterate(config, options, line, parts, rngs, evaluate):

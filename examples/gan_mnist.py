@@ -42,6 +42,7 @@ from lab.metrics import classifier, coverage
 from lab.trace import Trace
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm, parameters_to_vector
+from tqdm import tqdm
 
 import unroll
 
@@ -210,10 +211,10 @@ class Options(classifier.Options):
 
 def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     if options.generate is not None:
-        print(f"Samples are in {generate(options.generate, options.out, options.first_seed)}/.")
+        where = generate(options.generate, options.out, options.first_seed)
+        tqdm.write(f"Samples are in {where}/.")
         sys.exit()
-    known = classifier.prepared(options)
-    judge = {"classifier": known["hash"], "classifier_accuracy": known["test_accuracy"]}
+    judge = classifier.prepared(options)
     return [own(replace(config, **judge)) for config in configs]
 
 

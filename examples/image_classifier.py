@@ -90,9 +90,7 @@ def train(config: Config, options: study.DataOptions, line: int) -> None:
             optimizer.param_groups[0]["lr"] = rate
             images = augmented(as_floats(pixels[chosen]), rng)
             loss = F.cross_entropy(network(images)[1], labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            study.step(optimizer, loss)
 
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -102,11 +100,8 @@ def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, 
 
 
 def report(results: study.Results) -> str:
-    return "\n".join(
-        f"{config.checkpoint(results.options.out)}: {row.test_accuracy:.1f} % of "
-        f"{row.test_images:,} test images"
-        for config, row in zip(results.configs, results.last.itertuples(), strict=True)
-    )
+    results.table("test_accuracy", "train_images", "test_images")
+    return results.sentence("test_accuracy", "tells {} % of the test images right")
 
 
 def arms(configs: Sequence[Config], options: study.DataOptions) -> list[Config]:
@@ -120,8 +115,7 @@ def arms(configs: Sequence[Config], options: study.DataOptions) -> list[Config]:
     return [replace(config, data=name) for config in configs]
 
 
-SWEEP = {}
 HOOKS = {"options": study.DataOptions(), "arms": arms, "rows": rows}
-main = partial(study.main, __doc__, PRESETS, train, report, "image_classifier", SWEEP, **HOOKS)
+main = partial(study.main, __doc__, PRESETS, train, report, "image_classifier", {}, **HOOKS)
 if __name__ == "__main__":
     main()

@@ -6,7 +6,7 @@ ensemble of N discriminators of the past, the last N, or one in every so many. D
 what looking ahead does? The paper: no, and longer delays make the game less stable.
 
     python examples/mog_history.py                              both figures, three models each
-    python examples/mog_history.py --members 1 5 --delays 100   some of their rows
+    python examples/mog_history.py --members 1 5 --delay 100    some of their rows
 """
 
 from collections.abc import Callable, Sequence
@@ -29,15 +29,15 @@ DELAYED = 5  # members of the ensembles with a delay, Fig. App.2
 class Config(study.SideBySide):
     """The settings: Appendix A's. "Ours" marks a choice where the paper is silent."""
 
-    unroll_steps: int = 0  # look-ahead steps of D in G's loss, without an ensemble
+    unroll_steps: int = 0
     generator_steps: int = 1
     learning_rate: float = 1e-4  # Adam's, of both players
     samples: int = 2500  # behind every metric
     compile: bool = True  # compile the look-ahead step and its adjoint
     evaluate_every: int = 250  # pairs
     members: int = 1  # N; 1 is the standard GAN
-    delay: int = 1  # updates of D from one member to the next
-    live: bool = True  # whether the newest member is D as it is, and not as last sampled (ours)
+    delay: int = 1
+    live: bool = True
     pairs: int = 25_000  # of an update of D and one of G
     batch_size: int = 512  # ours
 
@@ -145,18 +145,18 @@ class Options(study.Options):
     """The ensembles, and the runs."""
 
     seeds: int = 3  # models of each setting
-    delays: tuple[int, ...] = (10, 100, 500)  # of ensembles of 5, Fig. App.2
-    ahead: tuple[int, ...] = (10,)  # look-ahead steps without an ensemble, to compare with
+    delay: tuple[int, ...] = (10, 100, 500)  # updates of D between members, of 5: Fig. App.2
+    unroll_steps: tuple[int, ...] = (10,)  # K, look-ahead steps of D in G's loss, of no ensemble
 
 
 def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     first = configs[0]
     delayed = [
         replace(first, members=DELAYED, delay=delay, live=live)
-        for live in (True, False)
-        for delay in options.delays
+        for live in (True, False)  # whether the newest is D as it is, or as last sampled (ours)
+        for delay in options.delay
     ]
-    ahead = [replace(first, members=1, unroll_steps=k) for k in options.ahead]
+    ahead = [replace(first, members=1, unroll_steps=k) for k in options.unroll_steps]
     return [*configs, *delayed, *ahead]
 
 

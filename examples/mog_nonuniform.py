@@ -4,7 +4,7 @@ After the README of https://github.com/andrewliao11/unrolled-gans, which made th
 al. (https://arxiv.org/abs/1611.02163) harder by random weights and found that unrolling helps
 slightly at a standard deviation of the weights of 0.06, fails at 0.12 (both with tanh) and helps
 more with ReLU. Its code detaches the fakes in the look-ahead, so it follows the first term of the
-paper's Eq. 12 only; here that is `--gradients first`, beside the whole gradient.
+paper's Eq. 12 only; here that is `--stop-gradient True`, beside the whole gradient.
 
     python examples/mog_nonuniform.py                    ReLU, all three weights, narrow networks
     python examples/mog_nonuniform.py --preset readme    its networks, batches and length
@@ -33,7 +33,7 @@ class Config(study.SideBySide):
     weight_deviation: float = 0.06  # the standard deviation of the weights: 0, 0.06 or 0.12
     activation: Literal["relu", "tanh"] = "relu"  # of the generator; D has ReLU
     unroll_steps: int = 10  # K, look-ahead steps of D in G's loss
-    stop_gradient: bool = False
+    stop_gradient: bool = False  # only the first term of Eq. 12; at K = 0 there is no other
     generator_learning_rate: float = 1e-3  # Adam's
     discriminator_learning_rate: float = 1e-4  # Adam's
     beta1: float = 0.5  # Adam's
@@ -123,24 +123,13 @@ def report(results: study.Results) -> str:
     return planar.report_by(name, data, results)
 
 
-@dataclass(frozen=True)
-class Options(study.Options):
-    """The gradients, and the runs."""
-
-    seeds: int = 10  # models of each setting
-    gradients: tuple[Literal["full", "first"], ...] = ("full", "first")  # at K = 0 they are one
+def arms(configs: Sequence[Config], _: study.Options) -> list[Config]:
+    return [replace(c, stop_gradient=c.stop_gradient and c.unroll_steps > 0) for c in configs]
 
 
-def arms(configs: Sequence[Config], options: Options) -> list[Config]:
-    return [
-        replace(config, stop_gradient=gradient == "first" and config.unroll_steps > 0)
-        for config in configs
-        for gradient in options.gradients
-    ]
-
-
-SWEEP = {"activation": ("relu",), "weight_deviation": tuple(WEIGHTS), "unroll_steps": (0, 10)}
-HOOKS = {"options": Options(), "arms": arms}
+SWEEP = {"activation": ("relu",), "weight_deviation": tuple(WEIGHTS)}
+SWEEP |= {"unroll_steps": (0, 10), "stop_gradient": (False, True)}
+HOOKS = {"options": study.Options(seeds=10), "arms": arms}
 main = partial(study.main, __doc__, PRESETS, train, report, "mog_nonuniform", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

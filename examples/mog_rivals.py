@@ -21,7 +21,7 @@ The rest of the optimizer is Adam with betas (0.5, 0.999). With K > 0 the genera
 method's own at the discriminator K steps ahead, whose loss has the method's penalties.
 
     python examples/mog_rivals.py                       all methods, K = 0 and 5, 1,500 updates of G
-    python examples/mog_rivals.py --method GAN PacGAN2 --data ring
+    python examples/mog_rivals.py --method GAN PacGAN2 --mixture ring
 """
 
 from collections.abc import Iterator, Mapping

@@ -13,7 +13,7 @@ first, is measured over training.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lab import planar, runs, seeds, study
@@ -22,11 +22,6 @@ from torch import Tensor, nn
 
 import unroll
 
-GRADIENTS = {
-    "full": {},
-    "first": {"stop_gradient": True},
-    "averaged": {"stop_gradient": True, "average": True},
-}
 CURVES = {
     "modes": "modes captured",
     "percent_outside": "samples outside the figures (%)",
@@ -45,8 +40,8 @@ class Config(study.SideBySide):
     samples: int = 2500  # behind every metric
     compile: bool = True  # compile the look-ahead step and its adjoint
     evaluate_every: int = 250  # pairs
-    stop_gradient: bool = False
-    average: bool = False
+    stop_gradient: bool = False  # only the first term of Eq. 12
+    average: bool = False  # G's loss is the mean of f_1..f_K; the first term alone, as the paper's
     pairs: int = 25_000  # with more G steps, fewer: the same number of updates in all
     batch_size: int = 512  # ours
 
@@ -121,16 +116,7 @@ def report(results: study.Results) -> str:
     return planar.report_by(name, data, results, **how)
 
 
-@dataclass(frozen=True)
-class Options(study.Options):
-    """The gradients, and the runs."""
-
-    seeds: int = 5  # models of each setting
-    gradients: tuple[Literal["full", "first", "averaged"], ...] = ("full", "first", "averaged")
-
-
-def arms(configs: Sequence[Config], options: Options) -> list[Config]:
-
+def arms(configs: Sequence[Config], _: study.Options) -> list[Config]:
     def as_many(pairs: int, steps: int) -> int:
         return max(2 * pairs // (1 + steps), 1)
 
@@ -139,19 +125,16 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
             config,
             pairs=as_many(config.pairs, config.generator_steps),
             evaluate_every=as_many(config.evaluate_every, config.generator_steps),
-            **GRADIENTS[gradient],
+            average=config.average and config.stop_gradient,
         )
-        for gradient in options.gradients
         for config in configs
     ]
 
 
-SWEEP = {"unroll_steps": (1, 3, 5, 10, 20), "generator_steps": (1, 5)}
-HOOKS = {
-    "options": Options(),
-    "arms": arms,
-    "rows": partial(planar.late_rows, also=["second_term"]),
-}
+SWEEP = {"stop_gradient": (False, True), "average": (False, True)}
+SWEEP |= {"unroll_steps": (1, 3, 5, 10, 20), "generator_steps": (1, 5)}
+ROWS = partial(planar.late_rows, also=["second_term"])
+HOOKS = {"options": study.Options(seeds=5), "arms": arms, "rows": ROWS}
 main = partial(study.main, __doc__, PRESETS, train, report, "mog_second_gradient", SWEEP, **HOOKS)
 if __name__ == "__main__":
     main()

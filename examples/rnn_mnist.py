@@ -203,8 +203,7 @@ def report(results: study.Results) -> str:
 
 
 def arms(configs: Sequence[Config], options: Options) -> list[Config]:
-    known = classifier.prepared(options)
-    judge = {"classifier": known["hash"], "classifier_accuracy": known["test_accuracy"]}
+    judge = classifier.prepared(options)
     standard = options.standard_pairs
     return [
         replace(c, **judge, pairs=c.pairs if c.unroll_steps else standard or c.pairs)

@@ -13,7 +13,7 @@ D in the generator's loss.
 An iteration ("pair") is one G update, then one D update (five with the ResNets), as in their code.
 
     python examples/rsgan.py --preset cifar --game JS Rp --unroll-steps 0 1
-    python examples/rsgan.py --data-root FOLDER --measure CLASSIFIER.pt --record
+    python examples/rsgan.py --data-root FOLDER --features CLASSIFIER.pt --record
 """
 
 import copy
@@ -100,7 +100,7 @@ PRESETS = {c.preset: c for c in (SMALL, CIFAR, CIFAR_RESNET, STL, STL_RESNET)}
 class Options(study.DataOptions):
     """What measures the images, the data and the runs."""
 
-    measure: str | None = None  # features behind the metrics: inception, a checkpoint, file.py:name
+    features: str | None = None  # behind the metrics: inception, a checkpoint, file.py:name
 
 
 @torch.no_grad()
@@ -176,9 +176,9 @@ def train(config: Config, options: Options, line: int) -> None:
         }
         discriminator.train()
         shown = as_bytes(fake[:16])
-        if options.measure is None or pairs == 0:
+        if options.features is None or pairs == 0:
             return row | dict.fromkeys(image_metrics.METRICS, math.nan), shown
-        extractor = features.load(options.measure, config.device)
+        extractor = features.load(options.features, config.device)
         return row | image_metrics.measure(extractor(as_bytes(fake)), reference(extractor)), shown
 
     unrolled = unroll.UnrolledGeneratorLoss(discriminator, d_optimizer, game, **config.look_ahead)
@@ -205,8 +205,8 @@ def report(results: study.Results) -> str:
 
 
 def arms(configs: Sequence[Config], options: Options) -> list[Config]:
-    if options.record and options.measure is None:
-        raise ValueError("--record needs --measure: a record without metrics says nothing")
+    if options.record and options.features is None:
+        raise ValueError("--record needs --features: a record without metrics says nothing")
     first = configs[0]
     networks(first.structure, first.image_size, first.width)
     data, test = (
@@ -215,8 +215,8 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     )
     apart = "" if not torch.equal(data.pixels, test.pixels) else ", none apart for the metrics"
     facts = {"data": f"{data.name}, {len(data.pixels):,} images{apart}"}
-    if options.measure:
-        facts["features"] = features.load(options.measure, options.device).name
+    if options.features:
+        facts["features"] = features.load(options.features, options.device).name
     return [
         replace(config, **facts, decay_until=max(config.pairs, config.decay_until))
         for config in configs

@@ -31,6 +31,7 @@ from lab.figures import images
 from lab.metrics import classifier, coverage
 from lab.networks import dcgan, joined
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import unroll
 
@@ -155,7 +156,7 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     if options.data_score:
         data_score(options, known, configs[0].samples)
         sys.exit()
-    return [replace(config, classifier=known["hash"]) for config in configs]
+    return [replace(config, classifier=known["classifier"]) for config in configs]
 
 
 def data_score(options: Options, known: Mapping[str, Any], count: int) -> None:
@@ -169,11 +170,11 @@ def data_score(options: Options, known: Mapping[str, Any], count: int) -> None:
             "samples": count,
             "seed": seed,
             **coverage.mode_metrics(coverage.stack_labels(labels), MODES),
-            "classifier": known["hash"],
-            "test_accuracy": known["test_accuracy"],
+            "classifier": known["classifier"],
+            "test_accuracy": known["classifier_accuracy"],
             **runs.provenance(),
         }
-        print(f"seed {seed}: {row['modes']} modes, reverse KL {row['reverse_kl']:.4f}")
+        tqdm.write(f"seed {seed}: {row['modes']} modes, reverse KL {row['reverse_kl']:.4f}")
         if options.record:
             path = options.records / "stacked_mnist_data.csv"
             records.append(path, row, key=("samples", "seed", "classifier"))

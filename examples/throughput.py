@@ -5,7 +5,7 @@ process on one core, and so is the making of their real batches (stacking, colou
 be below 2 % of a pair with K = 0. Of models that are trained side by side, one's part counts.
 
     python examples/throughput.py --record
-    python examples/throughput.py --experiments stacked_mnist --presets paper --timed 50
+    python examples/throughput.py --experiment stacked_mnist --preset paper --pairs 50
     python examples/throughput.py --against ../another/checkout
 """
 
@@ -22,9 +22,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import tyro
-from lab import records, study, timed
+from lab import columns, records, runs, timed
 from lab.metrics import classifier
+from tqdm import tqdm
 
 EXAMPLES = Path(__file__).resolve().parent
 WARM_UP = 3
@@ -45,13 +47,13 @@ class Options:
     classifier: Path | None = None  # tells digits apart; else $UNROLL_CLASSIFIER, else trained once
     record: bool = False  # append the rows to the record
     records: Path = records.RESULTS  # the folder of the records
-    experiments: tuple[Literal[tuple(STEPS)], ...] = tuple(STEPS)
-    presets: tuple[Literal["small", "paper"], ...] = ("small", "paper")
+    experiment: tuple[Literal[tuple(STEPS)], ...] = tuple(STEPS)
+    preset: tuple[Literal["small", "paper"], ...] = ("small", "paper")
     unroll_steps: tuple[int, ...] = ()  # look-ahead steps, if not those of the experiment
-    batch_sizes: tuple[int, ...] = ()  # those to time, if not the preset's
+    batch_size: tuple[int, ...] = ()  # those to time, if not the preset's
     seeds: int = 8  # models that are trained side by side, where the experiment can
     against: Path | None = None  # a checkout whose pairs are timed by turns with these
-    timed: int = 10  # pairs
+    pairs: int = 10  # that are timed
     most_seconds: float = 20.0  # no pair is begun after that many, but one is timed
 
 
@@ -66,9 +68,9 @@ def server(root: Path, *given: Any) -> subprocess.Popen[str]:
 
 def rows(options: Options) -> Iterator[dict[str, Any]]:
     """Measure what the command line asks for, a row an experiment, preset, K and revision."""
-    for name in options.experiments:
-        steps, sizes = options.unroll_steps or STEPS[name], options.batch_sizes or (None,)
-        for preset, k, size in product(options.presets, steps, sizes):
+    for name in options.experiment:
+        steps, sizes = options.unroll_steps or STEPS[name], options.batch_size or (None,)
+        for preset, k, size in product(options.preset, steps, sizes):
             own = {"unroll_steps": k, "seeds": options.seeds}
             own |= {"batch_size": size} if size else {}
             with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +105,7 @@ def by_turns(
         read = [json.loads(side.stdout.readline()) for side in sides]
         seconds: list[list[list[float]]] = [[] for _ in sides]
         began = time.perf_counter()
-        for turn in range(WARM_UP + options.timed):
+        for turn in range(WARM_UP + options.pairs):
             for side, found in zip(sides, seconds, strict=True):
                 print(file=side.stdin, flush=True)
                 found.append(json.loads(side.stdout.readline()))
@@ -122,17 +124,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         classifier.prepared(options)
     except (OSError, RuntimeError, ValueError) as error:
-        study.refuse(error)
-    for row in rows(options):
-        share = row["data_seconds_a_pair"] / row["seconds_a_pair"]
-        print(
-            f"{row['experiment']}, {row['preset']}, K = {row['unroll_steps']}, batches of "
-            f"{row['batch_size']}, {row['revision']}: {1e3 * row['seconds_a_pair']:.1f} ms a pair, "
-            f"data {100 * share:.2f} %, {row['images_a_second']:,.0f} images/s",
-            flush=True,
-        )
+        runs.refuse(error)
+    found = []
+    for row in tqdm(rows(options), unit="setting"):
+        named = "{experiment}, {preset}, K = {unroll_steps}, {revision}".format_map(row)
+        found.append(row | {"setting": named})
         if options.record:
             records.append(options.records / "throughput.csv", row, key=KEY)
+    frame = pd.DataFrame(found)
+    measured = "seconds_a_pair", "data_seconds_a_pair", "images_a_second"
+    print(columns.table(frame, ["batch_size", "pairs", *measured]))
+    share = (frame["data_seconds_a_pair"] / frame["seconds_a_pair"]).max()
+    print(f"\nIts data take at most {100 * share:.2g} % of a pair.")
 
 
 if __name__ == "__main__":

@@ -79,9 +79,8 @@ class Config(study.SideBySide):
 
     @property
     def label(self) -> str:
-        return f"{self.game}-GAN, K = {self.unroll_steps}" + ", collapsed" * (
-            self.start == "collapsed"
-        )
+        collapsed = ", collapsed" * (self.start == "collapsed")
+        return f"{self.game}-GAN, K = {self.unroll_steps}{collapsed}"
 
 
 PAPER = Config()

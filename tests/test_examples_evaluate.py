@@ -62,7 +62,7 @@ def network(folder: Path, name: str = "build") -> str:
 
 def measured(fake: Path, real: Path, tmp_path: Path, **settings: Any) -> dict[str, Any]:
     evaluate = example("evaluate")
-    given = {"features": network(tmp_path), "size": 8} | settings
+    given = {"features": network(tmp_path), "image_size": 8} | settings
     row: dict[str, Any] = evaluate.evaluate(evaluate.Config(str(fake), str(real), **given))
     return row
 
@@ -190,7 +190,7 @@ def test_a_classifier_is_trained_recorded_used_and_never_overwritten(
         ({"--features": "damaged.pt"}, "damaged.pt is not such a checkpoint"),
         ({"--features": "absent.pt"}, "absent.pt, which does not exist"),
         ({"FAKE": "damaged.pt", "--sampler": "network.py:no"}, "--sampler must be the name of"),
-        ({"--samples": "0"}, "--samples and --size must be positive"),
+        ({"--samples": "0"}, "--samples and --image-size must be positive"),
         ({"--records": "fake/0.png"}, "--records must be in a folder that can be written"),
         ({"--device": "no"}, "no"),
         (
@@ -199,7 +199,7 @@ def test_a_classifier_is_trained_recorded_used_and_never_overwritten(
                 "--sampler": "network.py:sampler",
                 "--features": "network.py:build",
             },
-            "--size must be that of the generated images, 16, got 8",
+            "--image-size must be that of the generated images, 16, got 8",
         ),
     ],
 )
@@ -216,7 +216,9 @@ def test_bad_input_is_refused_by_name(
     (tmp_path / "good.pt").touch()
     network(tmp_path)
     monkeypatch.chdir(tmp_path)
-    given = {"FAKE": "fake", "REAL": "fake", "--size": "8"} | {"--features": "network.py:build"}
+    given = {"FAKE": "fake", "REAL": "fake", "--image-size": "8"} | {
+        "--features": "network.py:build"
+    }
     given |= change
     options = [part for name, value in given.items() if name[0] == "-" for part in (name, value)]
     options += ["--record"] * ("--records" in given)

@@ -71,7 +71,7 @@ def flags(files: dict[str, Path]) -> list[object]:
 
 
 def options(name: str, files: dict[str, Path]) -> Any:
-    return replace(example(name).Options(), **files)
+    return replace(example(name).HOOKS["options"], **files)
 
 
 @pytest.mark.parametrize(("name", "settings"), ARMS)
@@ -282,7 +282,7 @@ def test_a_command_records_draws_and_overwrites_nothing(
     given = [*arguments, *flags(files(name)), "--record"]
     if name == "rsgan":
         (tmp_path / "network.py").write_text(NETWORK)
-        given += ["--measure", f"{tmp_path / 'network.py'}:build"]
+        given += ["--features", f"{tmp_path / 'network.py'}:build"]
     out = Path(command(name, tmp_path, *given))
     found = rows(tmp_path / f"{name}.csv")
     assert sorted(tuple(row[c] for c in VARIED[name]) for row in found) == sorted(expected)
@@ -319,8 +319,8 @@ def test_a_command_records_draws_and_overwrites_nothing(
         ("cifar10", ("--batch-size", 1), "--batch-size must be at least 2"),
         ("rsgan", ("--image-size", 40), "--image-size must be one of [32, 48] for dcgan, got 40"),
         ("rsgan", ("--width", "bottleneck"), "--width bottleneck is of the ResNets"),
-        ("rsgan", ("--measure", "absent.pt"), "absent.pt, which does not exist"),
-        ("rsgan", ("--record",), "--record needs --measure"),
+        ("rsgan", ("--features", "absent.pt"), "absent.pt, which does not exist"),
+        ("rsgan", ("--record",), "--record needs --features"),
         ("rsgan", ("--preset", "stl10"), "STL-10 is neither whole in"),
     ],
 )
@@ -336,7 +336,7 @@ def test_bad_arguments_are_refused_before_any_work(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(example("lab.data.image_folder").STL10, "__init__", fail)
+    monkeypatch.setattr("torchvision.datasets.STL10.__init__", fail)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     own = files(name) if "--preset" not in arguments else {}
@@ -388,8 +388,8 @@ def test_samples_of_a_finished_run_are_written_once(
 def test_throughput_times_pairs_and_their_data_by_turns(
     files: Callable[[str], dict[str, Path]], tmp_path: Path
 ) -> None:
-    given = ("--experiments", "stacked_mnist", "--presets", "small", "--timed", 2, "--record",
-             "--unroll-steps", 0, "--seeds", 2, "--batch-sizes", 4, "--against", ROOT)  # fmt: skip
+    given = ("--experiment", "stacked_mnist", "--preset", "small", "--pairs", 2, "--record",
+             "--unroll-steps", 0, "--seeds", 2, "--batch-size", 4, "--against", ROOT)  # fmt: skip
     own = (*given, *flags(files("stacked_mnist")), "--records", tmp_path)
     example("throughput").main([*map(str, own)])
     lines = (tmp_path / "throughput.csv").read_text().splitlines()
@@ -517,8 +517,8 @@ def _rank(rank: int, world: int, folder: str) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world), **address}
     cifar10.ranks.join("cpu")
     config = replace(cifar10.PRESETS["small"], **ARMS[4][1], ranks=world, pairs=4)
-    out = Path(folder, "out2")
-    cifar10.train(config, cifar10.Options(data_root=Path(folder, "images"), out=out), 0)
+    where = {"data_root": Path(folder, "images"), "out": Path(folder, "out2")}
+    cifar10.train(config, replace(cifar10.HOOKS["options"], **where), 0)
     cifar10.ranks.leave()
 
 

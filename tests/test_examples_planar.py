@@ -105,7 +105,7 @@ COMMANDS: list[tuple[str, tuple[object, ...], str, list[tuple[str, ...]], list[s
     ),
     (
         "mog_history",
-        ("--members", 1, 5, "--delays", 3, "--ahead", 1, "--pairs", 2),
+        ("--members", 1, 5, "--delay", 3, "--unroll-steps", 1, "--pairs", 2),
         "mog_history",
         [("0", "1", "1", "True"), ("0", "5", "1", "True"), ("0", "5", "3", "False"),
          ("0", "5", "3", "True"), ("1", "1", "1", "True")],
@@ -135,7 +135,7 @@ COMMANDS: list[tuple[str, tuple[object, ...], str, list[tuple[str, ...]], list[s
     ),
     (
         "mog_rivals",
-        ("--method", "GAN", "WGAN-GP 10", "--data", "ring", "--unroll-steps", 0, "--pairs", 2),
+        ("--method", "GAN", "WGAN-GP 10", "--mixture", "ring", "--unroll-steps", 0, "--pairs", 2),
         "mog_rivals",
         [("GAN", "4"), ("WGAN-GP 10", "12")],  # the second has five critic steps
         ["mog_rivals_ring.png", "mog_rivals_costs.png"],
@@ -228,6 +228,25 @@ def test_bad_arguments_are_refused_before_any_work(
     error = refused(name, tmp_path, capsys, *arguments)
     assert arguments[1].removesuffix(".0") in error
     assert arguments[0].lstrip("-") in error
+
+
+def test_the_time_of_a_run_is_that_of_the_runs_on_record_that_are_most_like_it(
+    tmp_path: Path,
+) -> None:
+    record = tmp_path / "mog_seeds.csv"
+    head = "preset,unroll_steps,width,batch_size,pairs,seeds_together,seconds"
+    like = ("paper,10,128,512,100,2,60", "paper,10,128,512,100,10,200")
+    other = ("paper,10,128,64,100,2,1", "paper,0,128,512,100,2,1")
+    record.write_text("\n".join([head, *like, *other]))
+    study, paper = example("lab.study"), example("mog").PRESETS["paper"]
+    for seeds, pairs, seconds in ((1, 100, 60), (2, 200, 120), (9, 100, 200), (20, 100, 400)):
+        config = replace(paper, seeds=seeds, pairs=pairs)
+        assert study._seconds(config, record) == seconds
+    line = study._start_line([config], study.Options(workers=1), record)
+    assert "about 7 min on 1 core, measured in docs/results/mog_seeds.csv" in line
+    config = replace(paper, batch_size=7)
+    line = study._start_line([config], study.Options(), record)
+    assert "no time on record" in line
 
 
 def test_the_help_says_where_values_come_from(capsys: pytest.CaptureFixture[str]) -> None:

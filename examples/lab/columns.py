@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,3 +45,16 @@ def shown(values: Sequence[float]) -> str:
         return f"{mean:,.0f}" if float(mean).is_integer() else f"{mean:,.4g}"
     digits = min(max(1 - math.floor(math.log10(error)), 0), 5)
     return f"{mean:,.{digits}f} ± {error:,.{digits}f}"
+
+
+def table(rows: pd.DataFrame, names: Sequence[str]) -> str:
+    """Return the means of columns with standard errors, and what they are, by "setting"."""
+    settings = rows.groupby("setting", sort=False)
+    text = pd.DataFrame({title(name): settings[name].agg(shown) for name in names})
+    return f"\n{text.rename_axis(None).to_string()}\n\n{explained(names)}"
+
+
+def sentence(rows: pd.DataFrame, name: str, text: str) -> str:
+    """Return a sentence on the means of a column: "K = 0 holds 1 of 8 modes, K = 10 8"."""
+    means = rows.groupby("setting", sort=False)[name].agg(lambda values: moments(values)[0])
+    return ", ".join(f"{label} {text.format(f'{mean:.3g}')}" for label, mean in means.items()) + "."

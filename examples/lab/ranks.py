@@ -5,14 +5,11 @@ in step, and the first rank's checkpoint serves all of them.
 """
 
 import os
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-Network = TypeVar("Network", bound=nn.Module)
 
 
 def join(device: str) -> str:
@@ -52,7 +49,7 @@ def share(batch: Tensor) -> Tensor:
     return batch.chunk(count())[dist.get_rank()] if dist.is_initialized() else batch
 
 
-def wrapped(network: Network) -> Network | DistributedDataParallel:
+def wrapped(network: nn.Module) -> nn.Module:
     """Return a network whose gradients are averaged over the ranks."""
     if not dist.is_initialized():
         return network

@@ -6,12 +6,13 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.nn.utils import get_total_norm
@@ -31,6 +32,25 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Stop before any work, and say why."""
+    tqdm.write(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Refuse a folder in which no file can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{flag} must be in a folder that can be written to, {folder} cannot ({error}): give "
+            "another one"
+        ) from error
 
 
 def provenance() -> dict[str, str]:
@@ -127,6 +147,19 @@ def check(path: Path, settings: Mapping[str, Any], *, length: str) -> None:
         raise ValueError(f"{path} cannot be resumed, it has {was}: use another folder")
 
 
+def bar(config: Any, line: int = 0, **how: Any) -> "tqdm[int]":
+    """Return the progress bar of a run, drawn."""
+    counts = "epochs" if hasattr(config, "epochs") else "pairs"
+    return tqdm(
+        desc=f"{config.label}, {config.models}",
+        total=getattr(config, counts),
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        position=line,
+        unit=counts[:-1],
+        **how,
+    )
+
+
 def iterate(
     config: Any,
     options: Any,
@@ -182,15 +215,7 @@ def iterate(
             save(path, settings, parts, rng, log)
         saved = time.perf_counter()
 
-    progress = tqdm(
-        range(done + 1, length + 1),
-        f"{config.label}, {config.models}",
-        total=length,
-        initial=done,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-        position=line,
-        unit=counts[:-1],
-    )
+    progress = bar(config, line, iterable=range(done + 1, length + 1), initial=done)
     if not history:
         look(0)
     for number in progress:
@@ -212,6 +237,8 @@ def run_all(
 ) -> Iterator[Any]:
     """Yield results as runs finish; `run` gets its settings and a line for its progress bar."""
     workers = min(workers or cores(device), len(settings))
+    for line, one in enumerate(settings[:workers]):
+        bar(one, line).disable = True  # until its own is drawn over it, after imports and compiling
     if workers == 1:
         yield from (run(one, 0) for one in settings)
         return

@@ -10,24 +10,24 @@ are those of `Options`.
 import argparse
 import inspect
 import json
+import math
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import pandas as pd
 import torch
 import tyro
 
-from lab import records, runs
-from lab.columns import explained, moments, shown, title
+from lab import columns, records, runs
 from lab.records import RESULTS
 
+FLAGS = {"data": "mixture", "peak_lr": "peak-learning-rate"}  # whose records have an older name
 POSITIVE = re.compile("(_rate|r_steps|_every|samples|width|size|^pairs|^epochs|^members|^delay)$")
 
 
@@ -123,14 +123,13 @@ class DataOptions(Options):
     data_root: Path | None = None  # of MNIST/raw or images; else $UNROLL_DATA or data/, downloaded
 
 
-def comments(kind: type) -> Mapping[str, str]:
-    """Return the comments beside the fields of a dataclass."""
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__[:-1]):
-        for line in inspect.getsource(base).splitlines():
-            if match := re.match(r"    (\w+): .*?  # (.*)", line):
-                found[match[1]] = match[2]
-    return found
+def described(given: Any) -> dict[str, tuple[Any, Any, str]]:
+    """Return type, value and comment of the fields that have a comment beside them."""
+    said: dict[str, str] = {}
+    for base in reversed(type(given).__mro__[:-1]):
+        said |= re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(base), re.MULTILINE)
+    types, names = get_type_hints(type(given)), type(given).__match_args__
+    return {name: (types[name], getattr(given, name), said[name]) for name in names if name in said}
 
 
 def command_line(
@@ -145,22 +144,24 @@ def command_line(
     parser.add_argument("--preset", choices=presets, default=next(iter(presets)))
     preset = parser.parse_known_args(arguments)[0].preset
     base = presets[preset]
-    names = Literal[tuple(presets)]
-    flags: dict[str, Any] = {"preset": (names, preset, "what all other flags start from")}
-    for given in (base, options):
-        types, said = get_type_hints(type(given)), comments(type(given))
-        for name in (n for n in type(given).__match_args__ if n in said):
-            flags[name] = types[name], getattr(given, name), said[name]
+    own, of_runs = described(base), described(options)
+    flags: dict[str, Any] = {
+        "preset": (Literal[tuple(presets)], preset, "what all other flags start from")
+    }
+    flags |= own | of_runs
     for name, several in sweep.items():
         kind, value, said = flags[name]
         flags[name] = tuple[kind, ...], tuple(several or (value,)), said
-    typed = [(n, Annotated[k, tyro.conf.arg(help=said)], v) for n, (k, v, said) in flags.items()]
+    typed = [
+        (name, Annotated[kind, tyro.conf.arg(name=FLAGS.get(name), help=said)], value)
+        for name, (kind, value, said) in flags.items()
+    ]
     command = make_dataclass("Command", typed)
     config = (tyro.conf.FlagCreatePairsOff,)
     chosen = vars(tyro.cli(command, description=doc, args=arguments, config=config))
-    own = {n: v for n, v in chosen.items() if n in type(base).__match_args__ and n not in sweep}
-    of_runs = {n: v for n, v in chosen.items() if n in type(options).__match_args__}
-    return replace(base, **own), {n: chosen[n] for n in sweep}, replace(options, **of_runs)
+    base = replace(base, **{name: chosen[name] for name in own if name not in sweep})
+    options = replace(options, **{name: chosen[name] for name in of_runs})
+    return base, {name: chosen[name] for name in sweep}, options
 
 
 def configurations(base: Any, sweep: Mapping[str, Sequence[Any]], options: Options) -> list[Any]:
@@ -194,51 +195,38 @@ def _refuse_overwriting(configs: Sequence[Any], options: Options) -> None:
         runs.check(path, asdict(config), length=config.grows)
 
 
-def refuse(error: Exception) -> NoReturn:
-    """Stop before any work, and say why."""
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
-def check_writable(flag: str, folder: Path) -> None:
-    """Refuse a folder in which no file can be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{flag} must be in a folder that can be written to, {folder} cannot ({error}): give "
-            "another one"
-        ) from error
-
-
 def _start_line(configs: Sequence[Any], options: Options, record: Path) -> str:
     """Say what is run, how long it took before, and where it is written."""
     first = configs[0]
     labels = ", ".join(dict.fromkeys(config.label for config in configs))
     length = f"{first.epochs:,} epochs" if hasattr(first, "epochs") else f"{first.pairs:,} pairs"
     models = f"{options.seeds} model{'s' * (options.seeds > 1)} of each"
-    seconds = sum(_seconds(config, record) for config in configs)
-    cores = options.workers or runs.cores(options.device)
-    minutes = seconds / 60 / min(cores, len(configs))
-    about = f"about {max(minutes, 1):,.0f} min here before" if minutes == minutes else "no record"
+    workers = min(options.workers or runs.cores(options.device), len(configs))
+    minutes = sum(_seconds(config, record) for config in configs) / 60 / workers
+    about = f"about {max(minutes, 1):,.0f} min on {workers} core{'s' * (workers > 1)}"
+    source = f"measured in docs/results/{record.name}"
+    about = "no time on record" if math.isnan(minutes) else f"{about}, {source}"
     ends = f"{models}, {length} ({about}). Written to {options.out}/."
     return f"Preset {first.preset}: {labels}; {ends}"
 
 
 def _seconds(config: Any, record: Path) -> float:
-    """Return how long a run took, by the record; NaN where there is none like it."""
+    """Return how long a run took, by the record; NaN where there is none like it.
+
+    The seconds of models side by side are those of all: fewer of them hardly take less.
+    """
     if not record.exists():
         return float("nan")
     found, wanted = pd.read_csv(record), records.renamed(asdict(config))
-    for name in ("preset", "unroll_steps", "game", "width", "size"):
+    for name in ("preset", "unroll_steps", "game", "width", "size", "batch_size"):
         if name in found and name in wanted:
             found = found[found[name] == wanted[name]]
-    length = "epochs" if "epochs" in wanted else "pairs"
-    together = found.get("seeds_together", 1)  # models that the seconds are of
-    per_model = (found["seconds"] / found[length] / together).median()
-    return float(per_model * wanted[length] * wanted.get("seeds", 1))
+    length, times = "epochs" if "epochs" in wanted else "pairs", wanted.get("seeds", 1)
+    if "seeds_together" in found:
+        far = (found["seeds_together"] - times).abs()
+        found = found[far == far.min()]
+        times = (times / found["seeds_together"]).clip(lower=1)
+    return float((found["seconds"] / found[length] * times).median() * wanted[length])
 
 
 def models(config: Any, log: Mapping[str, Any]) -> list[tuple[int, list[dict[str, Any]]]]:
@@ -316,18 +304,13 @@ class Results:
         """Return the results of the settings that are chosen."""
         return Results([config for config in self.configs if chosen(config)], self.options)
 
-    def table(self, *columns: str) -> None:
-        """Print the means of the last metrics with standard errors, and what the columns are."""
-        settings = self.last.groupby("setting", sort=False)
-        text = pd.DataFrame({title(name): settings[name].agg(shown) for name in columns})
-        text.insert(0, "models", settings.size())
-        print(f"\n{text.rename_axis(None).to_string()}\n\n{explained(columns)}")
+    def table(self, *names: str) -> None:
+        """Print the means of the last metrics over models."""
+        counts = self.last.groupby("setting")["seed"].transform("size")
+        print(columns.table(self.last.assign(models=counts), ["models", *names]))
 
     def sentence(self, metric: str, text: str) -> str:
-        """Return a sentence on the mean of a metric: "K = 0 holds 1 of 8 modes, K = 10 8"."""
-        means = self.last.groupby("setting", sort=False)[metric].agg(lambda v: moments(v)[0])
-        found = [f"{label} {text.format(f'{mean:.3g}')}" for label, mean in means.items()]
-        return ", ".join(found) + "."
+        return columns.sentence(self.last, metric, text)
 
 
 def main(
@@ -364,13 +347,14 @@ def main(
         base, swept, options = command_line(doc, presets, sweep, options, arguments)
         torch.empty(0, device=options.device)
         configs = configurations(base, swept, options)
-        configs = list(dict.fromkeys(arms(configs, options) if arms else configs))
+        with runs.bar(configs[0], leave=False):  # while data are read
+            configs = list(dict.fromkeys(arms(configs, options) if arms else configs))
         _refuse_overwriting(configs, options)
-        check_writable("--out", options.out)
+        runs.check_writable("--out", options.out)
         if options.record:
-            check_writable("--records", options.records)
+            runs.check_writable("--records", options.records)
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        refuse(error)
+        runs.refuse(error)
 
     record = record if isinstance(record, str) else record(options)
     path = options.records / f"{record}.csv"

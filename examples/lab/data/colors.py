@@ -7,10 +7,10 @@ colors.js_divergence(found_in_data, found_in_samples)          # in nats
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.neighbors import KernelDensity
 from torch import Tensor
 
 DEVIATION = 0.5  # of the colours
@@ -104,8 +104,10 @@ def js_divergence(data: Tensor, model: Tensor, *, seed: int = 0) -> float:
     return max(divergence, 0.0)  # the estimate may be below
 
 
-def densities(data: Tensor, *others: Tensor) -> list[KernelDensity]:
+def densities(data: Tensor, *others: Tensor) -> list[Any]:
     """Return kernel densities of colours, in coordinates that make the data's covariance I."""
+    from sklearn.neighbors import KernelDensity  # slow to import
+
     points = [colours.detach().cpu().double().numpy() for colours in (data, *others)]
     root = np.linalg.cholesky(np.cov(points[0].T))
     factor = len(points[0]) ** (-1 / 7)

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.datasets import MNIST
 
 from lab.data.pixels import as_floats
 
@@ -53,6 +52,8 @@ def mnist(root: Path | None = None, *, train: bool = True, size: int = 28) -> Di
 
     Without either they are in `data/`, to which they are downloaded.
     """
+    from torchvision.datasets import MNIST  # slow to import
+
     if size not in SIZES:
         raise ValueError(f"size must be one of {SIZES}, got {size}")
     given = root or os.environ.get("UNROLL_DATA")

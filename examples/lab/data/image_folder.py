@@ -14,14 +14,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets import CIFAR10, STL10
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import resize
 
 from lab.runs import write_atomically
 
 SPLITS = ("train", "test")
-BATCHES = CIFAR10.base_folder  # what torchvision calls its copy of CIFAR-10
+BATCHES = "cifar-10-batches-py"  # what torchvision calls its copy of CIFAR-10
 Sampler = Callable[[int, torch.Generator], Tensor]  # how many -> images of bytes
 
 
@@ -66,6 +63,9 @@ def load(
 @cache
 def stl10(size: int) -> Images:
     """Return STL-10's unlabelled images, resized: RS-GAN both trains and evaluates on them."""
+    from torchvision.datasets import STL10  # slow to import
+    from torchvision.transforms.functional import resize
+
     root = Path(os.environ.get("UNROLL_DATA", "data"))
     root = root if (root / STL10.base_folder).exists() else Path("data")
     try:
@@ -87,6 +87,8 @@ def subset(pixels: Tensor, count: int, seed: int = 0) -> Tensor:
 
 
 def _cifar10(root: Path, split: str, size: int) -> Images:
+    from torchvision.datasets import CIFAR10  # slow to import
+
     try:
         found = CIFAR10(root, train=split == "train", download=not (root / BATCHES).exists())
     except (OSError, RuntimeError) as error:
@@ -103,6 +105,8 @@ def _cifar10(root: Path, split: str, size: int) -> Images:
 
 
 def _folder(root: Path, split: str, size: int, cache: Path) -> Images:
+    from torchvision.datasets.folder import IMG_EXTENSIONS  # slow to import
+
     parts = [name for name in SPLITS if (root / name).is_dir()]
     if parts and split not in parts:
         raise FileNotFoundError(f"--data-root {root} has a folder {parts[0]}, but none for {split}")

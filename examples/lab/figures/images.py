@@ -9,7 +9,6 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
 from lab import study
 from lab.data.pixels import as_floats
@@ -19,12 +18,16 @@ from lab.runs import write_atomically
 
 def tile(images: Tensor, columns: int = 8) -> Tensor:
     """Return one image `(3, height, width)` in [0, 1] of all, row by row, on white."""
+    from torchvision.utils import make_grid  # slow to import
+
     unit = images.detach().float().cpu().add(1).div(2).clamp(0, 1)
     return make_grid(unit, nrow=columns, padding=1, pad_value=1.0)
 
 
 def write(path: Path, images: Tensor, columns: int = 8) -> None:
     """Write the images as one, pixel by pixel."""
+    from torchvision.utils import save_image  # slow to import
+
     write_atomically(path, partial(save_image, tile(images, columns), format="png"))
 
 

@@ -41,7 +41,7 @@ class Options(study.DataOptions):
 
 
 def prepared(options: Options) -> dict[str, Any]:
-    """Read the data, train the classifier if there is none, and return what is known of it."""
+    """Read the data, train the classifier if there is none, and return its hash and accuracy."""
     digits.mnist(options.data_root)
     if not found(options.classifier).exists():
         if options.classifier is not None:
@@ -104,9 +104,7 @@ def train(
         for index in torch.randperm(len(data), generator=rng).split(128):
             logits = trained(deformed(data.at(index), rng))
             loss = functional.cross_entropy(logits, data.labels[index], label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            study.step(optimizer, loss)
             cycle.step()
     right = classify(trained.eval(), as_floats(test.images)) == test.labels
     accuracy = round(100 * right.float().mean().item(), 2)
@@ -159,10 +157,10 @@ def load(path: Path | None = None, device: str | torch.device = "cpu") -> nn.Seq
 
 
 def facts(path: Path | None = None) -> dict[str, Any]:
-    """Return what is known of the classifier in a file: test accuracy, hash, how it was trained."""
+    """Return what the settings of an experiment say of the classifier in a file."""
     content = torch.load(found(path), map_location="cpu", weights_only=True)
-    known: dict[str, Any] = content["facts"]
-    return known | {"hash": content["hash"]}
+    accuracy = content["facts"]["test_accuracy"]
+    return {"classifier": content["hash"], "classifier_accuracy": accuracy}
 
 
 def found(path: Path | None = None) -> Path:

@@ -11,7 +11,6 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.cluster import MiniBatchKMeans
 
 from lab.metrics.features import Embedding
 
@@ -72,6 +71,8 @@ def measure(fake: Embedding, real: Embedding, *, seed: int = 0) -> dict[str, flo
 
 def prd(fake: Floats, real: Floats, *, seed: int = 0) -> tuple[Floats, Floats]:
     """Return the precision-recall distribution of samples: the mean over several clusterings."""
+    from sklearn.cluster import MiniBatchKMeans  # slow to import
+
     count = min(len(fake), len(real))
     rng = np.random.default_rng(seed)
     both = np.concatenate([x[rng.permutation(len(x))[:count]] for x in (fake, real)])
