@@ -28,6 +28,7 @@ ELSEWHERE = {
     "sharded by FSDP": "test_ranks.py",
     "all ranks must take the same": "test_ranks.py",
     "SyncBatchNorm": "test_ranks.py",
+    "scale_grad_by_freq": "zoo_refused.py",
     "masked cannot": "test_transformations.py",
     "quantised": "test_zoo.py",
     "runs uncompiled": "test_compile.py",

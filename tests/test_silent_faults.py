@@ -19,6 +19,7 @@ from torchopt.pytree import tree_map
 import unroll
 from tests.players import train
 from tests.settings import DEVICE, randn
+from tests.zoo_networks import Labelled
 
 Loss = unroll.UnrolledGeneratorLoss
 
@@ -537,6 +538,18 @@ def test_a_layer_norm_is_right_however_it_is_called_where_there_is_no_penalty() 
         d = Applied(function)
         found.append(torch.autograd.grad(Loss(d, sgd(d), unroll_steps=2)(fake, real), fake))
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-14)
+
+
+def test_gradients_that_are_no_derivatives_are_constants_without_the_second_term() -> None:
+    d = Labelled(nn.Embedding(4, 4, scale_grad_by_freq=True)).to(DEVICE).double()
+    labels = torch.tensor([0, 0, 1, 2, 0], device=DEVICE)
+    fake, real = (fakes().repeat(1, 2)[:, :4], labels), (randn(5, 4), labels)
+    loss = Loss(d, sgd(d), unroll_steps=2, stop_gradient=True)
+    value = loss(fake, real)
+    train(d, sgd(d), [((fake[0].detach(), labels), real)] * 2)
+    torch.testing.assert_close(
+        value, Loss(d, sgd(d), unroll_steps=0)(fake, real), rtol=1e-12, atol=0
+    )
 
 
 def test_a_missing_derivative_of_the_objective_is_named() -> None:

@@ -369,9 +369,6 @@ ZOO: dict[str, Animal] = {
         feed=labelled,
         adam=True,
     ),
-    "embedding by frequency": Animal(
-        lambda: nets.Labelled(nn.Embedding(4, 4, scale_grad_by_freq=True)), feed=labelled
-    ),
     "named outputs, a flag": Animal(
         nets.Named, feed=lambda x: {"x": x, "slope": 1.5}, objective=nets.Auxiliary()
     ),

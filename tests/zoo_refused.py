@@ -180,6 +180,12 @@ REFUSED: dict[str, Refusal] = {
         r"discriminator: the gradient of 'embed\.weight' is sparse.*sparse=False",
         feed=labelled,
     ),
+    "embedding by frequency": Refusal(
+        lambda: _d64(Labelled(nn.Embedding(4, 4, scale_grad_by_freq=True))),
+        RuntimeError,
+        r"discriminator: scale_grad_by_freq=True.*Set it to False, or stop_gradient=True",
+        feed=labelled,
+    ),
     "clips itself": Refusal(
         lambda: _d64(Clamped(data=False)),
         RuntimeError,

@@ -13,14 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unroll._autograd_fixes import RECOMPUTATION, inner_gradients, recomputation_refused
-from unroll._functional import (
-    Functional,
-    Pair,
-    map_tensors,
-    mutation_message,
-    preserved,
-    tensors,
-)
+from unroll._functional import Functional, Pair, map_tensors, mutation_message, preserved, tensors
 from unroll._look_ahead import (
     Game,
     Gradients,
@@ -34,6 +27,7 @@ from unroll._look_ahead import (
 )
 from unroll._modes.checkpointed import refuse_unrepeatable
 from unroll._probes import (
+    ends,
     graph,
     has_dead_ends,
     lost_derivatives,
@@ -133,6 +127,7 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
     _refuse_unregistered(game, loss, batch)
     _refuse_own_parameters(module, loss, batch)
     _refuse_hidden_norms(loss, batch)
+    _refuse_scaled_gradients(loss)
     updated = _own_parameter(module, [*moved.values(), *tensors(state)], [loss, *batch])
     if updated is not None:
         raise RuntimeError(
@@ -183,7 +178,7 @@ def _refuse_outside_autograd(
 def _refuse_unregistered(game: Game, loss: Tensor, until: Iterable[Tensor]) -> None:
     """Refuse tensors that the optimizer trains and the loss uses, but that are not in D."""
     others = {id(t): t for t in game.optimizer.others}
-    found = [others[id(t)] for t in _ends([loss], until) if id(t) in others]
+    found = [others[id(t)] for t in ends([loss], until) if id(t) in others]
     if found:
         shapes = ", ".join(str(tuple(t.shape)) for t in found)
         raise RuntimeError(
@@ -205,6 +200,15 @@ def _refuse_hidden_norms(loss: Tensor, until: Iterable[Tensor]) -> None:
             "replaces it in calls from Python alone, not in code of torch.jit and torch.export or "
             "in torch.ops.aten. Call torch.nn.functional and torch.nn.utils.parametrizations, or "
             "set stop_gradient=True for the first term alone."
+        )
+
+
+def _refuse_scaled_gradients(loss: Tensor) -> None:
+    """Refuse embeddings that divide gradients by counts: PyTorch differentiates past that."""
+    if any(getattr(node, "_saved_scale_grad_by_freq", False) for node in graph([loss])):
+        raise RuntimeError(
+            "discriminator: scale_grad_by_freq=True of an embedding makes gradients that are no "
+            "derivatives of D's loss. Set it to False, or stop_gradient=True of the loss."
         )
 
 
@@ -233,15 +237,8 @@ def _own_parameter(
     module: nn.Module, outputs: Iterable[Tensor], until: Iterable[Tensor]
 ) -> str | None:
     own = {id(p): name for name, p in module.named_parameters()}
-    found = (own.get(id(tensor)) for tensor in _ends(outputs, until))
+    found = (own.get(id(tensor)) for tensor in ends(outputs, until))
     return next((name for name in found if name is not None), None)
-
-
-def _ends(outputs: Iterable[Tensor], until: Iterable[Tensor]) -> list[Tensor]:
-    """Return the leaves that outputs depend on, other than through the tensors in ``until``."""
-    nodes = graph(outputs, [t.grad_fn for t in until if t.grad_fn is not None])
-    variables = (getattr(node, "variable", None) for node in nodes)
-    return [variable for variable in variables if variable is not None]
 
 
 def _refuse_layers(module: nn.Module) -> None:

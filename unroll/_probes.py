@@ -127,6 +127,13 @@ def graph(outputs: Iterable[Tensor], until: Iterable[Node] = ()) -> set[Node]:
     return nodes
 
 
+def ends(outputs: Iterable[Tensor], until: Iterable[Tensor]) -> list[Tensor]:
+    """Return the leaves that outputs depend on, other than through the tensors in ``until``."""
+    nodes = graph(outputs, [t.grad_fn for t in until if t.grad_fn is not None])
+    variables = (getattr(node, "variable", None) for node in nodes)
+    return [variable for variable in variables if variable is not None]
+
+
 def has_dead_ends(nodes: set[Node]) -> bool:
     """Return whether there are missing derivatives, which ``autograd.grad`` may pass by."""
     kinds = ("NotImplemented", "WarnNotImplemented", "Error")
