@@ -50,7 +50,7 @@ def pair_of(name: str, dtype: torch.dtype, warm: int, *, d: Any = deep) -> tuple
     return module, optimizer
 
 
-@pytest.mark.parametrize("warm", [0, 1, 50])
+@pytest.mark.parametrize("warm", [0, 1, 8])  # RAdam divides by the root from the sixth step on
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_k_steps_are_real_steps(name: str, dtype: torch.dtype, warm: int) -> None:
@@ -237,7 +237,7 @@ def test_one_loss_follows_a_training_run() -> None:
     ],
     ids=["adam", "sgd", "rmsprop", "chain", "schedule"],
 )
-@pytest.mark.parametrize("warm", [0, 1, 20])
+@pytest.mark.parametrize("warm", [0, 1, 8])
 def test_a_bare_transformation_with_its_state(transformation: Any, warm: int) -> None:
     """A hand-written torchopt loop, whose state the call gets as ``optimizer_state``."""
     ((fake, real),) = batches(1)
