@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import unroll
 from tests.oracles import plain_difference, relative_error
-from tests.players import batches, train, with_options
-from tests.settings import DEVICE
+from tests.players import batches, fakes, tanh_net, train, with_options
+from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
 from unroll import (
     Objective,
@@ -215,3 +216,61 @@ def test_stop_gradient_projects_too() -> None:
     assert not any(p.requires_grad for p in got.values())
     for name, parameter in wanted.items():
         torch.testing.assert_close(got[name], parameter, rtol=1e-13, atol=1e-15)
+
+
+def test_the_parameters_of_d_in_a_projection_are_refused() -> None:
+    d = tanh_net()
+    anchor: dict[str, Tensor] = dict(d.named_parameters())
+
+    def near(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: p + 0.1 * (anchor[name] - p) for name, p in theta.items()}
+
+    with pytest.raises(
+        RuntimeError, match=r"the update uses D's parameter .* itself .*\.detach\(\)"
+    ):
+        UnrolledGeneratorLoss(
+            d, torch.optim.Adam(d.parameters(), lr=0.05), unroll_steps=2, project=near
+        )(fakes(), randn(5, 3))
+    anchor = {name: p.detach() for name, p in anchor.items()}
+    UnrolledGeneratorLoss(
+        d, torch.optim.Adam(d.parameters(), lr=0.05), unroll_steps=2, project=near
+    )(fakes(), randn(5, 3)).backward()
+    assert all(p.grad is None for p in d.parameters())
+
+
+def in_no_grad(theta: Any) -> Any:
+    with torch.no_grad():
+        for p in theta.values():
+            p.clamp_(-0.01, 0.01)
+    return theta
+
+
+@pytest.mark.parametrize(
+    "project",
+    [
+        in_no_grad,
+        lambda theta: {k: p.detach().clamp(-0.01, 0.01) for k, p in theta.items()},
+        lambda theta: [p.data.clamp_(-0.01, 0.01) for p in theta.values()] and theta,
+    ],
+)
+def test_a_projection_outside_autograd_is_refused(project: Any) -> None:
+    d = tanh_net()
+    with pytest.raises(
+        ValueError, match=r"project: must be differentiable; it changed '0\.weight'"
+    ):
+        UnrolledGeneratorLoss(
+            d, torch.optim.SGD(d.parameters(), lr=0.3), unroll_steps=2, project=project
+        )(fakes(), randn(5, 3))
+
+
+def test_a_projection_of_a_partly_frozen_discriminator_is_no_mistake() -> None:
+    d = tanh_net()
+    d[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(d[2].parameters(), lr=0.3)
+
+    def clip(theta: Any) -> Any:
+        return {name: p.clamp(-0.1, 0.1) for name, p in theta.items()}
+
+    loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2, project=clip)
+    assert unroll.check_gradients(loss, fakes(), fakes()).ok
+    assert loss(fakes(), randn(5, 3)).isfinite()
