@@ -73,3 +73,63 @@ def test_cached_parametrizations_are_evaluated_at_every_step() -> None:
     with parametrize.cached():
         assert torch.equal(loss(fake, real), value)
         assert parametrize._cache_enabled
+
+
+class Applied(nn.Module):
+    """A D with a function of hidden units and a weight in its middle."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function, self.body, self.head = function, nn.Linear(3, 4), nn.Linear(4, 1)
+        self.weight = nn.Parameter(torch.linspace(1, 2, 16).view(4, 4))
+        self.to(DEVICE).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(torch.tanh(self.function(self.body(x), self.weight)))
+        return output
+
+
+ATEN = torch.ops.aten
+PENALISED = unroll.Minimax() + unroll.R1(1.0)
+HIDDEN: dict[str, tuple[Any, Any]] = {  # as torch.export and torch.jit call them, and the game
+    "weight norm": (
+        lambda x, w: x @ ATEN._weight_norm(w, torch.ones_like(w[:, :1]), 0).t(),
+        unroll.Minimax(),
+    ),
+    "layer norm": (lambda x, w: ATEN.layer_norm(x, [4], w[0]), PENALISED),
+    "layer norm, overload": (
+        lambda x, w: ATEN.native_layer_norm.default(x, [4], w[0], None, 1e-5)[0],
+        PENALISED,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_norm_that_cannot_be_replaced_is_refused_where_its_derivative_is_wrong(name: str) -> None:
+    function, game = HIDDEN[name]
+    d, fake, real = Applied(function), fakes(), randn(5, 3)
+    pattern = r"PyTorch's derivative of \w+Norm\w+ is wrong.*Call torch\.nn\.functional"
+    with pytest.raises(RuntimeError, match=pattern):
+        UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), lr=0.3), game, unroll_steps=2)(
+            fake, real
+        )
+    assert UnrolledGeneratorLoss(
+        d, torch.optim.SGD(d.parameters(), lr=0.3), game, unroll_steps=2, stop_gradient=True
+    )(fake, real).isfinite()
+
+
+def test_a_layer_norm_is_right_however_it_is_called_where_there_is_no_penalty() -> None:
+    fake, real = fakes(), randn(5, 3)
+    found = []
+    for function in (HIDDEN["layer norm"][0], lambda x, w: torch.layer_norm(x, [4], w[0])):
+        torch.manual_seed(0)
+        d = Applied(function)
+        found.append(
+            torch.autograd.grad(
+                UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), lr=0.3), unroll_steps=2)(
+                    fake, real
+                ),
+                fake,
+            )
+        )
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-14)

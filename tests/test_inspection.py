@@ -170,3 +170,83 @@ def test_a_constant_gradient_beside_another_is_welcome() -> None:
     train(d, torch.optim.SGD(d.parameters(), lr=0.3), [(fake.detach(), real)] * 3, unroll.Minimax())
     for name, parameter in d.named_parameters():
         torch.testing.assert_close(ahead.parameters[name], parameter, rtol=1e-12, atol=1e-14)
+
+
+def test_a_missing_derivative_of_the_objective_is_named() -> None:
+    class Aligned(unroll.Minimax):
+        def discriminator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
+            score = discriminator(fake)
+            classes = torch.cat([score, 2 * score, -score], 1)[:, None].log_softmax(-1)
+            labels = torch.tensor([[1, 2]], device=DEVICE)
+            lengths = torch.tensor([5]), torch.tensor([2])
+            loss: Tensor = nn.functional.ctc_loss(classes, labels, *lengths)
+            return loss
+
+    d = tanh_net()
+    with pytest.raises(
+        RuntimeError, match=r"needs a derivative .*, in discriminator_loss of the objective.*stop_g"
+    ):
+        UnrolledGeneratorLoss(
+            d, torch.optim.SGD(d.parameters(), lr=0.3), Aligned(), unroll_steps=2
+        )(fakes(), randn(5, 3))
+
+
+class Unseen(nn.Module):
+    """It reads its weight from a list as a constant, of which no graph tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 1)
+        self.weights, self.used = [self.layer.weight], True
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.weights[0].detach().norm()
+        output: Tensor = self.head(torch.tanh(self.layer(x) / (norm if self.used else 2.0)))
+        return output
+
+
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_a_constant_out_of_a_list_is_refused_where_it_matters(stop_gradient: bool) -> None:
+    d = Unseen().to(DEVICE).double()
+    options: Any = {"stop_gradient": stop_gradient}
+    before = [(p.data_ptr(), p._version, p.detach().clone()) for p in d.parameters()]
+    with pytest.raises(RuntimeError, match=r"uses D's parameter 'layer\.weight' other than"):
+        UnrolledGeneratorLoss(
+            d, torch.optim.SGD(d.parameters(), lr=0.3), unroll_steps=2, **options
+        )(fakes(), randn(5, 3))
+    for p, (place, version, value) in zip(d.parameters(), before, strict=True):
+        assert (p.data_ptr(), p._version) == (place, version)
+        assert torch.equal(p, value)
+    d.used = False
+    assert UnrolledGeneratorLoss(
+        d, torch.optim.SGD(d.parameters(), lr=0.3), unroll_steps=2, **options
+    )(fakes(), randn(5, 3)).isfinite()
+    d.used = True
+    d.layer.requires_grad_(False)  # it stands still, so that the constant is theta_D^k's
+    optimizer = torch.optim.SGD(d.head.parameters(), lr=0.3)
+    assert UnrolledGeneratorLoss(d, optimizer, unroll_steps=2, **options)(
+        fakes(), randn(5, 3)
+    ).isfinite()
+
+
+@pytest.mark.parametrize("method", ["discriminator_loss", "generator_loss"])
+def test_a_constant_that_the_objective_keeps_is_refused(method: str) -> None:
+    d, game = tanh_net(), unroll.Minimax()
+    kept = list(d.parameters())
+
+    def scaled(*batch: Any) -> Tensor:
+        with torch.no_grad():
+            scale = torch.stack([p.norm() for p in kept]).sum()
+        loss: Tensor = getattr(game, method)(*batch)
+        return loss / scale
+
+    own: Any = {name: getattr(game, name) for name in ("discriminator_loss", "generator_loss")}
+    objective = unroll.Losses(**own | {method: scaled})
+    with pytest.raises(RuntimeError, match=r"uses D's parameter '0\.weight' other than"):
+        UnrolledGeneratorLoss(
+            d, torch.optim.SGD(d.parameters(), lr=0.3), objective, unroll_steps=2
+        )(fakes(), randn(5, 3))
+    if method == "generator_loss":
+        assert UnrolledGeneratorLoss(
+            d, torch.optim.SGD(d.parameters(), lr=0.3), objective, unroll_steps=0
+        )(fakes(), randn(5, 3)).isfinite()

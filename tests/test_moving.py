@@ -276,3 +276,25 @@ def test_the_callers_saved_tensor_hooks_are_welcome() -> None:
     (recomputed,) = torch.autograd.grad(whole, fake)
     assert torch.equal(plain, saved)
     assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("where", ["a buffer", "an attribute", "a list"])
+def test_what_d_keeps_of_a_parameters_memory_is_refused(where: str) -> None:
+    d: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).to(DEVICE)
+    shared = d[0].weight.detach()[1:]
+    if where == "a buffer":
+        d[1].register_buffer("kept", shared)
+    else:
+        vars(d[1]).update(kept=[shared] if where == "a list" else shared)
+    with pytest.raises(
+        ValueError, match=r"'1\.kept' shares memory with the parameter '0\.weight'.*keep a clone"
+    ):
+        UnrolledGeneratorLoss(d, torch.optim.Adam(d.parameters(), lr=0.05), unroll_steps=1)
+    d[0].requires_grad_(False)  # a step does not move it
+    UnrolledGeneratorLoss(d, torch.optim.Adam(d[1].parameters(), lr=0.05), unroll_steps=1)
+
+
+def test_a_weight_that_a_spectral_norm_makes_anew_shares_memory_with_nothing() -> None:
+    d: Any = nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 3)), nn.Linear(3, 1)).to(DEVICE)
+    assert d[0].weight.data_ptr() == d[0].weight_orig.data_ptr()
+    UnrolledGeneratorLoss(d, torch.optim.Adam(d.parameters(), lr=0.05), unroll_steps=1)
