@@ -9,10 +9,33 @@ import torch
 
 import unroll
 
-QUICK = (  # files that together see a value, a gradient and a refusal of everything in two minutes
-    "by_hand closed_forms errors import in_place loss moving nan objectives projections site state "
-    "transformations transforms types unregistered used_as_d"
-)
+# Files, and single tests of others, that together see a value, a gradient, real steps and a refusal
+# of every optimizer and objective, in every mode.
+QUICK = {
+    "test_by_hand",
+    "test_checkpoint::test_every_kind_of_optimizer",
+    "test_closed_forms",
+    "test_errors",
+    "test_fuzz::test_every_optimizer",
+    "test_gradients::test_equals_the_naive_loop",
+    "test_gradients::test_stop_gradient_is_a_loop_that_detaches",
+    "test_gradients::test_the_two_terms_sum_to_the_whole",
+    "test_import",
+    "test_in_place",
+    "test_inspection",
+    "test_live::test_in_the_graph_too",
+    "test_loss",
+    "test_moving",
+    "test_nan::test_slope_at_a_zero_moment",
+    "test_objectives",
+    "test_projections::test_real_steps",
+    "test_site",
+    "test_state::test_nothing_changes",
+    "test_transformations::test_refusals",
+    "test_transforms::test_equals_real_steps_that_clip",
+    "test_types",
+    "test_used_as_d",
+}
 LEFT_OUT = pytest.StashKey[int]()  # tests that no worker ran
 collect_ignore = ["benchmarks/jax_worker.py"]  # runs in an environment of its own, with JAX
 
@@ -42,7 +65,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem.removeprefix("test_") in QUICK.split():
+        file, function = item.path.stem, getattr(item, "originalname", "")
+        if QUICK & {file, f"{file}::{function}"}:
             item.add_marker("quick")
     unwanted = set[str]()
     if not os.environ.get("UNROLL_DATA"):

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device="${1:-cuda}"
-core=(tests/test_{closed_forms,gradients,loss,one_page,optimizers,state,nan,checkpoint,autocast}.py)
+core=(tests/test_{closed_forms,gradients,loss,plain_call,optimizers,state,nan,checkpoint,autocast}.py)
 {
   python -c "import torch; print(torch.__version__, torch.cuda.get_device_name())"
   UNROLL_TEST_DEVICE="$device" timeout 300 python -m pytest -q -n auto --dist loadfile "${core[@]}" \

@@ -1,5 +1,6 @@
 """Discriminators, every supported optimizer, and real training steps with them."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 import torchopt
 from torch import Tensor, nn
 
-from tests.settings import DEVICE
+from tests.settings import DEVICE, randn
 from unroll import Minimax, Objective, UnrolledGeneratorLoss
 
 Build = Callable[[nn.Module], Any]
@@ -248,3 +249,26 @@ def with_options(loss: UnrolledGeneratorLoss, **options: Any) -> UnrolledGenerat
     )
     settings = {name: getattr(loss, name) for name in names} | options
     return UnrolledGeneratorLoss(loss.discriminator, loss.optimizer, loss.objective, **settings)
+
+
+def tanh_net() -> nn.Sequential:
+    """Return a smooth D of three numbers."""
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).to(DEVICE).double()
+
+
+def fakes() -> Tensor:
+    """Return a batch for that D, of the global RNG, which requires a gradient."""
+    return randn(5, 3).requires_grad_()
+
+
+def assert_live(loss: UnrolledGeneratorLoss) -> None:
+    """Compare the look-ahead with as many real steps of the real D."""
+    fake, real, d = randn(5, 3), randn(5, 3), loss.discriminator
+    ahead = loss.unroll(fake, real)
+    before = copy.deepcopy(d.state_dict())
+    train(d, loss.optimizer, [(fake, real)] * loss.unroll_steps, loss.objective)
+    moved = 0
+    for name, p in d.named_parameters():
+        torch.testing.assert_close(ahead.parameters[name], p.detach(), rtol=1e-9, atol=1e-12)
+        moved += not torch.equal(p.detach(), before[name])
+    assert moved == sum(1 for _ in d.parameters())

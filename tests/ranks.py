@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from unroll import NonSaturating, UnrolledGeneratorLoss
@@ -117,7 +118,10 @@ def _rank(rank: int, world: int, of: Outcome, plays: list[Any], folder: str) -> 
 
 def played(plays: list[Any], world: int, folder: Path, of: Outcome = gradients) -> list[list[Any]]:
     """Return what each rank got in each play: what ``of`` returns, or the text of an error."""
-    context: Any = spawn(_rank, (world, of, plays, str(folder)), nprocs=world, join=False)
+    multiprocessing.set_forkserver_preload([__name__])  # all ranks share one import of torch
+    context: Any = start_processes(
+        _rank, (world, of, plays, str(folder)), world, join=False, start_method="forkserver"
+    )
     deadline = time.monotonic() + 240
     try:
         while not context.join(timeout=10):

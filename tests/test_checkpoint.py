@@ -3,7 +3,7 @@
 import copy
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -11,11 +11,11 @@ import torch
 import torchopt
 from torch import Tensor, nn
 
-from tests.players import OPTIMIZERS, batches, deep, small, train, with_options
+from tests.players import OPTIMIZERS, batches, deep, fakes, small, tanh_net, train, with_options
 from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
 from tests.zoo import ZOO
-from unroll import NonSaturating, UnrolledGeneratorLoss, gradient_terms
+from unroll import Minimax, NonSaturating, UnrolledGeneratorLoss, gradient_terms
 
 ANIMALS = [
     "BatchNorm1d", "spectral norm", "weight norm", "weight norm, hooks", "dropout", "dropout2d",
@@ -368,3 +368,102 @@ def test_half_precision_runs_again_to_the_same_bits(dtype: torch.dtype) -> None:
     assert found[0] is not None
     assert found[1] is not None
     assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="elsewhere sums may come in another order")
+@pytest.mark.parametrize("change", ["projection", "hook"])
+def test_a_step_whose_update_changed_in_between_is_refused(change: str) -> None:
+    d, width = tanh_net(), [0.01]
+    handle = d.get_parameter("0.weight").register_hook(lambda g: 2 * g)
+
+    def clip(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: p.clamp(-width[0], width[0]) for name, p in theta.items()}
+
+    options: dict[str, Any] = {"project": clip} if change == "projection" else {}
+    value = UnrolledGeneratorLoss(
+        d, torch.optim.Adam(d.parameters(), lr=0.05), unroll_steps=2, checkpoint=True, **options
+    )(fakes(), randn(5, 3))
+    if change == "projection":
+        width[0] = 0.05
+    else:
+        handle.remove()
+    with pytest.raises(RuntimeError, match=r"must give the same result.*update or buffers differ"):
+        value.backward()
+
+
+def saved_bytes(k: int, **options: Any) -> int:
+    """Return the memory that the graph of f_K keeps."""
+    d, real = tanh_net(), randn(300, 3)
+    loss = UnrolledGeneratorLoss(
+        d, torch.optim.Adam(d.parameters(), lr=0.05), unroll_steps=k, average=True, **options
+    )
+    loss(randn(300, 3).requires_grad_(), real)  # the first call inspects
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    class Kept:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor.detach()
+
+    def keep(tensor: Tensor) -> Kept:
+        kept = Kept(tensor)
+        alive.add(kept)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
+        value = loss(randn(300, 3).requires_grad_(), real)
+    gc.collect()
+    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor for kept in alive}
+    assert value.requires_grad
+    return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+
+def test_the_mean_of_all_steps_keeps_no_activations_when_it_is_recomputed() -> None:
+    slope = (saved_bytes(12, checkpoint=True) - saved_bytes(2, checkpoint=True)) / 10
+    theta = sum(p.nbytes for p in tanh_net().parameters())
+    assert slope <= 3.5 * theta  # theta_D^k and Adam's moments, flat
+    assert (saved_bytes(12) - saved_bytes(2)) / 10 > 50 * slope
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_recomputed_mean_is_the_mean(dropout: bool) -> None:
+    d, real, fake = tanh_net(), randn(5, 3), fakes()
+    if dropout:
+        d.insert(2, nn.Dropout(0.5))
+    results = []
+    for checkpoint in (False, True):
+        loss = UnrolledGeneratorLoss(
+            d,
+            torch.optim.Adam(d.parameters(), lr=0.05),
+            unroll_steps=3,
+            average=True,
+            checkpoint=checkpoint,
+        )
+        loss(fake, real)
+        torch.manual_seed(3)
+        value = loss(fake, real)
+        results.append((value, *torch.autograd.grad(value, fake)))
+    for plain, again in zip(*results, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-12, atol=1e-15)
+
+
+def test_a_mean_that_would_lose_a_gradient_when_it_is_recomputed_is_refused() -> None:
+    weight = torch.ones((), dtype=torch.float64, device=DEVICE, requires_grad=True)
+
+    class Weighted:
+        discriminator_loss = Minimax().discriminator_loss
+
+        def generator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+            loss: Tensor = -(weight * d(fake)).mean()
+            return loss
+
+    d = tanh_net()
+    loss = UnrolledGeneratorLoss(
+        d,
+        torch.optim.Adam(d.parameters(), lr=0.05),
+        Weighted(),
+        unroll_steps=2,
+        average=True,
+        checkpoint=True,
+    )
+    with pytest.raises(RuntimeError, match="whose gradient a recomputed step would lose"):
+        loss(fakes(), randn(5, 3))

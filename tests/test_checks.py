@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchopt.base import GradientTransformation
 
 import unroll
-from tests.players import train
+from tests.players import tanh_net, train
 from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
 from tests.verification.planted import HalfTanh as _HalfTanh
@@ -413,3 +413,37 @@ def test_errors_of_the_user_pass_through() -> None:
     with pytest.raises(KeyError, match="mine") as caught:
         unroll.check_gradients(loss, batch(), batch())
     assert caught.value is failure
+
+
+class Donating(torch.autograd.Function):
+    """What torch.compile's backward pass does where it is to be kept for a second one."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_: Any, __: Tensor) -> Tensor:
+        raise RuntimeError("This backward function was compiled with non-empty donated buffers")
+
+
+def test_the_terms_of_a_compiled_generator_are_refused_by_name() -> None:
+    d, g = tanh_net(), nn.Linear(2, 3).to(DEVICE).double()
+    fake: Tensor = Donating.apply(g(randn(5, 2)))
+    with pytest.raises(RuntimeError, match=r"compiled generator.*generator\._orig_mod"):
+        unroll.gradient_terms(
+            Loss(d, torch.optim.Adam(d.parameters(), lr=0.05), unroll_steps=1),
+            fake,
+            randn(5, 3),
+            g.parameters(),
+        )
+
+
+def test_the_terms_of_a_frozen_parameter_are_zeros() -> None:
+    d, g = tanh_net(), nn.Linear(2, 3).to(DEVICE).double()
+    g.weight.requires_grad_(False)
+    loss = Loss(d, torch.optim.SGD(d.parameters(), lr=0.3), unroll_steps=1)
+    first, second = unroll.gradient_terms(loss, g(randn(5, 2)), randn(5, 3), g.parameters())
+    assert not first[0].any()
+    assert not second[0].any()
+    assert first[1].any()

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import unroll
 from tests.games import OBJECTIVES, Squared, normalised_discriminator
-from tests.players import OPTIMIZERS, batches, small, train
+from tests.players import OPTIMIZERS, batches, fakes, small, tanh_net, train
 from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
+from tests.test_state import Lazy
 from tests.zoo import ZOO
 from unroll import UnrolledGeneratorLoss, gradient_terms
 from unroll._modes import backend, compiled
@@ -684,3 +685,74 @@ def test_the_first_call_has_the_bits_of_those_after_it(monkeypatch: pytest.Monke
     first, second = (loss(leaf(fake), real) for _ in range(2))
     assert torch.equal(first, second)
     assert len(compilations) == 1
+
+
+def difference(fast: Any, eager: Any, fake: Tensor, real: Tensor) -> float:
+    found, wanted = (torch.autograd.grad(loss(fake, real), fake)[0] for loss in (fast, eager))
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def test_a_compiled_step_knows_of_hooks_that_come_later() -> None:
+    d, real, fake = tanh_net(), randn(5, 3), fakes()
+    optimizer = torch.optim.Adam(d.parameters(), lr=0.05)
+    eager = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2)
+    fast = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2, compile=True)
+    for _ in range(2):
+        assert difference(fast, eager, fake, real) < 1e-10
+    handles = [
+        d[0].register_forward_hook(lambda _, __, out: 2 * out),
+        d.register_forward_pre_hook(lambda _, args: (3 * args[0],)),
+    ]
+    assert difference(fast, eager, fake, real) < 1e-10
+    for handle in handles:
+        handle.remove()
+    assert difference(fast, eager, fake, real) < 1e-10
+    everywhere = nn.modules.module.register_module_forward_hook(lambda _, __, out: 2 * out)
+    try:
+        with pytest.warns(UserWarning, match="runs uncompiled.*hooks of all modules"):
+            assert difference(fast, eager, fake, real) < 1e-10
+    finally:
+        everywhere.remove()
+
+
+def test_a_compiled_step_serves_a_d_with_parameters_that_get_no_gradient() -> None:
+    class Headed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.unused = tanh_net(), nn.Linear(3, 1)
+            self.to(DEVICE, torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.net(x)
+            return output
+
+    d, real, fake = Headed(), randn(5, 3), fakes()
+    optimizer = torch.optim.Adam(d.parameters(), lr=0.05)
+    eager = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2)
+    fast = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2, compile=True)
+    for _ in range(3):  # pytest makes the warning that it runs uncompiled an error
+        assert difference(fast, eager, fake, real) < 1e-10
+
+
+def test_a_compiled_step_leaves_buffers_that_come_and_go_to_the_eager_one() -> None:
+    d, real, fake = Lazy(), randn(5, 3), fakes()
+    optimizer = torch.optim.Adam(d.parameters(), lr=0.05)
+    eager = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2)
+    fast = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2, compile=True)
+    with pytest.warns(UserWarning, match="runs uncompiled.*makes or drops a buffer"):
+        assert difference(fast, eager, fake, real) == 0
+
+
+def test_the_loss_runs_inside_a_compiled_training_step() -> None:
+    d, real, fake = tanh_net(), randn(5, 3), fakes()
+    loss = UnrolledGeneratorLoss(d, torch.optim.Adam(d.parameters(), lr=0.05), unroll_steps=2)
+
+    @torch.compile(backend="eager")
+    def step(x: Tensor) -> Tensor:
+        value: Tensor = loss(x * 1.0, real) * 2
+        return value
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler looks at the .grad of tensors that have none
+        found = step(fake)
+    torch.testing.assert_close(found, 2 * loss(fake, real))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from tests.players import OPTIMIZERS, batches, small, train
-from tests.settings import DEVICE
+from tests.players import OPTIMIZERS, batches, fakes, small, tanh_net, train
+from tests.settings import DEVICE, randn
 from tests.zoo import ZOO
 from unroll import R1, Criterion, Minimax, UnrolledGeneratorLoss
 
@@ -198,3 +198,22 @@ def test_memory_is_constant() -> None:
     for _ in range(40):
         call()
     assert resident() - before < 40 * 2**20
+
+
+def test_points_on_the_way_are_not_kept() -> None:
+    alive: list[int] = []
+
+    def count(theta: Any) -> Any:
+        alive.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
+        return theta
+
+    d = tanh_net()
+    loss = UnrolledGeneratorLoss(
+        d,
+        torch.optim.SGD(d.parameters(), lr=0.3),
+        unroll_steps=8,
+        stop_gradient=True,
+        project=count,
+    )
+    loss(fakes(), randn(5, 3))
+    assert alive[-1] <= alive[2] + 8  # the losses, one number a step

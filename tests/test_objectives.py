@@ -1,5 +1,6 @@
 """Every objective against its formula, penalties against closed forms, and their sums."""
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import unroll
-from tests.players import batches, small
+from tests.players import batches, fakes, small, tanh_net, train
 from tests.settings import DEVICE, rand, randn
 from unroll import (
     R1,
@@ -370,3 +371,64 @@ def test_every_public_objective_is_tested_here() -> None:
     }
     tested = {type(objective).__name__ for objective, *_ in FORMULAS.values()}
     assert shipped == tested | {"R1", "R2", "GradientPenalty"}
+
+
+@pytest.mark.parametrize("penalty", [unroll.R1(1.0), unroll.R2(1.0), unroll.GradientPenalty(1.0)])
+def test_penalties_take_samples_that_are_numbers(penalty: Any) -> None:
+    class Dirac(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.psi = nn.Parameter(torch.ones((), device=DEVICE, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.psi * x
+
+    d = Dirac()
+    loss = UnrolledGeneratorLoss(
+        d, torch.optim.SGD(d.parameters(), lr=0.3), unroll.Minimax() + penalty, unroll_steps=1
+    )
+    assert loss(randn(5).requires_grad_(), randn(5)).isfinite()
+
+
+class PenaltyOnFakes:
+    """A penalty as loops write it, on the very tensor that all look-ahead steps share."""
+
+    def discriminator_loss(self, discriminator: Any, fake: Tensor, real: Tensor) -> Tensor:
+        x = fake if fake.requires_grad else fake.requires_grad_()
+        out = discriminator(x)
+        (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        loss: Tensor = out.mean() - discriminator(real).mean() + slope.square().sum(1).mean()
+        return loss
+
+    def generator_loss(self, discriminator: Any, fake: Tensor, real: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(discriminator(fake).sum(), fake, create_graph=True)
+        loss: Tensor = slope.square().mean() - discriminator(fake).mean()
+        return loss
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_penalty_on_the_fakes_themselves_is_taken_at_a_fixed_theta(checkpoint: bool) -> None:
+    d, fake, real = tanh_net(), fakes(), randn(5, 3)
+    loss = UnrolledGeneratorLoss(
+        d,
+        torch.optim.SGD(d.parameters(), lr=0.3),
+        PenaltyOnFakes(),
+        unroll_steps=3,
+        checkpoint=checkpoint,
+    )
+    ahead = loss.unroll(fake, real)
+    copied = copy.deepcopy(d)
+    train(
+        copied,
+        torch.optim.SGD(copied.parameters(), lr=0.3),
+        [(fake.detach(), real)] * 3,
+        PenaltyOnFakes(),
+    )
+    for name, parameter in copied.named_parameters():
+        torch.testing.assert_close(ahead.parameters[name], parameter, rtol=1e-12, atol=1e-14)
+
+    wanted = PenaltyOnFakes().generator_loss(copied, fake.detach().requires_grad_(), real)
+    torch.testing.assert_close(loss(fake, real), wanted, rtol=1e-12, atol=1e-14)
+    if not checkpoint:
+        report = unroll.check_gradients(loss, fake, real)
+        assert report.ok, report

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.players import batches, train, with_options
+import unroll
+from tests.oracles import plain_difference, relative_error
+from tests.players import batches, fakes, tanh_net, train, with_options
 from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
 from unroll import (
@@ -148,42 +150,24 @@ def test_real_steps_of_a_frozen_backbone(game: str, optimizer: str) -> None:
 def test_central_differences(
     game: str, optimizer: str, frozen: bool, resampled: bool, average: bool
 ) -> None:
-    """In the fakes of f and of every step; a difference that crosses a kink tries again."""
+    """In the fakes of f and of every step."""
     k = 3
     loss, d, trained = played(game, optimizer, frozen=frozen, unroll_steps=k, average=average)
     pairs = pairs_of(resampled, k)[: k + 1 if resampled else 1]
     reals = [real for _, real in pairs]
     before = snapshot(d, trained)
 
-    def f(fakes: list[Tensor]) -> Tensor:
+    def f(fakes: Tensor) -> Tensor:
         rest = list(zip(fakes, reals, strict=True))[1:]
         value: Tensor = loss(fakes[0], reals[0], minibatches=rest if resampled else None)
         return value
 
-    fakes = [fake.clone().requires_grad_() for fake, _ in pairs]
-    gradients = torch.autograd.grad(f(fakes), fakes)
-    directions = [[randn(*fake.shape) for fake in fakes] for _ in range(3)]
-    wanted, got = [], []
-    for direction in directions:
-        got.append(sum((g * v).sum() for g, v in zip(gradients, direction, strict=True)))
-        wanted.append(_difference(f, fakes, direction))
-    error = (torch.tensor(got) - torch.tensor(wanted)).norm() / torch.tensor(wanted).norm()
-    assert error <= 1e-6, f"off by {error:.1e}"
-    assert all(g.abs().max() > 0 for g in gradients)
+    fakes = torch.stack([fake for fake, _ in pairs]).requires_grad_()
+    (gradient,) = torch.autograd.grad(f(fakes), fakes)
+    error = relative_error(f, fakes.detach(), gradient, slope=plain_difference)
+    assert error <= 5e-7, f"off by {error:.1e}"
+    assert all(g.abs().max() > 0 for g in gradient)
     assert not changes(before, d, trained)
-
-
-def _difference(
-    f: Callable[[list[Tensor]], Tensor], at: list[Tensor], direction: list[Tensor]
-) -> float:
-    """Return a central difference of fourth order."""
-
-    def along(t: float) -> float:
-        with torch.no_grad():
-            return f([x + t * v for x, v in zip(at, direction, strict=True)]).item()
-
-    h = 1e-4
-    return (8 * (along(h) - along(-h)) - along(2 * h) + along(-2 * h)) / (12 * h)
 
 
 def test_clipped_entries_stop_reacting() -> None:
@@ -232,3 +216,61 @@ def test_stop_gradient_projects_too() -> None:
     assert not any(p.requires_grad for p in got.values())
     for name, parameter in wanted.items():
         torch.testing.assert_close(got[name], parameter, rtol=1e-13, atol=1e-15)
+
+
+def test_the_parameters_of_d_in_a_projection_are_refused() -> None:
+    d = tanh_net()
+    anchor: dict[str, Tensor] = dict(d.named_parameters())
+
+    def near(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: p + 0.1 * (anchor[name] - p) for name, p in theta.items()}
+
+    with pytest.raises(
+        RuntimeError, match=r"the update uses D's parameter .* itself .*\.detach\(\)"
+    ):
+        UnrolledGeneratorLoss(
+            d, torch.optim.Adam(d.parameters(), lr=0.05), unroll_steps=2, project=near
+        )(fakes(), randn(5, 3))
+    anchor = {name: p.detach() for name, p in anchor.items()}
+    UnrolledGeneratorLoss(
+        d, torch.optim.Adam(d.parameters(), lr=0.05), unroll_steps=2, project=near
+    )(fakes(), randn(5, 3)).backward()
+    assert all(p.grad is None for p in d.parameters())
+
+
+def in_no_grad(theta: Any) -> Any:
+    with torch.no_grad():
+        for p in theta.values():
+            p.clamp_(-0.01, 0.01)
+    return theta
+
+
+@pytest.mark.parametrize(
+    "project",
+    [
+        in_no_grad,
+        lambda theta: {k: p.detach().clamp(-0.01, 0.01) for k, p in theta.items()},
+        lambda theta: [p.data.clamp_(-0.01, 0.01) for p in theta.values()] and theta,
+    ],
+)
+def test_a_projection_outside_autograd_is_refused(project: Any) -> None:
+    d = tanh_net()
+    with pytest.raises(
+        ValueError, match=r"project: must be differentiable; it changed '0\.weight'"
+    ):
+        UnrolledGeneratorLoss(
+            d, torch.optim.SGD(d.parameters(), lr=0.3), unroll_steps=2, project=project
+        )(fakes(), randn(5, 3))
+
+
+def test_a_projection_of_a_partly_frozen_discriminator_is_no_mistake() -> None:
+    d = tanh_net()
+    d[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(d[2].parameters(), lr=0.3)
+
+    def clip(theta: Any) -> Any:
+        return {name: p.clamp(-0.1, 0.1) for name, p in theta.items()}
+
+    loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2, project=clip)
+    assert unroll.check_gradients(loss, fakes(), fakes()).ok
+    assert loss(fakes(), randn(5, 3)).isfinite()

@@ -1,7 +1,8 @@
 """``check_gradients`` accuses no innocent: its verdicts, what it names, and code of one type."""
 
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unroll
-from tests.settings import DEVICE
+from tests.players import fakes, tanh_net
+from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
+from tests.test_state import LeCam
 from tests.verification.planted import Game, Wrong, mlp
 from tests.verification.self_check import answer, cases, failures
 from unroll._diagnostics.central import COARSE, ROUNDED, Line, compare
@@ -375,3 +378,125 @@ def test_the_command_fails_where_a_check_does() -> None:
     ):
         (found,) = failures([row | change])
         assert text in found
+
+
+class WithNets(nn.Module):
+    """An objective that is a module, holds others in a list, and points back at itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.nets = nn.Linear(1, 3), [nn.Linear(3, 2)]
+        self.register_buffer("weight", torch.ones(2, 1))
+        self.owner = {"me": [self]}
+        self.to(DEVICE)
+        self.nets[0].to(DEVICE)
+
+    def judged(self, d: Any, x: Any) -> Tensor:
+        w = self.get_buffer("weight")
+        output: Tensor = (self.nets[0](self.net(d(x))) @ w).tanh().mean()
+        return output
+
+    def discriminator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+        return self.judged(d, fake) - self.judged(d, real)
+
+    def generator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+        return -self.judged(d, fake)
+
+
+def test_the_self_check_takes_objectives_with_modules_lists_and_cycles() -> None:
+    d, own = tanh_net().float(), WithNets()
+    loss = Loss(d, torch.optim.Adam(d.parameters(), lr=0.05), own, unroll_steps=2)
+    before = snapshot(d, own)
+    report = unroll.check_gradients(loss, fakes().float(), randn(5, 3).float())
+    assert report.ok, report.suspicions
+    assert not changes(before, d, own)
+
+
+def test_the_self_check_leaves_what_hangs_on_a_function() -> None:
+    def clip(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        width: Any = vars(clip)["width"]
+        return {name: p.clamp(-width, width) for name, p in theta.items()}
+
+    vars(clip)["width"] = torch.tensor(0.4, device=DEVICE)
+    d = tanh_net().float()
+    loss = Loss(d, torch.optim.Adam(d.parameters(), lr=0.05), unroll_steps=2, project=clip)
+    assert unroll.check_gradients(loss, fakes().float(), randn(5, 3).float()).ok
+    assert vars(clip)["width"].dtype == torch.float32
+
+
+def test_the_self_check_names_what_it_cannot_copy() -> None:
+    d, own = tanh_net(), LeCam()
+    vars(own)["lock"] = threading.Lock()
+    loss = Loss(d, torch.optim.Adam(d.parameters(), lr=0.05), own, unroll_steps=1)
+    loss(fakes(), randn(5, 3)).backward()
+    with pytest.raises(
+        TypeError, match=r"objective: must be what copy\.deepcopy can copy.*Keep locks"
+    ):
+        unroll.check_gradients(loss, fakes(), randn(5, 3))
+
+
+def test_the_self_check_reads_casts_as_float64() -> None:
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+            self.to(DEVICE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight, bias = self.layer.weight.float(), self.layer.bias.float()
+            return nn.functional.linear(x.float(), weight, bias).tanh()
+
+    d = Casting()
+    assert unroll.check_gradients(
+        Loss(d, torch.optim.Adam(d.parameters(), lr=0.05), unroll_steps=1), fakes(), randn(5, 3)
+    ).ok
+
+
+def test_the_self_check_takes_minibatches_without_a_length() -> None:
+    class Stream:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            while True:
+                yield randn(5, 3), randn(5, 3)
+
+        def __len__(self) -> int:
+            raise TypeError("no length")
+
+    d = tanh_net()
+    loss = Loss(d, torch.optim.Adam(d.parameters(), lr=0.05), unroll_steps=2)
+    assert unroll.check_gradients(loss, fakes(), randn(5, 3), minibatches=Stream()).ok
+
+
+def test_a_saturated_discriminator_is_said_to_be_too_sure_to_check() -> None:
+    d = tanh_net()
+    head = d[2]
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.bias.fill_(-20.0)
+    report = unroll.check_gradients(
+        Loss(d, torch.optim.SGD(d.parameters(), lr=0.3), unroll_steps=3), fakes(), randn(5, 3)
+    )
+    assert not report.ok
+    assert report.verdict == "inconclusive"
+    assert "round-off of f_K" in report.suspicions[0]
+
+
+class Faint:
+    """A game whose generator's loss is far larger than its slope, which is a little wrong."""
+
+    def discriminator_loss(self, discriminator: Any, fake: Tensor, real: Tensor) -> Tensor:
+        return unroll.Minimax().discriminator_loss(discriminator, fake, real)
+
+    def generator_loss(self, discriminator: Any, fake: Tensor, real: Tensor) -> Tensor:
+        loss: Tensor = discriminator(fake).mean()
+        return 1.0 + 1e-4 * (loss + 1e-3 * loss.detach())
+
+
+def test_a_wrong_gradient_does_not_hide_in_the_round_off_of_small_steps() -> None:
+    d = tanh_net()
+    report = unroll.check_gradients(
+        Loss(d, torch.optim.SGD(d.parameters(), lr=0.3), Faint(), unroll_steps=2),
+        fakes(),
+        randn(5, 3),
+    )
+    assert not report.ok
+    assert report.relative_error > 1e-4

@@ -4,8 +4,11 @@ Everything is compared by identity and by bytes (see ``tests/snapshot.py``).
 """
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,10 +17,11 @@ import torch
 import torchopt
 from torch import Tensor, nn
 
-from tests.players import LR, OPTIMIZERS, batches, small, train, with_options
-from tests.settings import DEVICE
+import unroll
+from tests.players import LR, OPTIMIZERS, batches, fakes, small, tanh_net, train, with_options
+from tests.settings import DEVICE, randn
 from tests.snapshot import bits, changes, snapshot
-from unroll import Minimax, UnrolledGeneratorLoss
+from unroll import R1, Minimax, UnrolledGeneratorLoss
 
 WARM = batches(3, seed=1)
 NAMES = [
@@ -521,3 +525,118 @@ def test_hooks_fire_but_stay() -> None:
     for name, parameter in d.named_parameters():
         torch.testing.assert_close(moved[name], parameter, rtol=1e-12, atol=1e-15)
     handle.remove()
+
+
+class Lazy(nn.Module):
+    """A D whose moving average does not exist before its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.mean: Tensor | None
+        self.register_buffer("mean", None)
+        self.to(DEVICE, torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(0)
+        self.mean = mean if self.mean is None else 0.9 * self.mean + 0.1 * mean
+        output: Tensor = self.layer(torch.tanh(x - self.mean))
+        return output
+
+
+def test_a_buffer_that_is_none_until_d_runs_evolves() -> None:
+    d, real, fake = Lazy(), randn(5, 3), fakes()
+    loss = UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), lr=0.5), unroll_steps=3)
+    before = snapshot(d)
+    value, ahead = loss(fake, real), loss.unroll(fake.detach(), real)
+    assert not changes(before, d)
+    assert unroll.check_gradients(loss, fake, real).ok
+    train(d, loss.optimizer, [(fake.detach(), real)] * 3, Minimax())
+    torch.testing.assert_close(ahead.buffers["mean"], d.get_buffer("mean").detach())
+    wanted = Minimax().generator_loss(d, fake.detach(), real)
+    torch.testing.assert_close(value.detach(), wanted.detach())
+
+
+def test_a_buffer_that_becomes_none_does() -> None:
+    class Once(Lazy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = randn(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.layer(x if self.mean is None else x - self.mean)
+            self.mean = None
+            return output
+
+    d = Once()
+    loss = UnrolledGeneratorLoss(d, torch.optim.Adam(d.parameters(), lr=0.05), unroll_steps=2)
+    before = snapshot(d)
+    loss(fakes(), randn(5, 3)).backward()
+    assert "mean" not in loss.unroll(randn(5, 3), randn(5, 3)).buffers
+    assert not changes(before, d)
+
+
+class LeCam:
+    """Moving averages of D's outputs, kept by the objective (Tseng et al. 2021)."""
+
+    def __init__(self) -> None:
+        self.ema, self.in_place = torch.zeros((), device=DEVICE), torch.zeros((), device=DEVICE)
+        self.seen: list[Tensor] = []
+
+    def discriminator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+        outputs: Tensor = d(fake)
+        self.ema = 0.9 * self.ema + 0.1 * outputs.detach().mean()
+        self.in_place.mul_(0.9).add_(0.1 * outputs.detach().mean())
+        self.seen.append(outputs)
+        loss = Minimax().discriminator_loss(d, fake, real)
+        return loss + 0.1 * (outputs - self.ema - self.in_place).square().mean()
+
+    def generator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+        loss: Tensor = -d(fake).mean()
+        return loss
+
+
+@pytest.mark.parametrize("with_penalty", [False, True])
+def test_an_objective_is_given_back_as_it_was(with_penalty: bool) -> None:
+    d, own, real, fake = tanh_net(), LeCam(), randn(5, 3), fakes()
+    loss = UnrolledGeneratorLoss(
+        d,
+        torch.optim.Adam(d.parameters(), lr=0.05),
+        own + R1(0.1) if with_penalty else own,
+        unroll_steps=3,
+    )
+    before = snapshot(own)
+    values = {loss(fake, real).item() for _ in range(3)}
+    assert len(values) == 1
+    assert not changes(before, own)
+    inner = fake * 2
+    pinned = weakref.ref(inner)
+    loss(inner, real).backward()
+    del inner
+    gc.collect()
+    assert pinned() is None
+
+
+class Diary(nn.Module):
+    """It writes down what it sees, in containers within containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.last: deque[float] = deque(maxlen=5)
+        self.pages: dict[str, list[float]] = {"means": []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.append(x.mean().item())
+        self.pages["means"].append(x.mean().item())
+        output: Tensor = self.layer(x)
+        return output
+
+
+def test_nested_containers_are_given_back() -> None:
+    d = Diary().to(DEVICE).double()
+    UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), lr=0.3), unroll_steps=2)(
+        fakes(), randn(5, 3)
+    ).backward()
+    assert not d.last
+    assert d.pages == {"means": []}

@@ -3,10 +3,12 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 
 import torch
 from torch import nn
 
+from tests.players import fakes, tanh_net
 from tests.settings import DEVICE, randn
 from unroll import UnrolledGeneratorLoss
 
@@ -41,3 +43,23 @@ def test_the_lock_is_no_part_of_the_loss() -> None:
     wanted = loss(x.requires_grad_(), x)
     for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert torch.equal(other(x, x), wanted)
+
+
+def test_look_aheads_in_several_threads() -> None:
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            d = tanh_net()
+            loss = UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), lr=0.3), unroll_steps=3)
+            for _ in range(10):
+                loss(fakes(), randn(5, 3)).backward()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors

@@ -1,6 +1,7 @@
 """Every transformation that torchopt offers: exact, or refused by name."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from torchopt.pytree import tree_leaves, tree_map
 import unroll
 from tests import oracles
 from tests.games import Game
-from tests.players import LR, batches, deep, train
+from tests.players import LR, batches, deep, fakes, tanh_net, train
+from tests.settings import randn
+from tests.snapshot import changes, snapshot
 from tests.test_live import TwoHeads, assert_close, looked_ahead
+from unroll import UnrolledGeneratorLoss
 
 transform: Any = torchopt.transform
 schedule = torchopt.schedule
@@ -253,3 +257,97 @@ def test_the_flat_masks_that_are_refused_fail_in_torchopt() -> None:
     gradients = tuple(torch.ones_like(p) for p in parameters)
     with pytest.raises(AttributeError, match="MaskedNode"):
         impl.update(gradients, state, params=parameters, inplace=False)
+
+
+def kept_in_a_closure() -> GradientTransformation:
+    buffer: Any = None
+
+    def update(updates: Any, state: Any, **_: Any) -> Any:
+        nonlocal buffer
+        last = buffer or [0.0] * len(updates)
+        buffer = tuple(0.9 * b + g for b, g in zip(last, updates, strict=True))
+        return tuple(-0.1 * b for b in buffer), state
+
+    return GradientTransformation(lambda _: (), update)
+
+
+def kept_in_an_object() -> GradientTransformation:
+    class Momentum:
+        def __init__(self) -> None:
+            self.step, self.buffer = 0, dict[int, Any]()
+
+        def update(self, updates: Any, state: Any, **_: Any) -> Any:
+            self.step += 1
+            for number, g in enumerate(updates):
+                self.buffer[number] = 0.9 * self.buffer.get(number, 0.0) + g / self.step
+            return tuple(-0.1 * b for b in self.buffer.values()), state
+
+    return GradientTransformation(lambda _: (), Momentum().update)
+
+
+@pytest.mark.parametrize(
+    ("transformation", "name"), [(kept_in_a_closure, "buffer"), (kept_in_an_object, "step")]
+)
+def test_state_that_a_transformation_keeps_for_itself_is_refused(
+    transformation: Callable[[], GradientTransformation], name: str
+) -> None:
+    d, impl = tanh_net(), transformation()
+    before = snapshot(d, impl.update)
+    message = rf"^optimizer: .*update keeps state in '{name}', outside.*Put it into .* state"
+    for optimizer in (impl, torchopt.Optimizer(d.parameters(), impl)):
+        with pytest.raises(ValueError, match=message):
+            UnrolledGeneratorLoss(d, optimizer, unroll_steps=3)
+    assert not changes(before, d, impl.update)
+
+
+def test_an_in_place_root_in_a_transformation_is_in_place() -> None:
+    def update(updates: Any, state: Any, **_: Any) -> Any:
+        def step(g: Tensor) -> Tensor:
+            v = g * g + 1e-4
+            v.sqrt_()
+            return -0.1 * g / v
+
+        return tree_map(step, updates), state
+
+    d, real, fake = tanh_net(), randn(5, 3), randn(5, 3)
+    ahead = UnrolledGeneratorLoss(
+        d, GradientTransformation(lambda _: (), update), unroll_steps=1
+    ).unroll(fake, real)
+    theta = list(d.parameters())
+    value = unroll.Minimax().discriminator_loss(d, fake, real)
+    updates, _ = update(torch.autograd.grad(value, theta), ())
+    for p, u, q in zip(theta, updates, ahead.parameters.values(), strict=True):
+        torch.testing.assert_close(q, p + u, rtol=1e-12, atol=0)
+
+
+def test_a_root_written_as_a_power_has_a_finite_slope() -> None:
+    def update(updates: Any, state: Any, **_: Any) -> Any:
+        return tree_map(lambda g: -0.1 * g / ((g * g) ** 0.5 + 1e-8), updates), state
+
+    d = tanh_net()
+    fake = fakes()
+    impl = GradientTransformation(lambda _: (), update)
+    loss = UnrolledGeneratorLoss(
+        d, impl, unroll.Wasserstein(), unroll_steps=1
+    )  # the output bias has no gradient
+    loss(fake, randn(5, 3)).backward()
+    assert fake.grad is not None
+    assert fake.grad.isfinite().all()
+
+
+def test_a_where_of_ones_own_beside_adagrad() -> None:
+    def update(updates: Any, state: Any, **_: Any) -> Any:
+        return tree_map(lambda g: g * (len(torch.where(g > 0)) > 0), updates), state
+
+    d = tanh_net()
+    impl = torchopt.chain(GradientTransformation(lambda _: (), update), torchopt.adagrad(0.1))
+    assert unroll.check_gradients(
+        UnrolledGeneratorLoss(d, impl, unroll_steps=2), fakes(), randn(5, 3)
+    ).ok
+
+
+def test_a_detaching_clip_in_a_partial_is_refused() -> None:
+    d, clip = tanh_net(), torchopt.clip_grad_norm(1.0)
+    hidden = GradientTransformation(clip.init, partial(clip.update))
+    with pytest.raises(ValueError, match=r"torchopt\.clip_grad_norm detaches"):
+        UnrolledGeneratorLoss(d, torchopt.chain(hidden, torchopt.sgd(0.1)), unroll_steps=1)
