@@ -116,7 +116,7 @@ COLUMNS = {
     )
 }
 COLUMNS |= OWN | SEVERAL | ({"torch Muon": lambda d: with_muon(d, 0.05)} if MUON else {})
-TRANSFORMS = {
+TRANSFORMS: dict[str, Any] = {
     "torch Adam, norm clipped": ClipGradNorm(0.1),
     "torch Adam, values clipped": ClipGradValue(0.05),
 }
