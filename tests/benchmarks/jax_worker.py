@@ -48,6 +48,8 @@ def network(layers: Any, *, in_out: bool) -> Any:
                 weight, bias = next(rest), next(rest)
                 x = convolved(x, weight, stride=sizes[3], padding=sizes[4])
                 x = x + bias[:, None, None]
+            elif name == "unbiased_conv":
+                x = convolved(x, next(rest), stride=sizes[3], padding=sizes[4])
             elif name == "transposed":  # the adjoint of a convolution
                 weight, bias = next(rest), next(rest)
                 weight = jnp.flip(weight, (2, 3)).swapaxes(0, 1)

@@ -96,13 +96,13 @@ _STACKED_GENERATOR: tuple[Layer, ...] = (
     ("tanh",),
 )
 _STACKED: tuple[Layer, ...] = (
-    ("conv", 3, 2, 3, 2, 1),
+    ("unbiased_conv", 3, 2, 3, 2, 1),
     ("batch_norm", 2),
     ("leaky_relu",),
-    ("conv", 2, 4, 3, 2, 1),
+    ("unbiased_conv", 2, 4, 3, 2, 1),
     ("batch_norm", 4),
     ("leaky_relu",),
-    ("conv", 4, 8, 3, 2, 1),
+    ("unbiased_conv", 4, 8, 3, 2, 1),
     ("batch_norm", 8),
     ("leaky_relu",),
     ("flatten",),
@@ -117,7 +117,8 @@ _TINY_GENERATOR: tuple[Layer, ...] = (
     ("tanh",),
 )
 _TINY_DISCRIMINATOR: tuple[Layer, ...] = (
-    ("conv", 3, 4, 4, 2, 1),
+    ("conv", 3, 3, 3, 1, 1),
+    ("unbiased_conv", 3, 4, 4, 2, 1),
     ("batch_norm", 4),
     ("leaky_relu",),
     ("flatten",),
@@ -141,6 +142,7 @@ def module(layer: Layer) -> nn.Module:
     kinds: dict[str | int, Callable[..., nn.Module]] = {
         "linear": nn.Linear,
         "conv": nn.Conv2d,
+        "unbiased_conv": partial(nn.Conv2d, bias=False),
         "transposed": nn.ConvTranspose2d,
         "batch_norm": nn.BatchNorm2d,
         "relu": nn.ReLU,
