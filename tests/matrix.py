@@ -133,6 +133,11 @@ DISCRIMINATORS: dict[str, Animal | Refusal] = {
 }
 
 
+# Factors of learning rates at which f_K is smooth: with the zoo's, SNGAN's hinge saturates, and
+# SGD leaves BatchNorm with a gradient inside at values that are chaotic in the fakes.
+TAMED = dict.fromkeys(ARCHITECTURES, 0.003) | {"BatchNorm, gradient inside D": 0.1}
+
+
 def warmed(d: nn.Module, optimizer: Any, pairs: list[Any], objective: Objective) -> dict[str, Any]:
     """Take real steps; return the keyword arguments that carry a bare transformation's state."""
     once = any(isinstance(m, torch._dynamo.OptimizedModule) for m in d.modules())
@@ -185,8 +190,10 @@ def relative_error(optimizer_name: str, discriminator_name: str) -> float:
     samples, step = SAMPLES, 1e-2
     if isinstance(optimizer, torch.optim.Optimizer) and optimizer.defaults.get("maximize"):
         objective = Maximised(objective)
+    if (factor := TAMED.get(discriminator_name)) is not None:
+        optimizer = tamed(optimizer, d, factor)
     if discriminator_name in ARCHITECTURES:
-        optimizer, samples = tamed(optimizer, d, 0.003), 2
+        samples = 2
         step = 1e-4  # so many ReLUs that f_K jumps within a larger one
 
     def batch() -> Tensor:
@@ -216,6 +223,8 @@ def relative_error(optimizer_name: str, discriminator_name: str) -> float:
 
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         difference = central_difference(along, step, 17, accuracy=1e-8)
+        if abs(difference) < 1e-5 * abs(along(0.0)):  # round-off of f_K: only wide steps see it
+            difference = central_difference(along, 16 * step, 21, accuracy=1e-8)
     return abs(difference - (gradient * direction).sum().item()) / abs(difference)
 
 

@@ -335,7 +335,12 @@ class VisionTransformer(nn.Module):
         self.patches = nn.Conv2d(2, 8, 3, 3)
         self.token = nn.Parameter(torch.randn(1, 1, 8) / 3)
         self.positions = nn.Parameter(torch.randn(1, 5, 8) / 3)
-        layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, "gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            *(8, 2, 12, 0.0, "gelu"),
+            batch_first=True,
+            norm_first=True,
+            bias=False,  # that of keys has no gradient but round-off, which Adafactor would spread
+        )
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(8, 1)
 
