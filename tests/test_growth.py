@@ -1,6 +1,7 @@
 """Nothing accumulates over calls, with the garbage collector off."""
 
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -217,3 +218,19 @@ def test_points_on_the_way_are_not_kept() -> None:
     )
     loss(fakes(), randn(5, 3))
     assert alive[-1] <= alive[2] + 8  # the losses, one number a step
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_references_to_none_are_not_used_up(compile: bool) -> None:
+    d, ((fake, real),) = small(), batches(1)
+    loss = UnrolledGeneratorLoss(
+        d, torch.optim.Adam(d.parameters()), unroll_steps=1, compile=compile
+    )
+    fake = fake.clone().requires_grad_()
+    with torch.no_grad():
+        for _ in range(3):
+            loss(fake, real)
+        before = sys.getrefcount(None)
+        for _ in range(100):
+            loss(fake, real)
+    assert sys.getrefcount(None) > before - 50

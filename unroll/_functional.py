@@ -6,6 +6,7 @@ A batch is a tensor ``(N, ...)`` for ``D(x)``, a tuple for ``D(*x)`` or a mappin
 from __future__ import annotations
 
 import copy
+import ctypes
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -82,18 +83,18 @@ def outside_compiled_code(method: F) -> F:
     return cast(F, run)
 
 
-def unwrap_once(module: nn.Module) -> nn.Module | None:
-    """Return what a wrapper of ``torch.compile``, data parallelism or Fabric holds, else None."""
-    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled before it is imported
-    if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
-        inner: nn.Module = module._orig_mod
-    elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        inner = module.module
-    elif type(module).__name__ == "_FabricModule":  # holds Fabric's DistributedDataParallel
-        inner = module.get_submodule("_forward_module")
-    else:
-        return None
-    return inner
+@contextmanager
+def stance(name: str) -> Iterator[None]:
+    """Set the stance of ``torch.compile`` for a while, and give back what that takes of None.
+
+    In torch 2.7 it takes three references, and Python before 3.12 dies where none is left.
+    """
+    try:
+        with torch.compiler.set_stance(name):
+            yield
+    finally:
+        for _ in range(3):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(None))
 
 
 class FunctionalDiscriminator:
@@ -264,8 +265,7 @@ def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
                 submodule.training = False
             if isinstance(submodule, nn.parallel.DistributedDataParallel):  # its ranks would wait
                 submodule.require_backward_grad_sync = submodule.require_forward_param_sync = False
-        compiled = "torch._dynamo" in sys.modules  # importing it takes seconds
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        with stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
             yield
     finally:
         for hook, iterations in spectral_hooks:

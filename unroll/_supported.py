@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import combinations
 
@@ -10,7 +11,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from unroll._functional import unwrap_once
+
+def unwrap_once(module: nn.Module) -> nn.Module | None:
+    """Return what a wrapper of ``torch.compile``, data parallelism or Fabric holds, else None."""
+    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled before it is imported
+    if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+        inner: nn.Module = module._orig_mod
+    elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = module.module
+    elif type(module).__name__ == "_FabricModule":  # holds Fabric's DistributedDataParallel
+        inner = module.get_submodule("_forward_module")
+    else:
+        return None
+    return inner
 
 
 def checked_discriminator(discriminator: object) -> nn.Module:

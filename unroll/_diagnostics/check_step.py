@@ -18,7 +18,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from unroll._diagnostics.report import StepReport
 from unroll._diagnostics.step_faults import judged
 from unroll._diagnostics.step_record import Call
-from unroll._functional import CONTAINERS, Batch, put_back
+from unroll._functional import CONTAINERS, Batch, put_back, stance
 from unroll._look_ahead import without_autocast_cache
 from unroll._loss import UnrolledGeneratorLoss
 from unroll._optimizers import inner_optimizer, unwrapped_optimizers
@@ -92,7 +92,7 @@ def check_step(
         without_autocast_cache(),  # which would be that of weights before a step
         ExitStack() as stack,
         torch.enable_grad(),
-        torch.compiler.set_stance("force_eager") if compiled else nullcontext(),
+        stance("force_eager") if compiled else nullcontext(),
     ):
         for one in optimizers:  # a momentum of torchopt keeps state in a closure
             inner: Any = inner_optimizer(one, dict(loss.discriminator.named_parameters()))

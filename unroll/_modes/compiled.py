@@ -13,7 +13,7 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor
 
-from unroll._functional import Pair, map_tensors, tensors
+from unroll._functional import Pair, map_tensors, stance, tensors
 from unroll._look_ahead import Game, LookAhead, Point, Step, differentiate, leaves, update
 from unroll._modes.backend import cause, compiled_step
 from unroll._modes.checkpointed import filled
@@ -163,7 +163,7 @@ class Code:
             *(update_of if whole else (None, None, None)),
         )
         with (
-            torch.compiler.set_stance("default"),
+            stance("default"),
             # Hooks that D gets later are part of it, too.
             torch._dynamo.config.patch(
                 skip_nnmodule_hook_guards=False, automatic_dynamic_shapes=self._lengths
