@@ -15,7 +15,7 @@ from functools import wraps
 from operator import is_
 from threading import Lock, RLock
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -84,7 +84,7 @@ def outside_compiled_code(method: F) -> F:
 
 
 @contextmanager
-def stance(name: str) -> Iterator[None]:
+def stance(name: Literal["default", "force_eager"]) -> Iterator[None]:
     """Set the stance of ``torch.compile`` for a while, and give back what that takes of None.
 
     In torch 2.7 it takes three references, and Python before 3.12 dies where none is left.
