@@ -28,6 +28,15 @@ def dense(activation: str, *widths: int) -> tuple[Layer, ...]:
     return tuple(layers[:-1])
 
 
+def images(latent: int, width: int) -> tuple[Layer, ...]:
+    """Return DCGAN's generator of 3x32x32, ``width`` channels wide at 4x4."""
+    layers: list[Layer] = [("linear", latent, width * 4 * 4), ("unflatten", width, 4, 4)]
+    for before in (width, width // 2):
+        layers += [("batch_norm", before), ("relu",), ("transposed", before, before // 2, 4, 2, 1)]
+    last = width // 4
+    return (*layers, ("batch_norm", last), ("relu",), ("transposed", last, 3, 4, 2, 1), ("tanh",))
+
+
 @dataclass(frozen=True)
 class Networks:
     """A generator, a discriminator and what they are fed."""
@@ -45,20 +54,7 @@ class Networks:
 
 
 _PLANAR = dense("relu", 256, 128, 128, 2)
-_IMAGES: tuple[Layer, ...] = (
-    ("linear", 100, 256 * 4 * 4),
-    ("unflatten", 256, 4, 4),
-    ("batch_norm", 256),
-    ("relu",),
-    ("transposed", 256, 128, 4, 2, 1),
-    ("batch_norm", 128),
-    ("relu",),
-    ("transposed", 128, 64, 4, 2, 1),
-    ("batch_norm", 64),
-    ("relu",),
-    ("transposed", 64, 3, 4, 2, 1),
-    ("tanh",),
-)
+_IMAGES = images(100, 256)
 _CONV: tuple[Layer, ...] = (
     ("conv", 3, 64, 3, 2, 1),
     ("leaky_relu",),
@@ -80,20 +76,6 @@ _DCGAN: tuple[Layer, ...] = (
     ("leaky_relu",),
     ("conv", 256, 1, 4, 1, 0),
     ("flatten",),
-)
-_STACKED_GENERATOR: tuple[Layer, ...] = (
-    ("linear", 256, 64 * 4 * 4),
-    ("unflatten", 64, 4, 4),
-    ("batch_norm", 64),
-    ("relu",),
-    ("transposed", 64, 32, 4, 2, 1),
-    ("batch_norm", 32),
-    ("relu",),
-    ("transposed", 32, 16, 4, 2, 1),
-    ("batch_norm", 16),
-    ("relu",),
-    ("transposed", 16, 3, 4, 2, 1),
-    ("tanh",),
 )
 _STACKED: tuple[Layer, ...] = (
     ("unbiased_conv", 3, 2, 3, 2, 1),
@@ -130,7 +112,7 @@ NETWORKS = {
     "wide": Networks(_PLANAR, dense("tanh", 2, 128, 128, 1), 256, (2,), 512),
     "conv": Networks(_IMAGES, _CONV, 100, (3, 32, 32), 64),
     "dcgan32": Networks(_IMAGES, _DCGAN, 100, (3, 32, 32), 64),
-    "stacked": Networks(_STACKED_GENERATOR, _STACKED, 256, (3, 32, 32), 16),
+    "stacked": Networks(images(256, 64), _STACKED, 256, (3, 32, 32), 16),
     # of the tests only: every kind of layer, small
     "tiny": Networks(_TINY_GENERATOR, _TINY_DISCRIMINATOR, 5, (3, 4, 4), 6),
 }
