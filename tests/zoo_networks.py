@@ -17,7 +17,8 @@ class Attention(nn.Module):
         self.kind = kind
         self.embed, self.head = nn.Linear(3, 8), nn.Linear(8, 1)
         if kind == "raw":
-            self.mix: nn.Module = nn.Linear(8, 24)
+            # A key's bias has no effect but round-off, by which Adafactor would step.
+            self.mix: nn.Module = nn.Linear(8, 24, bias=False)
         elif kind == "encoder":
             self.mix = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.1, batch_first=True)
         else:

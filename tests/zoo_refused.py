@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.settings import DEVICE
-from tests.zoo import Batch, labelled
+from tests.zoo import TOO_NEW, Batch, labelled
 from tests.zoo_layers import mlp
 from tests.zoo_networks import Labelled
 from unroll import Minimax, Objective
@@ -206,4 +206,13 @@ REFUSED: dict[str, Refusal] = {
         ValueError,
         r"discriminator: must have parameters.*Flatten has none.*optimizer trains",
     ),
+    **{
+        name: Refusal(
+            animal.make,
+            RuntimeError,
+            r"discriminator: .*derivative that PyTorch does not have.*Replace it",
+            animal.shape,
+        )
+        for name, animal in TOO_NEW.items()
+    },
 }

@@ -41,13 +41,16 @@ def correctness(rows: Sequence[Row]) -> str:
 
     others = ("torchopt", *OTHERS)
     families = sorted({*map(family, rows)}, key=lambda name: (name in others, name.lower()))
-    exact, refused = [], []
+    exact, refused, too_old = [], [], dict[str, list[str]]()
     for discriminator in dict.fromkeys(row["discriminator"] for row in rows):
         own = [row for row in rows if row["discriminator"] == discriminator]
         refusals = sorted({row["refusal"] for row in own if row["refusal"]})
         if all(row["refusal"] for row in own):
             refused.append([discriminator, ", ".join(refusals)])
             continue
+        for version in {row["torch"] for row in own}:
+            if all(row["refusal"] for row in own if row["torch"] == version):
+                too_old.setdefault(version, []).append(discriminator)
         cells = [[row for row in own if family(row) == name] for name in families]
         text = [worst(c) or ", ".join(sorted({r["refusal"] for r in c})) for c in cells]
         exact.append([discriminator, *text])
@@ -67,6 +70,10 @@ def correctness(rows: Sequence[Row]) -> str:
             markdown(["discriminator", *families], exact),
             "Refused, whatever the optimizer:",
             markdown(["discriminator", "exception"], refused),
+            *(
+                f"Refused on torch {version} alone, which lacks a derivative: {'; '.join(names)}."
+                for version, names in sorted(too_old.items())
+            ),
         ]
     )
 
