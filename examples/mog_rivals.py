@@ -193,7 +193,9 @@ def report(results: study.Results) -> str:
             x, means, errors = zip(*line, strict=True)  # the first is without looking ahead
             ax.errorbar(x, means, errors, marker="o", linewidth=1, label=method)
             ax.plot(x[:1], means[:1], "wo", markersize=3.5, zorder=3)
-        ax.set(title=f"the {name}", xscale="log", xlabel=f"seconds of {first.seeds} seeds")
+        # Seconds are rounded: those of a very short run may be 0, which a logarithm has not.
+        scale = "log" if all(x > 0 for line in lines.values() for x, *_ in line) else "linear"
+        ax.set(title=f"the {name}", xscale=scale, xlabel=f"seconds of {first.seeds} seeds")
         mixture = mixture_of(replace(first, data=name))
         plots.heat_maps(
             results.folder / f"mog_rivals_{name}.png",
