@@ -1,5 +1,6 @@
 """Seeds, and the tests that need the real data sets."""
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -78,6 +79,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
     if hasattr(config, "workeroutput"):  # of pytest-xdist, which does not count them
         config.workeroutput["left_out"] = len(left_out)
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector pass over modules and tests, which live as long as the process."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
