@@ -18,18 +18,14 @@ TINY = Cell("tiny", 3, "default")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:higher", "ignore::FutureWarning:higher")
-def test_the_peers_agree_on_the_gradient() -> None:
+def test_the_peers_agree_on_the_gradient_and_leave_the_game_as_it_was() -> None:
     played = game(NETWORKS["tiny"])
-    gradients = {peer: list(peers.build(peer, played, 3)()) for peer in PRESENT}
+    steps = {peer: peers.build(peer, played, 3) for peer in PRESENT}
+    gradients = {peer: list(step()) for peer, step in steps.items()}
     errors = run.disagreements("tiny", gradients)
     assert set(errors) == {*PRESENT} - {peers.PLAIN}
     assert max(errors.values()) < 1e-6
-
-
-def test_the_steps_leave_the_game_as_it_was() -> None:
-    for peer in PRESENT:
-        step = peers.build(peer, game(NETWORKS["tiny"]), 3)
-        step()  # a compiled one takes its first step by itself
+    for peer, step in steps.items():  # a compiled one takes its first step by itself
         for once, again in zip(step(), step(), strict=True):
             assert torch.equal(once, again), peer
 
