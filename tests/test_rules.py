@@ -36,9 +36,9 @@ def stepped(d: nn.Module, optimizer: Any, k: int) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in d.named_parameters()}
 
 
-def prepared(name: str, warm: int) -> tuple[nn.Module, Any]:
+def prepared(name: str, warm: int, layers: int = 16) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
-    d = deep()
+    d = deep(layers=layers)
     optimizer = OWN[name](d)
     train(d, optimizer, batches(warm, seed=1))
     return d, optimizer
@@ -106,7 +106,7 @@ def test_what_prodigy_estimates_is_differentiated() -> None:
         moved, new, group = RULES[Prodigy](parameters, gradients, states, group)
         return moved, new, {**group, "d": group["d"].detach()}
 
-    d, optimizer = prepared("Prodigy", 2)
+    d, optimizer = prepared("Prodigy", 2, layers=4)
     unroll.register_rule(Prodigy, detached)
     loss = looked_ahead(d, optimizer, 3)
     assert_close(
@@ -195,7 +195,7 @@ def test_compiled_gradients_eager_update(monkeypatch: pytest.MonkeyPatch) -> Non
     (pair,) = batches(1)
     results = []
     for compile in (False, True):
-        d, optimizer = prepared("ScheduleFreeSGD", 2)
+        d, optimizer = prepared("ScheduleFreeSGD", 2, layers=4)
         fake = pair[0].clone().requires_grad_()
         loss = looked_ahead(d, optimizer, 3, compile=compile)
         results.append(torch.autograd.grad(loss(fake, pair[1]), fake)[0])
