@@ -177,7 +177,7 @@ ROWS: dict[str, Row] = {
     ),
     "K a float": Row(
         TypeError,
-        r"unroll_steps: must be an int.*got 2\.0 \(float\)",
+        r"unroll_steps: must be an int.*got 2\.0 \(float\)\. Use int\(",
         options=lambda: {"unroll_steps": 2.0},
     ),
     "K a bool": Row(
@@ -313,6 +313,11 @@ ROWS: dict[str, Row] = {
         TypeError,
         r"objective: must be an object with the methods.*BCELoss\(\).*unroll\.Criterion",
         options=lambda: {"objective": nn.BCELoss()},
+    ),
+    "objective a penalty and a number": Row(
+        TypeError,
+        r"objective: must be an object with the methods.*got 5\. Pass",
+        options=lambda: {"objective": R1(1.0) + 5},  # type: ignore[arg-type]
     ),
     "objective with one method": Row(
         TypeError,

@@ -11,6 +11,7 @@ import unroll
 from tests.players import fakes, tanh_net, train
 from tests.settings import DEVICE, randn
 from tests.zoo_networks import Labelled
+from tests.zoo_refused import Fused
 from unroll import UnrolledGeneratorLoss
 
 
@@ -36,11 +37,15 @@ def test_a_parameter_in_a_plain_list_is_refused() -> None:
     assert d.layer.weight.grad is None
 
 
-def test_a_detached_look_ahead_does_not_count_as_the_inspected_one() -> None:
-    d = FromAList().to(DEVICE).double()
+def test_a_detached_look_ahead_is_searched_for_itself() -> None:
+    d: nn.Module = FromAList().to(DEVICE).double()
     loss = UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), lr=0.3), unroll_steps=2)
-    loss.unroll(randn(5, 3), randn(5, 3))
     with pytest.raises(RuntimeError, match=r"uses D's parameter 'layer\.weight' other than"):
+        loss.unroll(randn(5, 3), randn(5, 3))
+    d = nn.Sequential(nn.Linear(3, 1), Fused()).to(DEVICE).double()
+    loss = UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), lr=0.3), unroll_steps=2)
+    loss.unroll(randn(5, 3), randn(5, 3))  # needs first derivatives only
+    with pytest.raises(RuntimeError, match=r"needs a derivative that PyTorch does not have"):
         loss(fakes(), randn(5, 3))
 
 

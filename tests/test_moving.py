@@ -49,6 +49,18 @@ def test_what_requires_a_gradient_at_the_call_moves() -> None:
     assert moved(loss) == {"0.weight", "0.bias"}
 
 
+def test_a_call_of_the_ordinary_loss_sees_what_requires_a_gradient() -> None:
+    d = net()
+    d[0].requires_grad_(False)
+    loss = UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=0)
+    d.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"^discriminator: '0.bias', '0.weight' were frozen or un"):
+        loss(randn(5, 3).requires_grad_(), randn(5, 3))
+    d.requires_grad_(False)
+    loss.unroll_steps = 2
+    assert moved(loss) == EVERYTHING
+
+
 def test_where_nothing_ever_required_a_gradient_all_move() -> None:
     d = net().requires_grad_(False)
     loss = UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=1)

@@ -1,5 +1,6 @@
 """What an optimizer trains beside D's parameters, and settings that are differentiated."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torchopt
 from torch import Tensor, nn
 
 from tests.oracles import central_difference
+from tests.players import train
 from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
 from tests.test_compile import as_it_is
@@ -73,11 +75,18 @@ def encoded() -> tuple[nn.Module, list[Tensor], Minimax]:
 def test_what_the_optimizer_trains_and_d_uses_must_be_in_d(make: Any, build: Any) -> None:
     d, trained, game = make()
     optimizer = build(trained, lr=0.1)
-    loss = UnrolledGeneratorLoss(d, optimizer, game, unroll_steps=2)
     before = snapshot(d, optimizer)
     message = r"^discriminator: the optimizer trains tensors .*\(shapes \(.*Register them"
-    with pytest.raises(RuntimeError, match=message):
-        loss(randn(5, 3).requires_grad_(), randn(5, 3))
+    for stop_gradient in (False, True):
+        options: dict[str, Any] = {"unroll_steps": 2, "stop_gradient": stop_gradient}
+        loss = UnrolledGeneratorLoss(d, optimizer, game, **options)
+        with pytest.raises(RuntimeError, match=message):
+            loss(randn(5, 3).requires_grad_(), randn(5, 3))
+        with pytest.raises(RuntimeError, match=message):
+            loss.unroll(randn(5, 3), randn(5, 3))
+        if make is not tempered:  # an objective's own tensors are constants there
+            with torch.no_grad(), pytest.raises(RuntimeError, match=message):
+                loss(randn(5, 3), randn(5, 3))
     assert not changes(before, d, optimizer)
     loss.unroll_steps = 0  # f_0 needs no step
     loss(randn(5, 3).requires_grad_(), randn(5, 3))
@@ -127,3 +136,51 @@ def test_a_learning_rate_gets_its_gradient(
     (gradient,) = torch.autograd.grad(f(lr, **options), lr)
     difference = central_difference(lambda t: f((lr + t).detach()).item())
     assert abs(gradient.item() - difference) <= 1e-8 * abs(difference)
+
+
+@pytest.fixture
+def _double_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(
+    ("build", "key", "number"),
+    [
+        (torch.optim.ASGD, "lr", 0.3),
+        (torch.optim.ASGD, "lambd", 0.1),
+        (torch.optim.ASGD, "alpha", 0.75),
+        (torch.optim.NAdam, "momentum_decay", 0.4),
+        (torch.optim.NAdam, "betas", 0.9),
+    ],
+)
+@pytest.mark.usefixtures("_double_by_default")
+def test_a_setting_in_a_number_of_the_state_gets_its_gradient(
+    build: Any, key: str, number: float, checkpoint: bool
+) -> None:
+    """ASGD's rates and NAdam's product of momenta, which torch rounds to its default type."""
+    d = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).to(DEVICE)
+    optimizer = build(d.parameters(), lr=0.1)
+    train(d, optimizer, [(randn(5, 3), randn(5, 3))])
+    loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=3, checkpoint=checkpoint)
+    fake, real = randn(5, 3).requires_grad_(), randn(5, 3)
+
+    def f(setting: Any) -> Tensor:
+        optimizer.param_groups[0][key] = (setting, 0.999) if key == "betas" else setting
+        value: Tensor = loss(fake, real)
+        return value
+
+    setting = torch.tensor(number, device=DEVICE, requires_grad=True)
+    (gradient,) = torch.autograd.grad(f(setting), setting)
+    difference = central_difference(lambda t: f((setting + t).detach()).item())
+    assert abs(gradient.item() - difference) <= 1e-7 * abs(difference)
+    states = []
+    for given in (setting, number):
+        f(given)
+        states.append(loss.unroll(fake, real).optimizer_state)
+    for entries, wanted in zip(*(state.values() for state in states), strict=True):
+        for name, value in wanted.items():
+            torch.testing.assert_close(torch.as_tensor(entries[name]), torch.as_tensor(value))

@@ -56,48 +56,50 @@ class Inspection:
     average: bool
     searched: dict[Any, bool] = field(default_factory=dict)  # whether D checkpoints activations
 
-    def inspect_steps(self, game: Game, step: Step, point: Point, batch: Pair, pair: Pair) -> None:
-        """Search a step on ``pair`` and f on ``batch``, where a gradient will be asked for."""
-        if not any(t.requires_grad for t in tensors((batch, pair))):
-            return
-        module, value = self.parts[0], generator_value(game.discriminator, game.objective)
+    def inspect_steps(
+        self, game: Game, step: Step, point: Point, batch: Pair, pair: Pair, *, graph: bool
+    ) -> None:
+        """Search a step on ``pair``, and f on ``batch`` where there will be a ``graph`` of them."""
+        d, value = game.discriminator, generator_value(game.discriminator, game.objective)
+        theta = leaves(point.parameters, game.moving)
         with self._leaving_nothing_behind():
             batch, pair = map_tensors(Tensor.clone, (batch, pair))  # D may change its input
 
             def d_loss() -> Tensor:
-                theta = leaves(point.parameters, game.moving)
                 return differentiate(game, theta, point.buffers, pair, create_graph=False)[0]
 
-            if self.stop_gradient:
-                d_loss()
-                inspect_value(module, value, point, batch)
+            if self.stop_gradient or not graph:
+                loss, following = d_loss(), point
+                _refuse_changed(d, theta)
+                _refuse_unregistered(game, loss, tensors(pair))
             else:
                 following = inspect_step(game, point, pair)
-                inspect_value(module, value, following, batch)
                 if self.checkpoint:
                     refuse_unrepeatable(step, *self.parts, (point, pair, game.optimizer.settings))
                 if self.checkpoint and self.average:
                     refuse_unrepeatable(value, *self.parts, (following, batch))
-            for loss in (d_loss, partial(value, point, batch)):
-                _refuse_use_of(read_elsewhere(game.discriminator, game.moving, loss))
-        self.searched[game.discriminator.layers, game.moving] = False
+            if graph:
+                inspect_value(self.parts[0], value, following, batch)
+            for player in (d_loss, partial(value, point, batch)):
+                _refuse_use_of(read_elsewhere(d, game.moving, player))
+        self.searched[d.layers, game.moving, graph] = False
 
     def recomputes(self, d: Functional, value: Value, point: Point, batch: Pair) -> bool:
         """Return whether D checkpoints activations in f_0, after a search of that."""
         if d.layers not in self.searched:
+            found = False
             with self._leaving_nothing_behind():
-                self.searched[d.layers] = self._recomputes(value, point, batch)
+                batch = map_tensors(Tensor.clone, batch)  # D may change its input
+                try:
+                    with recomputation_refused():
+                        inspect_value(self.parts[0], value, point, batch)
+                except RuntimeError as error:
+                    found = str(error).startswith(RECOMPUTATION)
+                    if not found:
+                        raise
+                _refuse_changed(d, point.parameters)
+            self.searched[d.layers] = found
         return self.searched[d.layers]
-
-    def _recomputes(self, value: Value, point: Point, batch: Pair) -> bool:
-        try:
-            with recomputation_refused():
-                inspect_value(self.parts[0], value, point, batch)
-        except RuntimeError as error:
-            if str(error).startswith(RECOMPUTATION):
-                return True
-            raise
-        return False
 
     @contextmanager
     def _leaving_nothing_behind(self) -> Iterator[None]:
@@ -120,9 +122,7 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
         return point
     settings = game.optimizer.settings
     moved, state = update(game, theta, gradients, point.optimizer_state, settings)
-    for name, own in discriminator.parameters.items():  # .data leaves no other trace
-        if not same(theta[name], own):
-            raise RuntimeError(mutation_message(name))
+    _refuse_changed(discriminator, theta)
     batch = tensors(pair)
     _refuse_unregistered(game, loss, batch)
     _refuse_own_parameters(module, loss, batch)
@@ -149,6 +149,13 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
         lambda: discriminator(lambda d: d(pair[1]), theta, point.buffers),
     )
     return Point(moved, buffers, state, loss.detach())
+
+
+def _refuse_changed(discriminator: Functional, theta: Mapping[str, Tensor]) -> None:
+    """Refuse a D that has changed its parameters, theta_D^0: .data leaves no other trace."""
+    for name, own in discriminator.parameters.items():
+        if not same(theta[name], own):
+            raise RuntimeError(mutation_message(name))
 
 
 def inspect_value(module: nn.Module, value: Value, point: Point, pair: Pair) -> None:
@@ -244,17 +251,13 @@ def _own_parameter(
 def _refuse_layers(module: nn.Module) -> None:
     """Refuse layers whose second derivative is wrong in a way that no graph shows."""
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.SyncBatchNorm) and layer.training and _many_ranks(layer):
+        syncs = isinstance(layer, nn.SyncBatchNorm) and layer.training and dist.is_available()
+        if syncs and dist.is_initialized() and dist.get_world_size(layer.process_group) > 1:
             raise RuntimeError(
                 f"discriminator: {name or 'itself'} (SyncBatchNorm) has no right second derivative "
                 "in training mode. Use BatchNorm, whose statistics are those of each rank, or "
                 "GroupNorm, or set stop_gradient=True for the first term alone."
             )
-
-
-def _many_ranks(layer: nn.SyncBatchNorm) -> bool:
-    initialised = dist.is_available() and dist.is_initialized()
-    return initialised and dist.get_world_size(layer.process_group) > 1
 
 
 def _inspect_derivatives(

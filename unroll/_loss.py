@@ -54,17 +54,15 @@ class UnrolledGeneratorLoss(nn.Module):
         discriminator: Any ``nn.Module``. It may be wrapped by ``torch.compile``.
         optimizer: What trains the discriminator, as it is: a ``torch.optim`` optimizer, a torchopt
             ``Optimizer``, ``MetaOptimizer`` or ``FuncOptimizer`` (each with its live state), or a
-            bare torchopt transformation, which starts afresh at every call, step counts and
-            schedules included, unless the call gets ``optimizer_state``; or a list of optimizers,
-            each with its own part of D, which are stepped in that order.
+            bare torchopt transformation, which starts afresh at every call unless that gets
+            ``optimizer_state``; or a list of optimizers, stepped in that order.
         objective: The game, see :class:`unroll.Objective`. Default: :class:`unroll.Minimax`.
         unroll_steps: K, at least 0 (the ordinary generator loss). It may be assigned later.
         stop_gradient: Keep the first term of Eq. 12 only: theta_D^K is a constant. Default False.
         average: Return the mean of f_1..f_K (App. B.2), or f_0 where K = 0. Default False.
-        checkpoint: Keep only what each step starts from, parameters and optimizer state, and
-            compute the step again in the backward pass: activations of one step whatever K is.
-            f_K is then differentiable once, and D and the objective must be the same in both runs,
-            or an error says so. Default False.
+        checkpoint: Keep only what each step starts from, and compute the step again in the backward
+            pass: activations of one step whatever K is. f_K is then differentiable once, and D and
+            the objective must be the same in both runs, or an error says so. Default False.
         compile: Run the steps as code that ``torch.compile`` makes of one step and its adjoint, for
             all K alike; f_K is then differentiable once. The first call takes 20 to 60 s. What is
             not compiled runs eagerly, after a warning. Default False.
@@ -106,8 +104,8 @@ class UnrolledGeneratorLoss(nn.Module):
         sync: bool | None = None,
     ) -> None:
         super().__init__()
-        module = checked_arguments(discriminator, objective, transform_gradients, project)
-        parts = module, summands(objective)
+        parts = summands(objective)
+        module = checked_arguments(discriminator, parts, transform_gradients, project)
         averages, ranks = resolved_sync(discriminator, module, sync)
         # Not as attributes of an nn.Module: D would become a submodule of its loss.
         vars(self).update(
@@ -123,10 +121,10 @@ class UnrolledGeneratorLoss(nn.Module):
             sync=averages,
             _given=discriminator,
             _ranks=ranks,
-            _parts=parts,
+            _parts=(module, parts),
             _losses=[],
             _code=Code() if compile else None,
-            _inspection=Inspection(parts, stop_gradient, checkpoint, average),
+            _inspection=Inspection((module, parts), stop_gradient, checkpoint, average),
             _moving=Moving(),
         )
         self._start(None)
@@ -240,6 +238,7 @@ class UnrolledGeneratorLoss(nn.Module):
         if not pairs and optimizer_state is None:  # the ordinary loss, which needs no optimizer
             vars(self).update(_losses=[])
             d = Functional(self.discriminator)
+            self._moving.see(d.parameters)
             point, value = start(d), generator_value(d, self.objective)
             if torch.is_grad_enabled() and self._inspection.recomputes(d, value, point, batch):
                 value = evaluated(d, self.objective)
@@ -272,10 +271,11 @@ class UnrolledGeneratorLoss(nn.Module):
             ahead = without_graph(ahead)
         elif self.checkpoint:
             ahead = partial(look_ahead, checkpointed(one_step(ahead), *self._parts))
+        graph = torch.is_grad_enabled() and any(t.requires_grad for t in tensors((batch, pairs)))
+        form = game.discriminator.layers, game.moving, graph
         with recomputation_refused():
-            form = game.discriminator.layers, game.moving
-            if pairs and torch.is_grad_enabled() and form not in self._inspection.searched:
-                self._inspection.inspect_steps(game, step, point, batch, pairs[0])
+            if pairs and form not in self._inspection.searched:
+                self._inspection.inspect_steps(game, step, point, batch, pairs[0], graph=graph)
             return ahead(point, pairs, game.optimizer.settings, every=every)
 
     def _pairs(

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +23,15 @@ Mapped = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
 
 def checked_arguments(
-    discriminator: object, objective: Any, transform_gradients: object, project: object
+    discriminator: object,
+    objectives: Iterable[object],
+    transform_gradients: object,
+    project: object,
 ) -> nn.Module:
     """Return the user's own module inside all wrappers, after a look at what goes with it."""
     module = checked_discriminator(discriminator)
-    _check_objective(objective)
+    for objective in objectives:
+        _check_objective(objective)
     _check_mapped("transform_gradients", transform_gradients)
     _check_mapped("project", project)
     _warn_of_gradient_hooks(module)
@@ -60,7 +63,7 @@ def checked_steps(unroll_steps: object) -> int:
     if isinstance(unroll_steps, bool) or not isinstance(unroll_steps, Integral):  # NumPy's, too
         raise TypeError(
             "unroll_steps: must be an int, the number K of look-ahead steps; got "
-            f"{unroll_steps!r} ({type(unroll_steps).__name__})."
+            f"{unroll_steps!r} ({type(unroll_steps).__name__}). Use int(...) of a whole number."
         )
     if unroll_steps < 0:
         raise ValueError(

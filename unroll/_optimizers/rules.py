@@ -10,7 +10,7 @@ torch keeps in lower precision are rounded to it, ``h["scalar_dtype"]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,13 +72,13 @@ def asgd(p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[Tensor, State]:
     """Averaged stochastic gradient descent (Polyak and Juditsky 1992)."""
     lr, lambd, dtype = h["lr"], h["lambd"], h["scalar_dtype"]
     g = _descent(p, g, h)
-    eta, mu = s.get("eta", _rounded(lr, dtype)), s.get("mu", 1.0)
+    eta, mu = s.get("eta", _kept(_rounded(lr, dtype), lr, [lr])), s.get("mu", 1.0)
     p = p * (1 - lambd * eta) - eta * g
     state = _counted(s, ax=p if mu == 1 else s["ax"] + mu * (p - s["ax"]))
     t, default = state["step"], torch.get_default_dtype()
     foreach_t = torch.tensor(t, dtype=default) if h["foreach"] else t
     eta = lr / (1 + lambd * lr * foreach_t) ** h["alpha"]
-    state["eta"] = _rounded(eta, default, dtype)
+    state["eta"] = _kept(_rounded(eta, default, dtype), eta, [lr, lambd, h["alpha"]])
     state["mu"] = _rounded(1 / max(1.0, t - h["t0"]), default, dtype)
     return p, state
 
@@ -92,8 +92,10 @@ def nadam(p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[Tensor, State]:
     state = _counted(s, exp_avg=m, exp_avg_sq=v)
     t = state["step"]
     mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (i * h["momentum_decay"])) for i in (t, t + 1))
-    last = torch.tensor(s.get("mu_product", 1.0), dtype=h["scalar_dtype"])
-    product = state["mu_product"] = float(last * mu)
+    last = s.get("mu_product", 1.0)
+    rounded = torch.tensor(_item(last), dtype=h["scalar_dtype"]) * _item(mu)
+    product = _kept(rounded.item(), last * mu, [beta1, h["momentum_decay"]])
+    state["mu_product"] = product
     denominator = safe_sqrt(v) / (1 - beta2**t) ** 0.5 + h["eps"]
     ahead = lr * mu_next / (1 - product * mu_next) * m + lr * (1 - mu) / (1 - product) * g
     return p - ahead / denominator, state
@@ -202,6 +204,18 @@ def _counted(s: State, **entries: Any) -> State:
 
 def _rounded(value: Any, *dtypes: torch.dtype) -> float:
     """Return a number as torch keeps it, in the precision of these types."""
+    number = _item(value)
     for dtype in dtypes:
-        value = torch.tensor(float(value), dtype=dtype)
-    return float(value)
+        number = torch.tensor(number, dtype=dtype).item()
+    return number
+
+
+def _item(value: Any) -> float:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _kept(number: float, value: Any, settings: Sequence[Any]) -> Any:
+    """Return a number; where settings are differentiated, with the derivative of ``value``."""
+    if not any(isinstance(s, Tensor) and s.requires_grad for s in settings):
+        return number
+    return (value - value.detach()).cpu().double() + number  # on a CPU, as not all have double

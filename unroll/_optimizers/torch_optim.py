@@ -40,13 +40,18 @@ class Bucket(NamedTuple):
         """Return the state of each parameter, in its shape."""
         shaped = [like[name] for name in self.names]
         columns = {
-            key: [float(value)] * len(shaped) if key in SCALARS else _unflatten(value, shaped)
+            key: [_number(value)] * len(shaped) if key in SCALARS else _unflatten(value, shaped)
             for key, value in self.entries.items()
         }
         return {
             name: {key: column[i] for key, column in columns.items()}
             for i, name in enumerate(self.names)
         }
+
+
+def _number(value: Any) -> Any:
+    """Return a float; but a 0-d tensor, through which settings are differentiated, as it is."""
+    return value if isinstance(value, Tensor) and not value.dim() else float(value)
 
 
 def _flatten(tensors: Sequence[Tensor]) -> Tensor:
