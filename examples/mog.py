@@ -108,11 +108,11 @@ def train(config: Config, options: study.Options, line: int) -> None:
     d = nn.Sequential(seeds.Scale(config.input_scale), layers([2, *hidden, 1]))
     rates = config.generator_learning_rate, config.discriminator_learning_rate
     betas = (config.beta1, 0.999)
-    g_optimizer = torch.optim.Adam(g.parameters(), rates[0], betas)
-    d_optimizer = torch.optim.Adam(d.parameters(), rates[1], betas)
+    g_optimizer = torch.optim.Adam(g.parameters(), rates[0], betas, fused=True)
+    d_optimizer = torch.optim.Adam(d.parameters(), rates[1], betas, fused=True)
 
     def noise(count: int = config.batch_size) -> Tensor:
-        return rngs.normal(count, config.noise_size).mT.contiguous()
+        return rngs.normal(count, config.noise_size).mT
 
     def real() -> Tensor:
         return rngs.draw(lambda rng: mixture.sample(config.batch_size, rng).T)

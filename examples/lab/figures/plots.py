@@ -13,7 +13,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -99,25 +98,25 @@ def animation(
 ) -> None:
     """Animate the heat maps of all settings side by side, the data last."""
     peak = density(data, extent).max().item()
-    width = len(rows) + 1
-    figure, axes = plt.subplots(1, width, figsize=(2.6 * width, 3.1), layout="constrained")
-    images = []
+    size = 2.6 * (len(rows) + 1), 3.1
+    figure, axes = plt.subplots(1, len(rows) + 1, figsize=size, dpi=80, layout="constrained")
+    cells = []
     for ax, (label, snapshots) in zip(axes, [*rows.items(), ("data", [data])], strict=True):
         ax.set_title(label)
-        images.append(_show(ax, snapshots[0], extent, peak))
-
-    def draw(moment: int) -> list[AxesImage]:
-        figure.suptitle(titles[moment])
-        for image, snapshots in zip(images, rows.values(), strict=False):
-            image.set_data(density(snapshots[moment], extent).numpy())
-        return images
-
-    draw(0)
+        cells.append(_show(ax, snapshots[0], extent, peak))
+    figure.suptitle(titles[0])
     figure.canvas.draw()
     figure.set_layout_engine("none")  # laid out once, not in every frame
-    order = [*spread(len(titles), frames), *[len(titles) - 1] * 8]
-    movie = FuncAnimation(figure, draw, order)
-    write_atomically(path, partial(movie.save, writer=PillowWriter(fps=8), dpi=80))
+    movie, moments = [], spread(len(titles), frames)
+    for moment in moments:
+        figure.suptitle(titles[moment])
+        for cell, snapshots in zip(cells, rows.values(), strict=False):
+            cell.set_data(density(snapshots[moment], extent).numpy())
+        figure.canvas.draw()
+        movie.append(Image.fromarray(np.array(figure.canvas.buffer_rgba())).convert("RGB"))
+    times = [125] * (len(movie) - 1) + [1125]  # milliseconds
+    how = {"format": "gif", "save_all": True, "append_images": movie[1:], "loop": 0}
+    write_atomically(path, partial(movie[0].save, duration=times, **how))
     plt.close(figure)
 
 
