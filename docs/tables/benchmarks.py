@@ -71,7 +71,7 @@ def correctness(rows: Sequence[Row]) -> str:
             "Refused, whatever the optimizer:",
             markdown(["discriminator", "exception"], refused),
             *(
-                f"Refused on torch {version} alone, which lacks a derivative: {'; '.join(names)}."
+                f"Refused on torch {version}, which lacks a derivative: {'; '.join(names)}."
                 for version, names in sorted(too_old.items())
             ),
         ]
