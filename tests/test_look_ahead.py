@@ -16,7 +16,6 @@ from torchopt.base import GradientTransformation
 import unroll
 from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
-from unroll import _inspection as inspection
 
 Loss = unroll.UnrolledGeneratorLoss
 
@@ -262,7 +261,8 @@ def test_hooks_after_accumulation_are_not_passed_over_in_silence() -> None:
 
 
 def test_a_layer_is_refused_once_it_is_in_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "_many_ranks", lambda _: True)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
     d = nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4), nn.Linear(4, 1)).to(DEVICE).double()
     loss = Loss(d, sgd(d), unroll_steps=1)
     d.eval()
