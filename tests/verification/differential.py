@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
@@ -36,6 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchopt.pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[2]
+TOGETHER = 6  # discriminators a process, which takes seconds to start
 MODES: dict[str, dict[str, bool]] = {
     "plain": {},
     "checkpoint": {"checkpoint": True},
@@ -121,17 +123,22 @@ def _cells(discriminator: str, modes: Sequence[str]) -> Iterator[tuple[str, str]
         yield from ((optimizer, "compiled") for optimizer in own)
 
 
-def work(discriminator: str, modes: Sequence[str], path: Path) -> None:
-    """Write the outcomes of one discriminator to a file."""
+def work(discriminators: Sequence[str], modes: Sequence[str], package: Path, path: Path) -> None:
+    """Write the outcomes of some discriminators under one revision to a file."""
+    import unroll
+
+    if Path(unroll.__file__).parents[1] != package:
+        raise RuntimeError(f"{package}: the worker imported {unroll.__file__}")
     torch.set_num_threads(1)
-    found: dict[tuple[str, str], Outcome] = {}
-    for optimizer, mode in _cells(discriminator, modes):
-        if mode == "compiled":
-            _trace_only()
-            found[optimizer, mode] = outcome(optimizer, discriminator, {"compile": True})
-            torch._dynamo.reset()
-        else:
-            found[optimizer, mode] = outcome(optimizer, discriminator, MODES[mode])
+    found: dict[tuple[str, str, str], Outcome] = {}
+    for d in discriminators:
+        for optimizer, mode in _cells(d, modes):
+            if mode == "compiled":
+                _trace_only()
+                found[d, optimizer, mode] = outcome(optimizer, d, {"compile": True})
+                torch._dynamo.reset()
+            else:
+                found[d, optimizer, mode] = outcome(optimizer, d, MODES[mode])
     torch.save(found, path)
 
 
@@ -181,29 +188,28 @@ def unpacked(revision: str, folder: Path) -> Path:
 
 
 def both(
-    discriminator: str, modes: Sequence[str], packages: Mapping[str, Path], folder: Path
+    discriminators: Sequence[str], modes: Sequence[str], packages: Sequence[Path]
 ) -> list[Difference]:
-    """Return the differences of one discriminator, each revision in a process of its own."""
+    """Return the differences of some discriminators, each revision in a process of its own."""
     outcomes = []
-    for name, package in packages.items():
-        path = folder / f"{name}-{abs(hash(discriminator))}.pt"
-        subprocess.run(
-            [
-                *(sys.executable, "-m", __spec__.name, name),
-                *("--worker", discriminator, str(path), "--modes", *modes),
-            ],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [package, ROOT]))},
-            cwd=folder,
-            check=True,
-        )
-        outcomes.append(torch.load(path, weights_only=False))
-        path.unlink()
+    for package in packages:
+        with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+            subprocess.run(
+                [
+                    *(sys.executable, "-m", __spec__.name, str(package)),
+                    *("--worker", file.name, *discriminators, "--modes", *modes),
+                ],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [package, ROOT]))},
+                cwd=package,  # comes before PYTHONPATH
+                check=True,
+            )
+            outcomes.append(torch.load(file.name, weights_only=False))
     old, new = outcomes
     return [
         difference
         for cell in old
         if "refusal" in new[cell] or not old[cell].get("words", "").startswith("optimizer: ")
-        for difference in differences((discriminator, *cell), old[cell], new[cell])
+        for difference in differences(cell, old[cell], new[cell])
     ]
 
 
@@ -221,24 +227,22 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the discriminators")
     parser.add_argument("--tolerance", type=float, default=0.0, help="relative; default: no bit")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: one a core")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.worker[0], options.modes, Path(options.worker[1]))
+        path, *names = options.worker
+        work(names, options.modes, Path(options.revision), Path(path))
         return
 
     names = [name for name in matrix.DISCRIMINATORS if options.only in name]
     names = names[:: round(1 / options.share)]
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
-        folder = Path(temporary)
-        packages = {"old": unpacked(options.revision, folder), "new": ROOT}
-
-        def compare(name: str) -> list[Difference]:
-            return both(name, options.modes, packages, folder)
-
+        packages = unpacked(options.revision, Path(temporary)), ROOT
+        some = [names[i : i + TOGETHER] for i in range(0, len(names), TOGETHER)]
+        compare = partial(both, modes=options.modes, packages=packages)
         found: list[Difference] = []
-        for done, (name, rows) in enumerate(zip(names, pool.map(compare, names)), start=1):  # noqa: B905
-            print(f"{done}/{len(names)} {name}", flush=True)
+        for done, rows in zip(some, pool.map(compare, some)):  # noqa: B905
+            print(", ".join(done), flush=True)
             for row in rows:
                 print(f"  {row}", flush=True)
             found += rows
