@@ -338,11 +338,3 @@ def test_muon_of_a_matrix_without_gradient_has_a_finite_derivative() -> None:
     (gradient,) = torch.autograd.grad(loss(fake, pair[1]), fake)
     assert gradient.isfinite().all()
     assert gradient.abs().max() > 0
-
-
-@needs_muon
-def test_what_rounds_says_so() -> None:
-    d = deep()
-    parameters = dict(d.named_parameters())
-    assert inner_optimizer(with_muon(d), parameters).rounds
-    assert not any(inner_optimizer(build(d), parameters).rounds for build in LISTS.values())

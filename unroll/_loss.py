@@ -51,7 +51,7 @@ class UnrolledGeneratorLoss(nn.Module):
     changes: D, its buffers and gradients, the optimizer and its state. Time and memory grow with K.
 
     Args:
-        discriminator: Any ``nn.Module``. It may be wrapped by ``torch.compile``.
+        discriminator: Any ``nn.Module``; ``torch.compile``, data parallelism or Fabric may wrap it.
         optimizer: What trains the discriminator, as it is: a ``torch.optim`` optimizer, a torchopt
             ``Optimizer``, ``MetaOptimizer`` or ``FuncOptimizer`` (each with its live state), or a
             bare torchopt transformation, which starts afresh at every call unless that gets
@@ -178,8 +178,9 @@ class UnrolledGeneratorLoss(nn.Module):
         Raises:
             ValueError: ``fake`` has no path to a generator while gradients are on, ``minibatches``
                 holds fewer than K pairs, or a loss is not 0-d or not a function of D.
-            RuntimeError: In inference mode, where D changes its parameters in place or lacks a
-                derivative, or where the ranks disagree on K.
+            RuntimeError: In inference mode, where D changes its parameters in place, keeps them
+                where the look-ahead does not reach or lacks a derivative, where the optimizer
+                trains what is not in D, or where the ranks disagree on K.
         """
         batch = fake, real
         pairs = self._pairs(batch, minibatches, differentiable=not self._constant)

@@ -26,7 +26,8 @@ class UnrolledDiscriminator:
         buffers: Every buffer name of D, with its tensor after the K steps, detached.
         optimizer_state: The optimizer's state after the K steps, in the optimizer's own form: what
             a torchopt transformation's ``update`` returned, a tuple of those for a torchopt
-            optimizer, a mapping from parameter names to states for a ``torch.optim`` one.
+            optimizer, a mapping from parameter names to states for a ``torch.optim`` one; of a list
+            of optimizers, a list.
         losses: D's loss before each step, shape ``(K,)``, detached.
     """
 

@@ -31,7 +31,6 @@ class InnerOptimizer(Protocol):
     others: Sequence[Tensor]  # tensors that it trains and that are no parameters of D
     settings: Any  # hyper-parameters as they stand, an input of its step
     traceable: bool  # whether torch.compile can trace its step
-    rounds: bool  # whether its step rounds, so that no difference tells its derivative
 
     @property
     def initial_state(self) -> Any:

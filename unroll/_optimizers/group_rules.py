@@ -99,10 +99,8 @@ def _each(rule: Callable[[Tensor, Tensor, State, State], tuple[Tensor, State]]) 
     return group_rule
 
 
-MUON = _each(muon)
-ROUNDING = (MUON,)  # below the precision of the parameters: differences cannot tell the derivative
 GROUP_RULES: dict[type[torch.optim.Optimizer], GroupRule] = {
     torch.optim.Adafactor: _each(adafactor)
 }
 if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
-    GROUP_RULES[torch.optim.Muon] = MUON
+    GROUP_RULES[torch.optim.Muon] = _each(muon)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from unroll._autograd_fixes import differentiable_roots
 from unroll._functional import map_tensors, tensors
-from unroll._optimizers.group_rules import GROUP_RULES, ROUNDING, GroupRule
+from unroll._optimizers.group_rules import GROUP_RULES, GroupRule
 
 Tensors = Mapping[str, Tensor]
 
@@ -73,7 +73,6 @@ class Grouped:
     def __init__(self, optimizer: Optimizer, parameters: Tensors, rule: GroupRule) -> None:
         names = {id(p): name for name, p in parameters.items()}
         self._rule, self._name = rule, type(optimizer).__name__
-        self.rounds = rule in ROUNDING
         others: list[Tensor] = []
         self.initial_state: list[Any] = []
         for group in optimizer.param_groups:

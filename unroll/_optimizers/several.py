@@ -24,7 +24,6 @@ class Several:
         self._inner, self.names = inner, frozenset(counts)
         self.others: Sequence[Tensor] = [t for one in inner for t in one.others]
         self.traceable = all(one.traceable for one in inner)
-        self.rounds = any(one.rounds for one in inner)
         self.settings = [one.settings for one in inner]
         self.initial_state = [one.initial_state for one in inner]
 

@@ -76,8 +76,6 @@ class TorchOptim:
     Its state is a list of buckets; its settings are the hyper-parameters of each param group.
     """
 
-    rounds = False
-
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Tensors, rule: Rule) -> None:
         names = {id(p): name for name, p in parameters.items()}
         everything = [p for group in optimizer.param_groups for p in group["params"]]

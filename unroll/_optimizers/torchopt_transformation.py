@@ -26,7 +26,6 @@ class Transformation:
     each of its momenta has yet to be called, which torchopt keeps in a closure.
     """
 
-    rounds = False
     traceable = False  # trees of tensors that torch.compile does not know
     settings = ()  # they are in the transformation's closures
 
