@@ -7,7 +7,7 @@ Section 3.4 of Metz, Poole, Pfau and Sohl-Dickstein, "Unrolled Generative Advers
     3.4.2  the distances of random pairs of samples are more like those of the data (Fig. 6)
 
     python examples/cifar10_diversity.py                    on what cifar10.py wrote
-    python examples/cifar10_diversity.py --targets 1280 --steps 200     as in the paper
+    python examples/cifar10_diversity.py --targets 1280 --steps 200     the images of the paper
 """
 
 import sys
