@@ -8,6 +8,7 @@ comment of HTML, and `<!-- end -->`:
     <!-- published: QUERY -->                            what others published
     <!-- claims -->                                      the claims of this page and their verdicts
     <!-- verdict: NAME -->                               the verdict on one, within a sentence
+    <!-- verdict: PAGE/NAME -->                          the verdict on one of another page
     <!-- experiments -->                                 all pages, with counts of the verdicts
     <!-- results: NAME -->                               a table of the benchmarks
 
@@ -139,8 +140,9 @@ def _numbers(part: Part) -> list[str]:
 
 
 def verdict(page: str, name: str) -> str:
-    """Return the verdict on a claim of a page."""
-    return verdicts.verdict(judged(page)[name])
+    """Return the verdict on a claim of a page, or of another one, named as `page/name`."""
+    *other, name = name.split("/")
+    return verdicts.verdict(judged(*other or [page])[name])
 
 
 def experiments() -> str:
