@@ -168,6 +168,14 @@ def test_a_page_is_filled_and_faults_are_named(verdicts: Any, tmp_path: Path) ->
             pages.filled(page)
 
 
+def test_a_page_gives_the_verdict_of_another_one(verdicts: Any) -> None:
+    assert verdicts
+    pages = importlib.import_module("docs.tables.pages")
+    assert pages.verdict("README", "lstm/rotates") == pages.verdict("lstm", "rotates")
+    with pytest.raises(KeyError):
+        pages.verdict("lstm", "stacked-mnist/rotates")
+
+
 def test_every_figure_of_a_page_exists_and_every_page_is_linked() -> None:
     folder = ROOT / "docs" / "experiments"
     index = (folder / "README.md").read_text()
