@@ -68,7 +68,7 @@ def worker(package: Path, network: str, k: int, mode: str, threads: int) -> Iter
     with subprocess.Popen(
         [sys.executable, "-m", "tests.verification.speed", "-", *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [package, ROOT]))},
-        cwd=package if package != ROOT else None,
+        cwd=package,  # comes before PYTHONPATH
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
