@@ -36,6 +36,7 @@ from tqdm import tqdm
 import unroll
 
 MODES = 1000
+REFERENCES = 1000  # real stacks that precision is about, and as many samples
 WIDTHS = {"E": 1 / 8, "D": 1.0}  # of the appendices' networks, compared to D's
 
 
@@ -105,6 +106,7 @@ def train(config: Config, options: classifier.Options, line: int) -> None:
         return joined.last(rngs.draw(partial(data.stacks, config.batch_size)))
 
     held_out = noise(config.samples)
+    known = references(data)
 
     @torch.no_grad()
     def evaluate(pairs: int, _: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Tensor]:
@@ -116,6 +118,7 @@ def train(config: Config, options: classifier.Options, line: int) -> None:
             labels = coverage.stack_labels(found)
             curve = coverage.mode_metrics(labels[: config.curve_samples], MODES)
             whole = coverage.mode_metrics(labels, MODES)
+            whole["precision"] = classifier.precision(judge, one(z[: len(known)]), known)
             row = {name: value if ends else "" for name, value in whole.items()}
             each.append(row | {f"curve_{name}": value for name, value in curve.items()})
         shown = g[0](held_out[0, :16])
@@ -131,6 +134,11 @@ def train(config: Config, options: classifier.Options, line: int) -> None:
 
         g_loss = unrolled(g(noise()), real())  # a fresh batch (ours)
         study.step(g_optimizer, g_loss)
+
+
+def references(data: digits.Digits) -> Tensor:
+    """Return the real stacks that precision is about: the same ones for all models."""
+    return data.stacks(REFERENCES, torch.Generator(data.images.device).manual_seed(0))
 
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -159,19 +167,28 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
     return [replace(config, classifier=known["classifier"]) for config in configs]
 
 
-def data_score(options: Options, known: Mapping[str, Any], count: int) -> None:
-    """Print the score of real stacks through the same classifier, and record it."""
+def data_score(options: Options, facts: Mapping[str, Any], count: int) -> None:
+    """Print the score of real stacks through the same classifier, and record it.
+
+    Digits whose halves are those of two have strokes and no shape: the least precision of samples
+    that are digits.
+    """
     judge, data = classifier.load(options.classifier), digits.mnist(options.data_root)
+    test, known = digits.mnist(options.data_root, train=False), references(data)
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         rng = torch.Generator().manual_seed(seed)
         labels = classifier.classify(judge, data.stacks(count, rng))
+        upper, lower = (test.stacks(REFERENCES, rng).chunk(2, 2)[half] for half in range(2))
+        halves = torch.cat([upper, lower], 2)
         row = {
             "experiment": "stacked_mnist_data",
             "samples": count,
             "seed": seed,
             **coverage.mode_metrics(coverage.stack_labels(labels), MODES),
-            "classifier": known["classifier"],
-            "test_accuracy": known["classifier_accuracy"],
+            "precision": classifier.precision(judge, test.stacks(REFERENCES, rng), known),
+            "precision_of_halves": classifier.precision(judge, halves, known),
+            "classifier": facts["classifier"],
+            "test_accuracy": facts["classifier_accuracy"],
             **runs.provenance(),
         }
         tqdm.write(f"seed {seed}: {row['modes']} modes, reverse KL {row['reverse_kl']:.4f}")

@@ -157,6 +157,19 @@ def test_classify_takes_digits_and_stacks_with_and_without_a_margin(
         classify(Bars(), torch.zeros(2, 2, 28, 28))
 
 
+def test_precision_tells_digits_from_what_a_classifier_may_be_certain_of(
+    lab: Any, tmp_path: Path
+) -> None:
+    data = lab.digits.mnist(tiny_mnist.write(tmp_path))
+    judge = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10))  # features: pixels
+    real, rng = data.at(torch.arange(60)), torch.Generator().manual_seed(0)
+    noise = 2 * torch.rand(real.shape, generator=rng) - 1
+    stacks = data.stacks(20, rng)
+    for samples, wanted in ((real, 1.0), (noise, 0.0), (stacks, 1.0), (real.roll(9, 2), 0.0)):
+        assert lab.classifier.precision(judge, samples, real) == wanted
+    assert lab.classifier.precision(judge, torch.cat([real, noise]), real) == 0.5
+
+
 def test_the_classifier_is_the_same_from_its_file(lab: Any, tmp_path: Path) -> None:
     classifier = lab.classifier
     network = classifier.network()

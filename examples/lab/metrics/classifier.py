@@ -72,6 +72,26 @@ def network() -> nn.Sequential:
 @torch.no_grad()
 def classify(network: nn.Module, images: Tensor, *, batch_size: int = 512) -> Tensor:
     """Return the digit in each image."""
+    labels = torch.cat([network(part).argmax(1) for part in _single(images).split(batch_size)])
+    return labels if images.shape[1] == 1 else labels.view(-1, 3)
+
+
+@torch.no_grad()
+def precision(network: nn.Sequential, images: Tensor, real: Tensor) -> float:
+    """Return the share of digits that are as near to real ones as these are to each other.
+
+    Improved precision (Kynkäänniemi et al. 2019, 3 neighbours) of what the last layer sees. The
+    classifier's certainty would not do: it is certain that white noise is an 8.
+    """
+    from torch_fidelity import metric_prc  # slow to import
+
+    features = [network[:-1](_single(batch)) for batch in (images, real)]
+    found = metric_prc.prc_features_to_metric(*features, save_cpu_ram=True, verbose=False)
+    return float(found["precision"])
+
+
+def _single(images: Tensor) -> Tensor:
+    """Return single digits, `(N, 1, 28, 28)`, of images or of stacks of three."""
     if images.ndim != 4 or images.shape[1] not in {1, 3} or images.shape[-1] not in {28, 32}:
         shape = tuple(images.shape)
         raise ValueError(f"images must be (N, 1 or 3, 28 or 32, 28 or 32), got {shape}")
@@ -80,9 +100,7 @@ def classify(network: nn.Module, images: Tensor, *, batch_size: int = 512) -> Te
         raise ValueError(f"images must be in [-1, 1], got from {least:.3g} to {most:.3g}")
     margin = (images.shape[-1] - 28) // 2
     inner = images[..., margin : margin + 28, margin : margin + 28]
-    single = inner.flatten(0, 1).unsqueeze(1)
-    labels = torch.cat([network(part).argmax(1) for part in single.split(batch_size)])
-    return labels if images.shape[1] == 1 else labels.view(-1, 3)
+    return inner.flatten(0, 1).unsqueeze(1)
 
 
 def train(
