@@ -133,6 +133,7 @@ def train(config: Config, options: classifier.Options, line: int) -> None:
 
     held_out, held_out_real = noise(config.samples), real(config.samples)
     spread = held_out_real.var(0).sum()
+    known = data.at(torch.arange(min(len(data), classifier.REFERENCES)))
 
     @torch.no_grad()
     def evaluate(pairs: int, history: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Tensor]:
@@ -154,6 +155,7 @@ def train(config: Config, options: classifier.Options, line: int) -> None:
             **coverage.class_metrics(labels),
             "classes_of_a_percent": int(of_a_percent.sum()),
             "variance": (fake.var(0).sum() / spread).item(),
+            "precision": classifier.precision(judge, samples, known),
             **{c: trace.mean(c, start) for c in ("d_loss", "g_loss", "d_gradient", "d_update")},
             "d_on_real": discriminator(held_out_real).mean().item(),
             "d_on_fake": discriminator(fake).mean().item(),

@@ -149,13 +149,14 @@ def train(config: Config, options: Options, line: int) -> None:
         return joined.last(rngs.draw(partial(data.sample, config.batch_size)))
 
     held_out = noise(config.samples)
+    known = data.at(torch.arange(min(len(data), classifier.REFERENCES)))
     ticked = time.process_time()
 
     @torch.no_grad()
     def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Tensor]:
         nonlocal ticked
         spent = (time.process_time() - ticked) / config.seeds if pairs else 0.0
-        each = []
+        recorded, each = pairs % config.record_every == 0, []
         for number, one in enumerate(g):
             samples = torch.cat([one(z) for z in held_out[number].split(1000)])
             found = coverage.class_metrics(classifier.classify(counter, samples))
@@ -165,6 +166,7 @@ def train(config: Config, options: Options, line: int) -> None:
                 "largest_mode": found["dominant_class"],
                 "largest_mode_share": found["dominant_share"],
                 "spread": (samples.var(0).sum() / variance).item(),
+                "precision": classifier.precision(counter, samples, known) if recorded else "",
             }
             own = seeds.of_seed(earlier, number)
             before = own[-1]["cpu_seconds"] if own else 0.0

@@ -36,7 +36,6 @@ from tqdm import tqdm
 import unroll
 
 MODES = 1000
-REFERENCES = 1000  # real stacks that precision is about, and as many samples
 WIDTHS = {"E": 1 / 8, "D": 1.0}  # of the appendices' networks, compared to D's
 
 
@@ -138,7 +137,7 @@ def train(config: Config, options: classifier.Options, line: int) -> None:
 
 def references(data: digits.Digits) -> Tensor:
     """Return the real stacks that precision is about: the same ones for all models."""
-    return data.stacks(REFERENCES, torch.Generator(data.images.device).manual_seed(0))
+    return data.stacks(classifier.REFERENCES, torch.Generator(data.images.device).manual_seed(0))
 
 
 def rows(record: str, config: Config, log: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -178,14 +177,18 @@ def data_score(options: Options, facts: Mapping[str, Any], count: int) -> None:
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         rng = torch.Generator().manual_seed(seed)
         labels = classifier.classify(judge, data.stacks(count, rng))
-        upper, lower = (test.stacks(REFERENCES, rng).chunk(2, 2)[half] for half in range(2))
+        upper, lower = (
+            test.stacks(classifier.REFERENCES, rng).chunk(2, 2)[half] for half in range(2)
+        )
         halves = torch.cat([upper, lower], 2)
         row = {
             "experiment": "stacked_mnist_data",
             "samples": count,
             "seed": seed,
             **coverage.mode_metrics(coverage.stack_labels(labels), MODES),
-            "precision": classifier.precision(judge, test.stacks(REFERENCES, rng), known),
+            "precision": classifier.precision(
+                judge, test.stacks(classifier.REFERENCES, rng), known
+            ),
             "precision_of_halves": classifier.precision(judge, halves, known),
             "classifier": facts["classifier"],
             "test_accuracy": facts["classifier_accuracy"],
