@@ -134,6 +134,10 @@ def test_a_claim_is_judged_over_models_not_over_rows(verdicts: Any, tmp_path: Pa
     for least, finding in ((11.0, "for"), (12.0, "too short")):  # the mean is 11.6
         claim = verdicts.Claim("p", "n", "s", "record", "m", [arms], quality=("m", least))
         assert claim.judged(folder)[0].finding == finding
+    for least, finding in ((11.0, "for"), (12.0, "too short")):  # of those with most steps
+        how = {"kind": "trend", "quality": ("m", least), "where": "pairs == 10"}
+        claim = verdicts.Claim("p", "n", "s", "record", "m", [["", "unroll_steps"]], **how)
+        assert claim.judged(folder)[0].finding == finding
     assert verdicts.Claim("p", "n", "s", "other", "m", [arms]).judged(folder) == []
 
 

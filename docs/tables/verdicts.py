@@ -227,7 +227,12 @@ class Claim:
             models = rows.groupby([column, *self.unit], as_index=False)["metric"].mean()
             if models[column].nunique() < 2:
                 return None
-            how = {"smaller": self.smaller, "short": self.short(rows)}
+            most = rows[rows[column] == rows[column].max()]
+            how = {
+                "smaller": self.smaller,
+                "short": self.short(rows),
+                "blurred": self.blurred(most),
+            }
             return trend(text, models[column], models["metric"], **how)
         groups = [self.values(frame, arm) for arm in arms]
         if not all(groups):
