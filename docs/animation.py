@@ -1,6 +1,6 @@
 """Write the animation of the start page: that of `examples/mog.py` in fewer colours.
 
-python examples/mog.py --preset quick && python docs/animation.py runs/mog/training.gif
+python examples/mog.py && python docs/animation.py runs/mog/training.gif
 """
 
 import sys
