@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.verification.differential import ROOT, both, work
+from tests.verification.differential import ROOT, both, differences, work
 
 
 def test_two_revisions_are_compared_with_each_other(tmp_path: Path) -> None:
@@ -31,3 +31,8 @@ def test_two_revisions_are_compared_with_each_other(tmp_path: Path) -> None:
 def test_a_revision_that_is_not_the_imported_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the worker imported"):
         work(["tanh"], [], tmp_path, tmp_path / "found.pt")
+
+
+def test_long_words_keep_both_sides() -> None:
+    (found,) = differences(("tanh",), {"words": 400 * "a"}, {})
+    assert found.size.endswith("-> None")

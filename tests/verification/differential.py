@@ -175,7 +175,7 @@ def differences(cell: tuple[str, ...], old: Outcome, new: Outcome) -> Iterator[D
                 error = (a.double() - b.double()).norm() / a.double().norm()
                 yield Difference(cell, what, f"{error:.1e}")
         elif type(a) is not type(b) or isinstance(a, Tensor) or a != b:
-            yield Difference(cell, what, f"{a!r} -> {b!r}"[:300])
+            yield Difference(cell, what, f"{a!r:.150} -> {b!r:.150}")
 
 
 def unpacked(revision: str, folder: Path) -> Path:
