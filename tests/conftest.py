@@ -61,7 +61,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "data: reads the data sets in the folder named UNROLL_DATA")
     config.addinivalue_line("markers", "generated: has Inductor generate code, which takes a while")
     config.addinivalue_line("markers", "quick: the first to run")
-    config.addinivalue_line("markers", "plain: counts evaluations, which --checkpoint changes")
+    config.addinivalue_line(
+        "markers", "plain: counts evaluations or keeps state, which --checkpoint changes or refuses"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -417,6 +417,7 @@ def saved_bytes(k: int, **options: Any) -> int:
     return sum(t.untyped_storage().nbytes() for t in storages.values())
 
 
+@pytest.mark.plain
 def test_the_mean_of_all_steps_keeps_no_activations_when_it_is_recomputed() -> None:
     slope = (saved_bytes(12, checkpoint=True) - saved_bytes(2, checkpoint=True)) / 10
     theta = sum(p.nbytes for p in tanh_net().parameters())

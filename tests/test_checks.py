@@ -291,6 +291,7 @@ def _draw(generator: torch.Generator) -> float:
     return torch.rand((), generator=generator).item()
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("inside", ["objective", "discriminator"])
 @pytest.mark.parametrize("source", ELSEWHERE)
 def test_flags_randomness_outside_the_global_generators(source: str, inside: str) -> None:

@@ -596,6 +596,7 @@ class LeCam:
         return loss
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("with_penalty", [False, True])
 def test_an_objective_is_given_back_as_it_was(with_penalty: bool) -> None:
     d, own, real, fake = tanh_net(), LeCam(), randn(5, 3), fakes()
