@@ -177,18 +177,14 @@ def data_score(options: Options, facts: Mapping[str, Any], count: int) -> None:
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         rng = torch.Generator().manual_seed(seed)
         labels = classifier.classify(judge, data.stacks(count, rng))
-        upper, lower = (
-            test.stacks(classifier.REFERENCES, rng).chunk(2, 2)[half] for half in range(2)
-        )
-        halves = torch.cat([upper, lower], 2)
+        upper, lower, whole = (test.stacks(classifier.REFERENCES, rng) for _ in range(3))
+        halves = torch.cat([upper[:, :, :14], lower[:, :, 14:]], 2)
         row = {
             "experiment": "stacked_mnist_data",
             "samples": count,
             "seed": seed,
             **coverage.mode_metrics(coverage.stack_labels(labels), MODES),
-            "precision": classifier.precision(
-                judge, test.stacks(classifier.REFERENCES, rng), known
-            ),
+            "precision": classifier.precision(judge, whole, known),
             "precision_of_halves": classifier.precision(judge, halves, known),
             "classifier": facts["classifier"],
             "test_accuracy": facts["classifier_accuracy"],
