@@ -130,7 +130,7 @@ def test_figures(rows: list[dict[str, str]], tmp_path: Path) -> None:
     more = [row | {"peak_mib": "150"} for row in rows]
     assert above_no_steps(more[1], [*none, *more]) == 50.0
     assert above_no_steps(more[1], more) is None
-    draw([*none, *more], tmp_path)
+    draw([*none, *more, *(row | {"unroll_steps": "20"} for row in more)], tmp_path)
     for name in ("time", "memory"):
         assert (tmp_path / f"benchmark_{name}.png").stat().st_size > 1000
 

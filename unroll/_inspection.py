@@ -18,10 +18,10 @@ from unroll._look_ahead import (
     Game,
     Gradients,
     Point,
-    Step,
     Value,
     differentiate,
     generator_value,
+    inner_step,
     leaves,
     update,
 )
@@ -57,9 +57,10 @@ class Inspection:
     searched: dict[Any, bool] = field(default_factory=dict)  # whether D checkpoints activations
 
     def inspect_steps(
-        self, game: Game, step: Step, point: Point, batch: Pair, pair: Pair, *, graph: bool
+        self, game: Game, point: Point, batch: Pair, pair: Pair, *, graph: bool
     ) -> None:
         """Search a step on ``pair``, and f on ``batch`` where there will be a ``graph`` of them."""
+        game = replace(game, mean=None)  # a rank searches when its own D is new to it
         d, value = game.discriminator, generator_value(game.discriminator, game.objective)
         theta = leaves(point.parameters, game.moving)
         with self._leaving_nothing_behind():
@@ -74,8 +75,9 @@ class Inspection:
                 _refuse_unregistered(game, loss, tensors(pair))
             else:
                 following = inspect_step(game, point, pair)
-                if self.checkpoint:
-                    refuse_unrepeatable(step, *self.parts, (point, pair, game.optimizer.settings))
+                if self.checkpoint and following is not point:  # there were gradients
+                    given = point, pair, game.optimizer.settings
+                    refuse_unrepeatable(inner_step(game), *self.parts, given)
                 if self.checkpoint and self.average:
                     refuse_unrepeatable(value, *self.parts, (following, batch))
             if graph:

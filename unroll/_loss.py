@@ -276,7 +276,7 @@ class UnrolledGeneratorLoss(nn.Module):
         form = game.discriminator.layers, game.moving, graph
         with recomputation_refused():
             if pairs and form not in self._inspection.searched:
-                self._inspection.inspect_steps(game, step, point, batch, pairs[0], graph=graph)
+                self._inspection.inspect_steps(game, point, batch, pairs[0], graph=graph)
             return ahead(point, pairs, game.optimizer.settings, every=every)
 
     def _pairs(

@@ -205,7 +205,7 @@ def costs(rows: Sequence[Row], steps: int = 10) -> str:
     peers = ("unroll", "unroll, compile", "unroll, checkpoint")
     cells = [r for r in rows if r["unroll_steps"] == str(steps) and r["allocator"] == "default"]
     lines = []
-    for network in dict.fromkeys(row["network"] for row in cells):
+    for network in ("paper", "wide", "stacked", "dcgan32"):
         found = {r["peer"]: r for r in cells if r["network"] == network and r["status"] == "ok"}
         own_row, jax = found["unroll"], found.get("JAX, optax")
         ratios = [f"{float(own_row['vs_best_torch_peer']):.2f}", own_row["rounds"]]

@@ -56,11 +56,13 @@ def panel(axes: Axes, rows: Sequence[Row], value: Value, least: float) -> None:
 def figure(rows: Sequence[Row], value: Value, label: str, least: float = 0.0) -> Figure:
     """Return a panel for every network (columns) with values, and every allocator (rows).
 
-    An allocator with a K or two is in the tables alone.
+    A network with one K, and an allocator with a K or two, are in the tables alone.
     """
-    known = {r["network"] for r in rows if (value(r, rows) or 0.0) > least}
-    networks = [name for name in NETWORKS if name in known]
-    measured = {(r["allocator"], r["unroll_steps"]) for r in rows if r["unroll_steps"] != "0"}
+    ahead = [r for r in rows if r["unroll_steps"] != "0"]
+    known = {(r["network"], r["unroll_steps"]) for r in ahead if (value(r, rows) or 0.0) > least}
+    lengths = Counter(network for network, _ in known)
+    networks = [name for name in NETWORKS if lengths[name] > 1]
+    measured = {(r["allocator"], r["unroll_steps"]) for r in ahead}
     counts = Counter(allocator for allocator, _ in measured)
     allocators = sorted(a for a in counts if counts[a] == max(counts.values()) or counts[a] > 2)
     size = (3 * len(networks) + 2, 2.6 * len(allocators) + 0.4)
