@@ -133,7 +133,7 @@ def train(config: Config, options: classifier.Options, line: int) -> None:
 
     held_out, held_out_real = noise(config.samples), real(config.samples)
     spread = held_out_real.var(0).sum()
-    known = data.at(torch.arange(min(len(data), classifier.REFERENCES)))
+    known = data.at(slice(classifier.REFERENCES))
 
     @torch.no_grad()
     def evaluate(pairs: int, history: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Tensor]:

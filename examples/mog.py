@@ -67,30 +67,16 @@ class Config(study.SideBySide):
 
 
 PAPER = Config()
+FASTER = {"generator_learning_rate": 1e-3, "discriminator_learning_rate": 1e-3}
+QUICK = {**FASTER, "batch_size": 256, "pairs": 3500, "evaluate_every": 50}
+# The authors' notebook, with 8 distinct modes (its linspace has the last one on the first) and with
+# D updated first (it updates both at once).
+NOTEBOOK = {"activation": "tanh", "gain": 1.4, "generator_learning_rate": 1e-3}
+NOTEBOOK |= {"discriminator_layers": 2, "input_scale": 1.0, "radius": 1.0, "deviation": 0.01}
 PRESETS = {
     "paper": PAPER,
-    "quick": replace(
-        PAPER,
-        preset="quick",
-        generator_learning_rate=1e-3,
-        discriminator_learning_rate=1e-3,
-        batch_size=256,
-        pairs=3500,
-        evaluate_every=50,
-    ),
-    # The authors' notebook, with 8 distinct modes (its linspace has the last one on the first) and
-    # with D updated first (it updates both at once).
-    "notebook": replace(
-        PAPER,
-        preset="notebook",
-        activation="tanh",
-        generator_learning_rate=1e-3,
-        gain=1.4,
-        discriminator_layers=2,
-        input_scale=1.0,
-        radius=1.0,
-        deviation=0.01,
-    ),
+    "quick": replace(PAPER, preset="quick", **QUICK),
+    "notebook": replace(PAPER, preset="notebook", **NOTEBOOK),
 }
 
 

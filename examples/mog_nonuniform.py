@@ -60,20 +60,9 @@ class Config(study.SideBySide):
 
 
 README = Config("readme")
-PRESETS = {
-    "quick": replace(
-        README,
-        preset="quick",
-        generator_learning_rate=3e-3,
-        discriminator_learning_rate=3e-4,
-        noise_size=64,
-        width=32,
-        evaluate_every=25,
-        pairs=1000,
-        batch_size=64,
-    ),
-    "readme": README,
-}
+QUICK = {"generator_learning_rate": 3e-3, "discriminator_learning_rate": 3e-4, "pairs": 1000}
+QUICK |= {"noise_size": 64, "width": 32, "batch_size": 64, "evaluate_every": 25}
+PRESETS = {"quick": replace(README, preset="quick", **QUICK), "readme": README}
 
 
 def weights(deviation: float) -> list[float]:

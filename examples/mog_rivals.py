@@ -87,19 +87,9 @@ class Config(study.SideBySide):
 
 
 FULL = Config("full")
-PRESETS = {
-    "quick": replace(
-        FULL,
-        preset="quick",
-        learning_rate=1e-3,
-        noise_size=64,
-        width=64,
-        evaluate_every=100,
-        pairs=1500,
-        batch_size=128,
-    ),
-    "full": FULL,
-}
+QUICK = {"learning_rate": 1e-3, "noise_size": 64, "width": 64, "batch_size": 128}
+QUICK |= {"pairs": 1500, "evaluate_every": 100}
+PRESETS = {"quick": replace(FULL, preset="quick", **QUICK), "full": FULL}
 
 
 def mixture_of(config: Config) -> Mixture:

@@ -149,7 +149,7 @@ def train(config: Config, options: Options, line: int) -> None:
         return joined.last(rngs.draw(partial(data.sample, config.batch_size)))
 
     held_out = noise(config.samples)
-    known = data.at(torch.arange(min(len(data), classifier.REFERENCES)))
+    known = data.at(slice(classifier.REFERENCES))
     ticked = time.process_time()
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ class Digits:
     def to(self, device: str | torch.device) -> "Digits":
         return Digits(self.images.to(device), self.labels.to(device))
 
-    def at(self, index: Tensor) -> Tensor:
+    def at(self, index: Tensor | slice) -> Tensor:
         return as_floats(self.images[index])
 
     def sample(self, count: int, rng: torch.Generator) -> Tensor:
