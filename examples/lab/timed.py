@@ -4,7 +4,6 @@ It runs with the code of any revision on the path, so that it imports little of 
 """
 
 import importlib
-import inspect
 import json
 import sys
 import time
@@ -51,18 +50,11 @@ def serve(name: str, preset: str, own: dict[str, Any], files: dict[str, str]) ->
         return call
 
     paths = {n: Path(path) for n, path in files.items()}
-    wanted = inspect.signature(module.train).parameters
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(runs, "iterate", iterate))
         for owner, function in DATA:
             made = clocked(getattr(owner, function))
             stack.enter_context(mock.patch.object(owner, function, made))
-        if "options" in wanted:
-            names = type(module.Options()).__match_args__
-            given = {n: path for n, path in paths.items() if n in names}
-            module.train(config, replace(module.Options(), **given), 0)
-        else:  # at 169e8af
-            known = {"data_root": paths.get("data_root"), "folder": paths["out"]}
-            paths = {**known, "classifier_file": paths.get("classifier")}
-            given = {n: path for n, path in paths.items() if n in wanted}
-            module.train(config, 0, resume=False, **given)
+        names = type(module.Options()).__match_args__
+        given = {n: path for n, path in paths.items() if n in names}
+        module.train(config, replace(module.Options(), **given), 0)
