@@ -24,25 +24,30 @@ def compare(
     Round-off is what the step differs by from itself when its inputs move by a few units in the
     last place. ``state`` is that of the random generators before both.
     """
-    taken, drawn = [], []
     runs: tuple[tuple[Step, Given], ...] = (
         (compiled, given),
         (step, given),
         (step, map_tensors(perturbed, given)),
     )
-    for function, inputs in runs:
-        with replayed(state, device):
-            taken.append(_Taken(function, inputs))
-            drawn.append(tensors(random_state(device)))
-    if not all(map(torch.equal, drawn[0], drawn[1])):
+
+    def taken(meant: Sequence[bool] | None = None) -> tuple[Sequence[Sequence[Tensor]], ...]:
+        found = []
+        for function, inputs in runs:
+            with replayed(state, device):
+                of_run = _values_and_derivatives(function, inputs, meant)
+                found.append((*of_run, tensors(random_state(device))))
+        return tuple(zip(*found, strict=True))
+
+    values, derivatives, drawn = taken()
+    if not all(map(torch.equal, *drawn[:2])):
         raise RuntimeError("it draws other random numbers")
-    meant = _compared([one.values for one in taken])
+    meant = _compared(values)
     try:
-        _compared([one.derivatives([True] * len(meant)) for one in taken])
+        _compared(derivatives)
     except RuntimeError:
         # What is round-off alone has derivatives that are: those of a bias before BatchNorm, whose
         # gradient is zero and which Adam moves all the same, outweigh all others.
-        _compared([one.derivatives(meant) for one in taken])
+        _compared(taken(meant)[1])
 
 
 def _compared(found: Sequence[Sequence[Tensor]]) -> list[bool]:
@@ -56,35 +61,29 @@ def _compared(found: Sequence[Sequence[Tensor]]) -> list[bool]:
     return meant
 
 
-class _Taken:
-    """A step that was taken: what it leads to, and derivatives of that in all inputs."""
-
-    def __init__(self, step: Step, given: Given) -> None:
-        inputs = leaves(tensors(given), [t.requires_grad for t in tensors(given)])
-        point, pair, settings = filled(given, inputs)
-        following = step(point, pair, settings)
-        moved = [p - point.parameters[name] for name, p in following.parameters.items()]
-        state = tensors(following.optimizer_state)
-        self.wanted = [t for t in inputs if t.requires_grad]
-        self.outputs = [*following.parameters.values()], state
-        self.values = [t.detach() for t in (*moved, *state, *following.buffers.values())]
-
-    def derivatives(self, meant: Sequence[bool]) -> list[Tensor]:
-        """Return those of two sums over outputs that are ``meant``, of parameters and of the state.
-
-        Of theta_D^{k+1} alone, round-off may be all there is (Adam's first step).
-        """
-        found, which = list[Tensor](), iter(meant)
-        for outputs in self.outputs:
-            seeded = [t for t in outputs if next(which) and t.grad_fn is not None]
-            if seeded:
-                seeds = [
-                    torch.arange(t.numel(), dtype=t.dtype, device=t.device).cos().view(t.shape)
-                    for t in seeded
-                ]
-                how: Any = {"retain_graph": True, "materialize_grads": True, "allow_unused": True}
-                found += torch.autograd.grad(seeded, self.wanted, seeds, **how)
-        return found
+def _values_and_derivatives(
+    step: Step, given: Given, meant: Sequence[bool] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what a step leads to, and derivatives of two sums of it, maybe of parts, in inputs."""
+    inputs = leaves(tensors(given), [t.requires_grad for t in tensors(given)])
+    point, pair, settings = filled(given, inputs)
+    following = step(point, pair, settings)
+    parameters, state = [*following.parameters.values()], tensors(following.optimizer_state)
+    moved = [p - point.parameters[name] for name, p in following.parameters.items()]
+    values = [t.detach() for t in (*moved, *state, *following.buffers.values())]
+    wanted = [t for t in inputs if t.requires_grad]
+    derivatives, which = list[Tensor](), iter(meant or [True] * len(values))
+    for outputs in (parameters, state):
+        # Of theta_D^{k+1} alone, round-off may be all there is (Adam's first step): so twice.
+        seeded = [t for t in outputs if next(which) and t.grad_fn is not None]
+        if seeded:
+            seeds = [
+                torch.arange(t.numel(), dtype=t.dtype, device=t.device).cos().view(t.shape)
+                for t in seeded
+            ]
+            how: Any = {"retain_graph": True, "materialize_grads": True, "allow_unused": True}
+            derivatives += torch.autograd.grad(seeded, wanted, seeds, **how)
+    return values, derivatives
 
 
 def perturbed(tensor: Tensor) -> Tensor:
