@@ -17,7 +17,8 @@ class Trace:
 
     def add(self, **values: float | Tensor) -> None:
         for name, column in self.columns.items():
-            column.append(float(values[name]))
+            value = values[name]
+            column.append(value.item() if isinstance(value, Tensor) else value)
 
     def mean(self, name: str, start: int = 0) -> float:
         """Return the mean from a pair on; NaN where there is none."""
