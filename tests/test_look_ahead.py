@@ -320,7 +320,6 @@ def test_a_rank_whose_gradients_are_constant_makes_the_same_collectives(
     assert counts[0] == counts[1]
 
 
-@pytest.mark.plain  # checkpointed, the first call with a graph tries whether a step repeats itself
 def test_a_rank_that_logs_with_a_graph_makes_the_same_collectives(collectives: list[str]) -> None:
     counts = []
     for fake in (randn(5, 3), randn(5, 3).requires_grad_()):
@@ -329,6 +328,20 @@ def test_a_rank_that_logs_with_a_graph_makes_the_same_collectives(collectives: l
         Loss(d, sgd(d), unroll_steps=2, sync=True).unroll(fake, randn(5, 3))
         counts.append(list(collectives))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(("checkpoint", "wanted"), [(False, 6), (True, 9)])
+def test_the_search_of_the_first_call_takes_no_collective(
+    checkpoint: bool, wanted: int, collectives: list[str]
+) -> None:
+    """A mean a step and its adjoint; checkpointed, that of the step that runs again."""
+    d = net()
+    loss = Loss(d, sgd(d), unroll_steps=3, sync=True, checkpoint=checkpoint)
+    for _ in range(2):
+        collectives.clear()
+        loss(randn(5, 3).requires_grad_(), randn(5, 3)).backward()
+        assert collectives.count("all_reduce") == wanted
 
 
 def test_one_rank_alone_can_check_gradients(collectives: list[str]) -> None:

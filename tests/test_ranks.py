@@ -93,33 +93,6 @@ REFUSED = Play(3, options={"sync": True}, discriminator=synchronised, wrap=False
 PLAYS = [*GLOBAL, *LOCAL, *PER_RANK, *DISAGREEING.values(), REFUSED]
 
 
-def collectives(checkpoint: bool, _rank: int, _world: int) -> list[int]:
-    """Return how many collectives the first call takes, and how many the second."""
-    d, counts, all_reduce = plain(), list[int](), dist.all_reduce
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        counts[-1] += 1
-        return all_reduce(*args, **kwargs)
-
-    options: Any = {"unroll_steps": 3, "sync": True, "checkpoint": checkpoint}
-    loss = UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), lr=0.2), **options)
-    dist.all_reduce = counted
-    try:
-        for _ in range(2):
-            counts.append(0)
-            loss(torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)).backward()
-    finally:
-        dist.all_reduce = all_reduce
-    return counts
-
-
-def test_the_search_of_the_first_call_waits_for_no_other_rank(tmp_path: Path) -> None:
-    """A rank searches when its own D is new to it, which may be when those of others are not."""
-    for plainly, checkpointed in played([False, True], 2, tmp_path, collectives):
-        assert plainly == [6, 6]  # a mean a step, and its adjoint
-        assert checkpointed == [9, 9]  # and the mean of the step that runs again
-
-
 class Shared:
     """The mean of a game over equal shares of the batch."""
 
