@@ -239,9 +239,15 @@ def test_the_time_of_a_run_is_that_of_the_runs_on_record_that_are_most_like_it(
     other = ("paper,10,128,64,100,2,1", "paper,0,128,512,100,2,1")
     record.write_text("\n".join([head, *like, *other]))
     study, paper = example("lab.study"), example("mog").PRESETS["paper"]
-    for seeds, pairs, seconds in ((1, 100, 60), (2, 200, 120), (9, 100, 200), (20, 100, 400)):
+    for seeds, pairs, seconds, about in (
+        (1, 100, 60, "at most 1 min"),  # two models on record
+        (2, 800, 480, "about 8 min"),
+        (9, 300, 600, "at most 10 min"),
+        (20, 100, 400, "about 7 min"),
+    ):
         config = replace(paper, seeds=seeds, pairs=pairs)
-        assert study._seconds(config, record) == seconds
+        assert study._seconds(config, record) == (seconds, about.startswith("at most"))
+        assert about in study._start_line([config], study.Options(workers=1), record)
     line = study._start_line([config], study.Options(workers=1), record)
     assert "about 7 min on 1 core, measured in docs/results/mog_seeds.csv" in line
     config = replace(paper, batch_size=7)

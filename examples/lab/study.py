@@ -202,31 +202,34 @@ def _start_line(configs: Sequence[Any], options: Options, record: Path) -> str:
     length = f"{first.epochs:,} epochs" if hasattr(first, "epochs") else f"{first.pairs:,} pairs"
     models = f"{options.seeds} model{'s' * (options.seeds > 1)} of each"
     workers = min(options.workers or runs.cores(options.device), len(configs))
-    minutes = sum(_seconds(config, record) for config in configs) / 60 / workers
-    about = f"about {max(minutes, 1):,.0f} min on {workers} core{'s' * (workers > 1)}"
+    seconds, more = zip(*(_seconds(config, record) for config in configs), strict=True)
+    minutes, about = sum(seconds) / 60 / workers, "at most" if any(more) else "about"
+    about = f"{about} {max(minutes, 1):,.0f} min on {workers} core{'s' * (workers > 1)}"
     source = f"measured in docs/results/{record.name}"
     about = "no time on record" if math.isnan(minutes) else f"{about}, {source}"
     ends = f"{models}, {length} ({about}). Written to {options.out}/."
     return f"Preset {first.preset}: {labels}; {ends}"
 
 
-def _seconds(config: Any, record: Path) -> float:
-    """Return how long a run took, by the record; NaN where there is none like it.
+def _seconds(config: Any, record: Path) -> tuple[float, bool]:
+    """Return how long a run took, by the record, and whether with more models side by side.
 
-    The seconds of models side by side are those of all: fewer of them hardly take less.
+    Fewer models take less, though not in proportion. NaN stands for a record with no such run.
     """
     if not record.exists():
-        return float("nan")
+        return math.nan, False
     found, wanted = pd.read_csv(record), records.renamed(asdict(config))
     for name in ("preset", "unroll_steps", "game", "width", "size", "batch_size"):
         if name in found and name in wanted:
             found = found[found[name] == wanted[name]]
-    length, times = "epochs" if "epochs" in wanted else "pairs", wanted.get("seeds", 1)
+    length, times, more = "epochs" if "epochs" in wanted else "pairs", wanted.get("seeds", 1), False
     if "seeds_together" in found:
         far = (found["seeds_together"] - times).abs()
         found = found[far == far.min()]
+        more = bool((found["seeds_together"] > times).any())
         times = (times / found["seeds_together"]).clip(lower=1)
-    return float((found["seconds"] / found[length] * times).median() * wanted[length])
+    seconds = (found["seconds"] / found[length] * times).median() * wanted[length]
+    return float(seconds), more
 
 
 def models(config: Any, log: Mapping[str, Any]) -> list[tuple[int, list[dict[str, Any]]]]:
