@@ -91,7 +91,7 @@ class Code:
                 before, self._settings = self._settings, now
                 self._varying |= {k[1] for k, v in now.items() if k in before and before[k] != v}
             points, losses = [point], list[Tensor]()
-            forms = {id(pair): _form(pair) for pair in pairs}
+            forms = {n: _form(pair) for n, pair in {id(pair): pair for pair in pairs}.items()}
             for _, group in groupby(pairs, key=lambda pair: forms[id(pair)]):
                 run = list(group)
                 while run:
