@@ -9,7 +9,7 @@ derivatives of every order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -35,33 +35,6 @@ def _normalised(input: Tensor, dims: list[int], eps: float) -> Tensor:
     x = input if input.dtype in (torch.float32, torch.float64) else input.float()
     x = x - x.mean(dims, keepdim=True)
     return x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
-
-
-def _layer_norm(
-    input: Tensor, *, weight: Tensor | None, bias: Tensor | None, dims: list[int], eps: float
-) -> Tensor:
-    y = _normalised(input, dims, eps)
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
-
-
-def _batch_norm(
-    input: Tensor,
-    *,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Sequence[Tensor],
-    eps: float,
-    first: int,
-) -> Tensor:
-    """Use the statistics given, or those over all dimensions from ``first`` on but channels."""
-    each = [-1, *[1] * (input.dim() - 2)]
-    if statistics:
-        mean, variance = (t.view(each) for t in statistics)
-        y = (input - mean) * torch.rsqrt(variance + eps)
-    else:
-        y = _normalised(input, [d for d in range(first, input.dim()) if d != 1], eps)
-    return _by_channel(y, weight, bias)
 
 
 def _by_channel(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -94,7 +67,7 @@ class _NormGradients(torch.autograd.Function):
             for t in ctx.saved_tensors
         )
         points = x, weight, torch.zeros_like(weight, requires_grad=True)
-        y = ctx.norm(x, weight=weight, bias=points[2]).to(gradient)
+        y = ctx.norm(*points).to(gradient)
         found = torch.autograd.grad(y, points, gradient, create_graph=True)
         pairs = [(g, v) for g, v in zip(found, wanted, strict=True) if v is not None]
         outputs, seeds = zip(*pairs, strict=True)
@@ -136,8 +109,8 @@ def _norm(
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         # No hook reaches graphs that a transform of torch.func or the compiler differentiates.
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
-            affine = {name: given.get(name) for name in ("weight", "bias")}
-            y = norm_of(given)(given["input"], **affine).to(y.dtype)
+            affine = given.get("weight"), given.get("bias")
+            y = norm_of(given)(given["input"], *affine).to(y.dtype)
             return (y, *others) if others else y
         if y.grad_fn is not None:
             node = y.grad_fn
@@ -149,17 +122,33 @@ def _norm(
     return norm
 
 
-def _layer_norm_of(given: Any, _: Any = None) -> Callable[..., Tensor]:
-    dims = list(range(-len(given["normalized_shape"]), 0))
-    return partial(_layer_norm, dims=dims, eps=given.get("eps", 1e-5))
+def _layer_norm(given: Any, _: Any = None) -> Callable[..., Tensor]:
+    dims, eps = [*range(-len(given["normalized_shape"]), 0)], given.get("eps", 1e-5)
+
+    def norm(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = _normalised(input, dims, eps)
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
+    return norm
 
 
-def _batch_norm_of(given: Any, node: Any = None, *, first: int = 0) -> Callable[..., Tensor]:
-    statistics: list[Tensor] = []
+def _batch_norm(given: Any, node: Any = None, *, first: int = 0) -> Callable[..., Tensor]:
+    """Use the statistics given, or those over all dimensions from ``first`` on but channels."""
+    eps, statistics = given.get("eps", 1e-5), list[Tensor]()
     if not given.get("use_input_stats", given.get("training", first == 2)):
         names = ["running_mean", "running_var"]  # the node's complain if they have changed
         statistics = [getattr(node, f"_saved_{n}") if node is not None else given[n] for n in names]
-    return partial(_batch_norm, statistics=statistics, eps=given.get("eps", 1e-5), first=first)
+
+    def norm(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if statistics:
+            mean, variance = (t.view(-1, *[1] * (input.dim() - 2)) for t in statistics)
+            y = (input - mean) * torch.rsqrt(variance + eps)
+        else:
+            y = _normalised(input, [d for d in range(first, input.dim()) if d != 1], eps)
+        return _by_channel(y, weight, bias)
+
+    return norm
 
 
 def _group_norm(
@@ -184,46 +173,40 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / v.square().sum(dims, keepdim=True).sqrt())
 
 
-def _math_attention(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Fused attention has no second derivative; PyTorch's ``MATH`` backend has."""
-
-    def attention(*args: Any, **kwargs: Any) -> Any:
-        with sdpa_kernel(SDPBackend.MATH):
+def _within(
+    context: Callable[[], AbstractContextManager[Any]], function: Callable[..., Any]
+) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:  # torch 2.7 cannot trace a context as a decorator
+        with context():
             return function(*args, **kwargs)
 
-    return attention
+    return run
 
 
-def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
-    """CuDNN's recurrent layers have no second derivative; PyTorch's own have."""
-
-    def recurrent(*args: Any, **kwargs: Any) -> Any:
-        with torch.backends.cudnn.flags(enabled=False):
-            return function(*args, **kwargs)
-
-    return recurrent
-
-
-_instance_norm_of = partial(_batch_norm_of, first=2)
+_instance_norm = partial(_batch_norm, first=2)
+# Fused attention has no second derivative; PyTorch's ``MATH`` backend has. CuDNN's recurrent layers
+# have none; PyTorch's own have.
+_in_plain_operations = partial(_within, partial(sdpa_kernel, SDPBackend.MATH))
+_without_cudnn = partial(_within, partial(torch.backends.cudnn.flags, enabled=False))
 _LAYER = "input normalized_shape weight bias eps"
 _TORCHS = "input weight bias running_mean running_var {} momentum eps"
 _FUNCTIONAL = "input running_mean running_var weight bias {} momentum eps"
 _NORMS: dict[Callable[..., Any], tuple[str, Callable[..., Callable[..., Tensor]]]] = {
-    F.layer_norm: (_LAYER, _layer_norm_of),
-    torch.layer_norm: (_LAYER, _layer_norm_of),
-    torch.native_layer_norm: (_LAYER, _layer_norm_of),
-    F.batch_norm: (_FUNCTIONAL.format("training"), _batch_norm_of),
-    torch.batch_norm: (_TORCHS.format("training"), _batch_norm_of),
-    torch.native_batch_norm: (_TORCHS.format("training"), _batch_norm_of),
-    F.instance_norm: (_FUNCTIONAL.format("use_input_stats"), _instance_norm_of),
-    torch.instance_norm: (_TORCHS.format("use_input_stats"), _instance_norm_of),
+    F.layer_norm: (_LAYER, _layer_norm),
+    torch.layer_norm: (_LAYER, _layer_norm),
+    torch.native_layer_norm: (_LAYER, _layer_norm),
+    F.batch_norm: (_FUNCTIONAL.format("training"), _batch_norm),
+    torch.batch_norm: (_TORCHS.format("training"), _batch_norm),
+    torch.native_batch_norm: (_TORCHS.format("training"), _batch_norm),
+    F.instance_norm: (_FUNCTIONAL.format("use_input_stats"), _instance_norm),
+    torch.instance_norm: (_TORCHS.format("use_input_stats"), _instance_norm),
 }
 _TWICE: dict[Callable[..., Any], Callable[..., Any]] = {
     **{function: _norm(function, *how) for function, how in _NORMS.items()},
     F.group_norm: _group_norm,
     torch._weight_norm: _weight_norm,
-    F.scaled_dot_product_attention: _math_attention(F.scaled_dot_product_attention),
-    F.multi_head_attention_forward: _math_attention(F.multi_head_attention_forward),
+    F.scaled_dot_product_attention: _in_plain_operations(F.scaled_dot_product_attention),
+    F.multi_head_attention_forward: _in_plain_operations(F.multi_head_attention_forward),
     **{f: _without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }
 _ROOT: dict[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(
