@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +13,18 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 
-def unwrap_once(module: nn.Module) -> nn.Module | None:
-    """Return what a wrapper of ``torch.compile``, data parallelism or Fabric holds, else None."""
+def _unwrapped(module: Any) -> nn.Module:
+    """Return what wrappers of ``torch.compile``, data parallelism and Fabric hold."""
     dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled before it is imported
-    if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
-        inner: nn.Module = module._orig_mod
-    elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        inner = module.module
-    elif type(module).__name__ == "_FabricModule":  # holds Fabric's DistributedDataParallel
-        inner = module.get_submodule("_forward_module")
-    else:
-        return None
-    return inner
+    while True:
+        if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+            module = module._orig_mod
+        elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif type(module).__name__ == "_FabricModule":  # holds Fabric's DistributedDataParallel
+            module = module.get_submodule("_forward_module")
+        else:
+            return module  # type: ignore[no-any-return]
 
 
 def checked_discriminator(discriminator: object) -> nn.Module:
@@ -33,15 +34,7 @@ def checked_discriminator(discriminator: object) -> nn.Module:
             "discriminator: must be an nn.Module; got "
             f"{type(discriminator).__name__}. Pass the module whose parameters are trained."
         )
-    module, inner = discriminator, unwrap_once(discriminator)
-    while inner is not None:
-        module, inner = inner, unwrap_once(inner)
-    _check_supported(module)
-    return module
-
-
-def _check_supported(module: nn.Module) -> None:
-    """Refuse modules that cannot be run with parameters other than their own."""
+    module = _unwrapped(discriminator)
     for name, submodule in module.named_modules():
         if isinstance(submodule, torch.jit.ScriptModule):
             raise TypeError(
@@ -80,26 +73,21 @@ def _check_supported(module: nn.Module) -> None:
             f"discriminator: must have parameters to look ahead with; {type(module).__name__} has "
             "none. Pass the module whose parameters the optimizer trains."
         )
+    return module
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors of one storage have elements in common."""
-    starts, ends = [], []
-    for t in (one, other):
-        starts.append(t.storage_offset())
-        steps = zip(t.shape, t.stride(), strict=True)
-        ends.append(starts[-1] + 1 + sum((size - 1) * stride for size, stride in steps))
-    if max(starts) >= min(ends):  # neighbours, as the weights of a flattened LSTM are
+    layouts = [(t.shape, t.stride(), t.storage_offset()) for t in (one, other)]
+    ends = [
+        offset + 1 + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
+        for shape, steps, offset in layouts
+    ]
+    if max(offset for *_, offset in layouts) >= min(ends):  # as in the weights of a flattened LSTM
         return False
-    return bool(torch.isin(_places(one), _places(other)).any())
-
-
-def _places(t: Tensor) -> Tensor:
-    """Return where the elements of a tensor are in its storage."""
-    places = torch.tensor(t.storage_offset())
-    for size, stride in zip(t.shape, t.stride(), strict=True):
-        places = places[..., None] + stride * torch.arange(size)
-    return places.flatten()
+    used = torch.zeros(max(ends), dtype=torch.bool)
+    used.as_strided(*layouts[0]).fill_(True)
+    return bool(used.as_strided(*layouts[1]).any())
 
 
 def _refuse_shared_memory(module: nn.Module) -> None:
