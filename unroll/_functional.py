@@ -136,27 +136,25 @@ class Functional:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.parameters: dict[str, Tensor] = {}
-        self.buffers: dict[str, Tensor] = {}
         layers: list[tuple[type[nn.Module], bool]] = []
-        self._empty: dict[str, None] = {}  # buffers that are None, until D is run perhaps
+        self._slots: dict[str, Any] = {}  # buffers, and those that are None, until D is run perhaps
         self._places: dict[str, list[tuple[dict[str, Any], str]]] = {}
         names: dict[int, str] = {}
         for prefix, submodule in module.named_modules():
             layers.append((type(submodule), submodule.training))
             for found, container in (
                 (self.parameters, submodule._parameters),
-                (self.buffers, submodule._buffers),
+                (self._slots, submodule._buffers),
             ):
                 for key, tensor in container.items():
-                    own = f"{prefix}.{key}" if prefix else key
+                    name = f"{prefix}.{key}" if prefix else key
                     if tensor is not None:  # a tied tensor has several places and one name
-                        own = names.setdefault(id(tensor), own)
-                        found.setdefault(own, tensor)
-                    elif container is submodule._buffers:
-                        self._empty[own] = None
-                    else:
+                        name = names.setdefault(id(tensor), name)
+                    elif found is self.parameters:
                         continue
-                    self._places.setdefault(own, []).append((container, key))
+                    found.setdefault(name, tensor)
+                    self._places.setdefault(name, []).append((container, key))
+        self.buffers = {name: buffer for name, buffer in self._slots.items() if buffer is not None}
         self.layers = tuple(layers)  # their types, and which are in training mode
         # Attributes that the user has put on a parameter, for D to read.
         self._attributes = {n: vars(p) for n, p in self.parameters.items() if vars(p)}
@@ -174,14 +172,14 @@ class Functional:
         # Where theta_D^k is a constant, D's own kernels are right; f_0 is the user's, bit for bit.
         differentiated = any(p.requires_grad for p in parameters.values())
         try:
-            self._write({**parameters, **dict.fromkeys(self.buffers), **self._empty, **buffers})
+            self._write({**parameters, **dict.fromkeys(self._slots), **buffers})
             self._renew_buffers()
             with right_derivatives() if differentiated else nullcontext():
                 result = function(FunctionalDiscriminator(self._forward, self.module))
-            slots = {name: self._places[name][0] for name in (*self.buffers, *self._empty)}
-            left = {name: container[key] for name, (container, key) in slots.items()}
+            places = {name: self._places[name][0] for name in self._slots}
+            left = {name: container[key] for name, (container, key) in places.items()}
         finally:
-            self._write({**self.parameters, **self.buffers, **self._empty})
+            self._write({**self.parameters, **self._slots})
         for name, tensor in parameters.items():
             if tensor._version != versions[name]:
                 raise RuntimeError(mutation_message(name))
@@ -193,7 +191,7 @@ class Functional:
 
     def _renew_buffers(self) -> None:
         """Clone the buffers: one that D changes in place may be saved for backward."""
-        for name in (*self.buffers, *self._empty):
+        for name in self._slots:
             container, key = self._places[name][0]
             if container[key] is not None:
                 self._write({name: container[key].clone()})
@@ -238,14 +236,14 @@ def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
     submodules = list(module.modules())
     nested = [part.modules() if isinstance(part, nn.Module) else [part] for part in also]
     others = [part for found in nested for part in found if hasattr(part, "__dict__")]
-    holders = [part for part in (*submodules, *others) if not isinstance(part, ModuleType)]
+    hooks = [hook for submodule in submodules for hook in submodule._forward_pre_hooks.values()]
+    spectral_hooks = [hook for hook in hooks if isinstance(hook, SpectralNorm)]
+    holders = [p for p in (*submodules, *others, *spectral_hooks) if not isinstance(p, ModuleType)]
     saved: dict[int, tuple[Any, Any]] = {}
     for holder in holders:
         attributes = vars(holder)
         saved[id(attributes)] = (attributes, attributes.copy())
         _save(attributes.values(), saved)
-    hooks = (hook for submodule in submodules for hook in submodule._forward_pre_hooks.values())
-    spectral_hooks = [(h, h.n_power_iterations) for h in hooks if isinstance(h, SpectralNorm)]
     cache = parametrize._cache_enabled, parametrize._cache
     try:
         parametrize._cache_enabled, parametrize._cache = 0, {}  # it would hold theta_D^0's weights
@@ -258,7 +256,7 @@ def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
                 for key, value in items:
                     if isinstance(value, Tensor) and id(value) not in own:
                         container[key] = value.clone()
-        for hook, _ in spectral_hooks:
+        for hook in spectral_hooks:
             hook.n_power_iterations = 0
         for submodule in submodules:
             if isinstance(submodule, _SpectralNorm):
@@ -268,8 +266,6 @@ def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
         with stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
             yield
     finally:
-        for hook, iterations in spectral_hooks:
-            hook.n_power_iterations = iterations
         put_back(saved.values())
         parametrize._cache_enabled, parametrize._cache = cache
 
