@@ -31,31 +31,29 @@ def checked_arguments(
     """Return the user's own module inside all wrappers, after a look at what goes with it."""
     module = checked_discriminator(discriminator)
     for objective in objectives:
-        _check_objective(objective)
-    _check_mapped("transform_gradients", transform_gradients)
-    _check_mapped("project", project)
-    _warn_of_gradient_hooks(module)
-    return module
-
-
-def _check_objective(objective: object) -> None:
-    """Refuse what is not an objective."""
-    for method in ("discriminator_loss", "generator_loss"):
-        if isinstance(objective, type) or not callable(getattr(objective, method, None)):
+        names = "discriminator_loss", "generator_loss"
+        methods = [getattr(objective, name, None) for name in names]
+        if isinstance(objective, type) or not all(map(callable, methods)):
             raise TypeError(
                 "objective: must be an object with the methods discriminator_loss and "
                 f"generator_loss; got {objective!r}. Pass for instance unroll.Minimax(), or wrap "
                 "a torch loss in unroll.Criterion(...)."
             )
-
-
-def _check_mapped(argument: str, function: object) -> None:
-    """Refuse a projection or a transform that is no function."""
-    if function is not None and not callable(function):
-        raise TypeError(
-            f"{argument}: must be a function from a mapping of tensors to one; got "
-            f"{type(function).__name__}. Pass for instance a function that clamps each of them."
-        )
+    functions = {"transform_gradients": transform_gradients, "project": project}
+    for argument, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(
+                f"{argument}: must be a function from a mapping of tensors to one; got "
+                f"{type(function).__name__}. Pass for instance a function that clamps each of them."
+            )
+    for name, parameter in module.named_parameters():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):  # never run in the look-ahead
+            warn(
+                f"discriminator: parameter {name!r} has post-accumulate-grad hooks, which do not "
+                "run in the look-ahead. If one changes gradients, use parameter.register_hook."
+            )
+            break
+    return module
 
 
 def checked_steps(unroll_steps: object) -> int:
@@ -171,7 +169,6 @@ def _check_pair(pair: Pair, where: str, differentiable: bool) -> None:
 
 def _check_batch(batch: Batch, name: str) -> None:
     """Refuse a batch that D would get in another way than it seems."""
-    kind = type(batch).__name__
     rule = f"{name}: must be a tensor for D(x), a tuple for D(*x) or a mapping for D(**x); got"
     if isinstance(batch, PackedSequence):
         raise TypeError(
@@ -185,8 +182,8 @@ def _check_batch(batch: Batch, name: str) -> None:
         )
     if not isinstance(batch, (Tensor, tuple, Mapping)):
         raise TypeError(
-            f"{rule} {kind}. Pass D's arguments, such as a mapping of the tensors in it, and let "
-            "D's forward put them together."
+            f"{rule} {type(batch).__name__}. Pass D's arguments, such as a mapping of the tensors "
+            "in it, and let D's forward put them together."
         )
 
 
@@ -252,17 +249,6 @@ def warn(text: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
-
-
-def _warn_of_gradient_hooks(module: nn.Module) -> None:
-    """Warn of post-accumulate-grad hooks: they never fire in the look-ahead."""
-    for name, parameter in module.named_parameters():
-        if getattr(parameter, "_post_accumulate_grad_hooks", None):
-            warn(
-                f"discriminator: parameter {name!r} has post-accumulate-grad hooks, which do not "
-                "run in the look-ahead. If one changes gradients, use parameter.register_hook."
-            )
-            return
 
 
 def same(a: Tensor, b: Tensor) -> bool:
