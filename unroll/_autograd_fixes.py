@@ -135,7 +135,8 @@ def _layer_norm(given: Any, _: Any = None) -> Callable[..., Tensor]:
 
 def _batch_norm(given: Any, node: Any = None, *, first: int = 0) -> Callable[..., Tensor]:
     """Use the statistics given, or those over all dimensions from ``first`` on but channels."""
-    eps, statistics = given.get("eps", 1e-5), list[Tensor]()
+    eps = given.get("eps", 1e-5)
+    statistics: list[Tensor] = []
     if not given.get("use_input_stats", given.get("training", first == 2)):
         names = ["running_mean", "running_var"]  # the node's complain if they have changed
         statistics = [getattr(node, f"_saved_{n}") if node is not None else given[n] for n in names]
