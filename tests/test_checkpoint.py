@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchopt
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tests.players import OPTIMIZERS, batches, deep, fakes, small, tanh_net, train, with_options
 from tests.settings import DEVICE, randn
@@ -267,6 +268,34 @@ def test_autocast_is_replayed() -> None:
     plain, recomputed = both(d, optimizer, run, unroll_steps=3)
     assert torch.equal(plain[0], recomputed[0])
     torch.testing.assert_close(plain[1], recomputed[1], rtol=1e-6, atol=1e-8)
+
+
+class _Ones(TorchFunctionMode):
+    """Such as a default device: another answer of torch's while it is on."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        return 3 * found if func is torch.ones else found
+
+
+def test_modes_of_torch_are_replayed() -> None:
+    class Labelled(Minimax):
+        def discriminator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
+            label = torch.ones(len(real), 1, device=DEVICE, dtype=torch.float64)
+            of_real: Tensor = (discriminator(real) - label).square().mean()
+            return of_real + discriminator(fake).mean()
+
+    d, ((fake, real),) = small(), batches(1)
+    x, found = leaf(fake), []
+    for checkpoint in (False, True):
+        loss = UnrolledGeneratorLoss(
+            *(d, torch.optim.SGD(d.parameters(), lr=0.1), Labelled()),
+            unroll_steps=2,
+            checkpoint=checkpoint,
+        )
+        with _Ones():
+            found.append(torch.autograd.grad(loss(x, real), x)[0])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
 def checkpointed(**options: Any) -> UnrolledGeneratorLoss:

@@ -804,3 +804,84 @@ def test_the_loss_runs_inside_a_compiled_training_step() -> None:
         warnings.simplefilter("ignore")  # the compiler looks at the .grad of tensors that have none
         found = step(fake)
     torch.testing.assert_close(found, 2 * loss(fake, real))
+
+
+class Averaging(nn.Module):
+    """A D with a moving average in an attribute, which is state that no step carries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.mean = nn.Linear(4, 1), torch.zeros((), device=DEVICE)
+        self.to(DEVICE, torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        self.mean = 0.5 * self.mean + 0.5 * y.detach().mean()
+        return y * (1 + self.mean)
+
+
+class InPlace(Averaging):
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.add_(0.1)
+        y: Tensor = self.layer(x) * (1 + self.mean.clone())
+        return y
+
+
+class Numbered(Averaging):
+    """A D with a lazy regulariser."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.layer(x)
+        return 2 * y if self.calls % 3 == 0 else y
+
+
+@pytest.mark.parametrize("make", [Averaging, InPlace, Numbered])
+def test_state_in_attributes_is_left_to_the_eager_step(make: Callable[[], nn.Module]) -> None:
+    falls_back(make(), "keeps state in attributes")
+
+
+def test_state_of_an_objective_is_left_to_the_eager_step() -> None:
+    class LeCam(Squared):
+        def __init__(self) -> None:
+            self.mean = torch.zeros((), device=DEVICE, dtype=torch.float64)
+
+        def discriminator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
+            self.mean = 0.5 * self.mean + 0.5 * discriminator(fake).detach().mean()
+            distance: Tensor = (discriminator(real) - self.mean).square().mean()
+            return super().discriminator_loss(discriminator, fake, real) + distance
+
+    d, ((fake, real),), own = head(), batches(1), LeCam()
+    optimizer = torch.optim.SGD(d.parameters(), lr=0.1)
+    fast, eager = (
+        UnrolledGeneratorLoss(d, optimizer, own, unroll_steps=3, compile=compiled)
+        for compiled in (True, False)
+    )
+    with pytest.warns(UserWarning, match="keeps state in attributes"):
+        values = [fast(leaf(fake), real) for _ in range(2)]
+    assert values == [eager(leaf(fake), real)] * 2
+
+
+def test_what_d_notes_at_every_call_is_no_state() -> None:
+    class Noting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tanh_net()
+            self.features: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.features = [self.net[0](x)]
+            self.size = x.shape
+            output: Tensor = self.net(x)
+            return output
+
+    d, real, fake = Noting(), randn(5, 3), fakes()
+    optimizer = torch.optim.Adam(d.parameters(), lr=0.05)
+    eager = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2)
+    fast = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2, compile=True)
+    for _ in range(2):  # pytest makes the warning that it runs uncompiled an error
+        assert difference(fast, eager, fake, real) < 1e-10

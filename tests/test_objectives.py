@@ -432,3 +432,44 @@ def test_a_penalty_on_the_fakes_themselves_is_taken_at_a_fixed_theta(checkpoint:
     if not checkpoint:
         report = unroll.check_gradients(loss, fake, real)
         assert report.ok, report
+
+
+def unpacked(function: Callable[..., Tensor]) -> Callable[[Any], Tensor]:
+    return lambda batch: function(**batch) if isinstance(batch, dict) else function(*batch)
+
+
+def _pairs(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(1) + b.square().sum(1)
+
+
+def test_a_tensor_in_two_places_is_moved_in_the_first_one_alone() -> None:
+    x, y = randn(6, 4), randn(6, 4)
+    loss = R1(2.0).discriminator_loss(unpacked(_pairs), (x, y), (x, x))
+    torch.testing.assert_close(loss, x.square().sum(1).mean())
+    apart = R1(2.0).discriminator_loss(unpacked(_pairs), (x, y), (x, x.clone()))
+    torch.testing.assert_close(loss, apart)
+
+
+def test_a_gradient_penalty_takes_samples_by_their_names() -> None:
+    def named(image: Tensor, cond: Tensor) -> Tensor:
+        return _pairs(image, cond)
+
+    image, cond, made = randn(3, 6, 4)
+    fake, found = {"cond": cond, "image": made}, []
+    for real in ({"cond": cond, "image": image}, {"image": image, "cond": cond}):
+        torch.manual_seed(0)
+        found.append(GradientPenalty().discriminator_loss(unpacked(named), fake, real))
+    # Between conditions first, then between images, whose gradient is the condition.
+    for got, gradient in zip(found, (image + 2 * cond, cond), strict=True):
+        wanted = 10 * (gradient.square().sum(1).sqrt() - 1).square().mean()
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_number_beside_the_samples_is_not_what_a_penalty_moves() -> None:
+    alpha, x = torch.tensor(2.0, dtype=torch.float64, device=DEVICE), randn(6, 4)
+
+    def scaled(alpha: Tensor, x: Tensor) -> Tensor:
+        return alpha * x.sum(1)
+
+    loss = R1(2.0).discriminator_loss(unpacked(scaled), (alpha, x), (alpha, x))
+    torch.testing.assert_close(loss, torch.tensor(16.0, dtype=torch.float64, device=DEVICE))

@@ -238,10 +238,10 @@ def test_the_parameters_of_d_in_a_projection_are_refused() -> None:
     assert all(p.grad is None for p in d.parameters())
 
 
-def in_no_grad(theta: Any) -> Any:
+def in_no_grad(theta: Any, most: float = 0.01) -> Any:
     with torch.no_grad():
         for p in theta.values():
-            p.clamp_(-0.01, 0.01)
+            p.clamp_(-most, most)
     return theta
 
 
@@ -249,6 +249,7 @@ def in_no_grad(theta: Any) -> Any:
     "project",
     [
         in_no_grad,
+        lambda theta: in_no_grad(theta, 100.0),  # which changes nothing, at first
         lambda theta: {k: p.detach().clamp(-0.01, 0.01) for k, p in theta.items()},
         lambda theta: [p.data.clamp_(-0.01, 0.01) for p in theta.values()] and theta,
     ],
@@ -274,3 +275,24 @@ def test_a_projection_of_a_partly_frozen_discriminator_is_no_mistake() -> None:
     loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2, project=clip)
     assert unroll.check_gradients(loss, fakes(), fakes()).ok
     assert loss(fakes(), randn(5, 3)).isfinite()
+
+
+def test_a_projection_that_leaves_autograd_at_a_later_step_is_refused() -> None:
+    most = [100.0]
+
+    def project(theta: dict[str, Tensor]) -> dict[str, Tensor]:
+        for p in theta.values():
+            p.data.clamp_(-most[0], most[0])
+        return theta
+
+    d = tanh_net()
+    optimizer = torch.optim.SGD(d.parameters(), lr=0.3)
+    loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2, project=project)
+    loss(fakes(), randn(5, 3))
+    most[0] = 0.01
+    with pytest.raises(
+        ValueError, match=r"project: must be differentiable; it changed '0\.weight'"
+    ):
+        loss(fakes(), randn(5, 3))
+    with torch.no_grad():
+        loss(fakes(), randn(5, 3))

@@ -135,7 +135,49 @@ def _outside_autograd(theta: dict[str, Tensor]) -> dict[str, Tensor]:
     return theta
 
 
+def _hooked() -> nn.Module:
+    d = linear()
+    d.get_parameter("weight").register_hook(lambda g: g.detach().clamp(-0.1, 0.1))
+    return d
+
+
+class Listing(nn.Module):
+    """A D that keeps its buffer in a list, too, and changes it there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        self.register_buffer("count", torch.zeros(1))
+        self.to(DEVICE, torch.float64)
+        self.counts = [self.get_buffer("count")]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counts[0].add_(1)
+        output: Tensor = self.layer(x)
+        return output
+
+
+def _refilled(loss: unroll.UnrolledGeneratorLoss, fake: Tensor, real: Tensor) -> object:
+    buffer = real.clone()
+    return loss(fake, real, minibatches=((fake, buffer.add_(1)) for _ in range(2)))
+
+
 MORE: dict[str, Row] = {
+    "a gradient hook that detaches": Row(
+        ValueError,
+        r"discriminator, a gradient hook: must be differentiable; it changed 'weight' outside auto",
+        d=_hooked,
+    ),
+    "a buffer in a list": Row(
+        ValueError,
+        r"discriminator: 'counts' holds the buffer 'count'.*has a copy\. Read the buffer itself",
+        d=Listing,
+    ),
+    "a buffer that minibatches fill again": Row(
+        ValueError,
+        r"minibatches: must yield tensors of their own.*item 0 was changed.*Yield clones",
+        call=_refilled,
+    ),
     "D complex": Row(
         TypeError,
         r"discriminator: parameter 'weight' is complex.*does not support\. Store its real and",
@@ -299,16 +341,17 @@ def _detaching() -> None:
 
 
 def _accumulation_hook() -> None:
-    d = linear()
+    d, ((fake, real),) = linear(), batches(1)
+    loss = unroll.UnrolledGeneratorLoss(d, sgd(d), unroll_steps=1)
     for p in d.parameters():
         p.register_post_accumulate_grad_hook(lambda _: None)
-    unroll.UnrolledGeneratorLoss(d, sgd(d), unroll_steps=1)
+    loss.unroll(fake, real)
 
 
 WARNINGS: dict[str, Callable[[], None]] = {
     r"^discriminator: returns what comes out of a sigmoid.*Remove": _sigmoid,
     r"^optimizer: has step hooks.*do it in project=": _step_hook,
-    r"^discriminator: parameter '\w+' has post-accumulate-grad hooks.*register_hook": (
+    r"^discriminator: parameters have post-accumulate-grad hooks.*register_hook": (
         _accumulation_hook
     ),
     re.escape(DETACHED_FAKES): _detaching,

@@ -8,7 +8,7 @@ import gc
 import pickle
 import warnings
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -641,3 +641,61 @@ def test_nested_containers_are_given_back() -> None:
     ).backward()
     assert not d.last
     assert d.pages == {"means": []}
+
+
+class Holding:
+    """A game that keeps a network, averages in a tuple and a count of its own."""
+
+    def __init__(self) -> None:
+        self.q = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(DEVICE, torch.float64)
+        self.averages = torch.zeros((), device=DEVICE), [torch.zeros((), device=DEVICE)]
+        self.same = self.averages[0]
+        self.calls = Counter[str]()
+
+    def discriminator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+        self.calls["d"] += 1
+        assert self.same is self.averages[0]
+        for average in (self.averages[0], *self.averages[1]):
+            average.add_(d(fake).detach().mean())
+        of_q: Tensor = self.q(fake).square().mean()
+        return Minimax().discriminator_loss(d, fake, real) + of_q
+
+    def generator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+        self.q(real)
+        loss: Tensor = -d(fake).mean() + self.averages[0]
+        return loss
+
+
+@pytest.mark.plain
+def test_what_an_objective_holds_is_given_back() -> None:
+    d, game, fake = tanh_net(), Holding(), fakes()
+    loss = UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), 0.3), game, unroll_steps=3)
+    before, averages = snapshot(game.q), game.averages
+    assert len({loss(fake, randn(5, 3)).item() for _ in range(2)} | {1.0}) > 1
+    assert not changes(before, game.q)
+    assert game.averages is averages
+    assert not averages[0]
+    assert not averages[1][0]
+    assert not game.calls
+
+
+class AutoClip:
+    """Clip at a quantile of the norms so far (Seetharaman et al. 2020)."""
+
+    def __init__(self) -> None:
+        self.norms = [0.3, 0.5]
+
+    def __call__(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+        self.norms.append(float(norm.detach()))
+        most = torch.tensor(self.norms).quantile(0.2).item()
+        return {name: g * (most / norm).clamp(max=1) for name, g in gradients.items()}
+
+
+@pytest.mark.plain
+def test_functions_with_a_memory_are_given_back() -> None:
+    d, clip, real, fake = tanh_net(), AutoClip(), randn(5, 3), fakes()
+    optimizer = torch.optim.SGD(d.parameters(), 0.3)
+    loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=3, transform_gradients=clip)
+    assert len({loss(fake, real).item() for _ in range(3)}) == 1
+    assert clip.norms == [0.3, 0.5]

@@ -70,7 +70,27 @@ def encoded() -> tuple[nn.Module, list[Tensor], Minimax]:
     return d, [*d.parameters(), *encoder.parameters()], Encoded()
 
 
-@pytest.mark.parametrize("make", [listed, tempered, encoded])
+class Buffered(nn.Module):
+    """A D that keeps what is trained in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.register_buffer("scale", torch.ones(3))
+        self.to(DEVICE, torch.float64)
+        self.get_buffer("scale").requires_grad_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x * self.get_buffer("scale"))
+        return output
+
+
+def buffered() -> tuple[nn.Module, list[Tensor], Minimax]:
+    d = Buffered()
+    return d, [*d.parameters(), *d.buffers()], Minimax()
+
+
+@pytest.mark.parametrize("make", [listed, tempered, encoded, buffered])
 @pytest.mark.parametrize("build", [torch.optim.Adam, torchopt.Adam])
 def test_what_the_optimizer_trains_and_d_uses_must_be_in_d(make: Any, build: Any) -> None:
     d, trained, game = make()

@@ -205,3 +205,61 @@ def test_the_losses_of_d_on_the_way_come_with_the_call(options: dict[str, Any]) 
     loss.unroll_steps = 0
     loss(fake, real)
     assert loss.discriminator_losses.shape == (0,)
+
+
+class Annealed(nn.Module):
+    """A D with a number that its objective sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.alpha = nn.Linear(3, 1), 1.0
+        self.to(DEVICE, torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x * self.alpha)
+        return output
+
+
+def _annealing(d: Any, fake: Tensor, real: Tensor) -> Tensor:
+    d.alpha = 0.3
+    loss = _logistic(d, fake, real)
+    d.alpha = 1.0
+    return loss
+
+
+def test_an_objective_may_set_an_attribute_of_d() -> None:
+    game = Losses(_annealing, lambda d, fake, _: -d(fake).mean())
+    d, real, fake = Annealed(), randn(5, 3), randn(5, 3).requires_grad_()
+    loss = UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), 0.2), game, unroll_steps=3)
+    wanted = real_steps(d, game, fake, real, 0, 0.2)
+    assert loss.unroll(fake, real).losses[0] == game.discriminator_loss(d, fake, real)
+    assert loss.discriminator_loss(fake, real) == game.discriminator_loss(d, fake, real)
+
+    def sticking(d: Any, fake: Tensor, real: Tensor) -> Tensor:
+        d.alpha = 0.5
+        return _logistic(d, fake, real)
+
+    stuck = Losses(sticking, game.generator_loss)
+    UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), 0.2), stuck, unroll_steps=1)(
+        fake, real
+    )
+    assert d.alpha == 1.0
+    assert real_steps(d, game, fake, real, 0, 0.2) == wanted
+    value = loss(fake, real).detach()
+    torch.testing.assert_close(value, real_steps(d, game, fake, real, 3, 0.2), rtol=1e-12, atol=0)
+
+
+def _by_layers(d: Any, fake: Tensor, real: Tensor) -> Tensor:
+    assert len(d) == len(list(d)) == 3
+    loss: Tensor = (d[:-1](fake).mean(0) - d[:-1](real).mean(0)).square().sum() + d[2].bias.sum()
+    return loss
+
+
+def test_layers_of_a_sequential_d_are_to_be_had_by_number() -> None:
+    d = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1)).to(DEVICE, torch.float64)
+    game, real, fake = Losses(_logistic, _by_layers), randn(5, 3), randn(5, 3).requires_grad_()
+    loss = UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), 0.2), game, unroll_steps=3)
+    value = loss(fake, real)
+    (gradient,) = torch.autograd.grad(value, fake)
+    assert relative_error(lambda x: loss(x, real), fake.detach(), gradient) < 1e-7
+    torch.testing.assert_close(value.detach(), real_steps(d, game, fake, real, 3, 0.2))

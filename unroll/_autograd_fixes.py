@@ -8,10 +8,11 @@ derivatives of every order.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -270,6 +271,20 @@ def recomputation_refused() -> Iterator[None]:
         with suppress(RuntimeError):
             stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(RECOMPUTATION))
         yield
+
+
+@contextmanager
+def stance(name: Literal["default", "force_eager"]) -> Iterator[None]:
+    """Set the stance of ``torch.compile`` for a while, and give back what that takes of None.
+
+    In torch 2.7 it takes three references, and Python before 3.12 dies where none is left.
+    """
+    try:
+        with torch.compiler.set_stance(name):
+            yield
+    finally:
+        for _ in range(3):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(None))
 
 
 def inner_gradients(

@@ -6,16 +6,16 @@ A batch is a tensor ``(N, ...)`` for ``D(x)``, a tuple for ``D(*x)`` or a mappin
 from __future__ import annotations
 
 import copy
-import ctypes
+import math
 import sys
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from operator import is_
 from threading import Lock, RLock
 from types import ModuleType
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,14 +24,15 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from unroll._autograd_fixes import right_derivatives
+from unroll._autograd_fixes import right_derivatives, stance
 
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R")
 Batch = Any
 Pair = tuple[Batch, Batch]  # (fake, real)
 LARGE = 1000  # entries: a forward pass fills small containers, a vocabulary would take long to copy
-CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, set, deque))  # none refuses changes
+# None of them refuses changes.
+CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -83,18 +84,8 @@ def outside_compiled_code(method: F) -> F:
     return cast(F, run)
 
 
-@contextmanager
-def stance(name: Literal["default", "force_eager"]) -> Iterator[None]:
-    """Set the stance of ``torch.compile`` for a while, and give back what that takes of None.
-
-    In torch 2.7 it takes three references, and Python before 3.12 dies where none is left.
-    """
-    try:
-        with torch.compiler.set_stance(name):
-            yield
-    finally:
-        for _ in range(3):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(None))
+def _of_module(method: str) -> Callable[..., Any]:
+    return lambda self, *args: getattr(self._module, method)(*args)
 
 
 class FunctionalDiscriminator:
@@ -110,7 +101,7 @@ class FunctionalDiscriminator:
     """
 
     def __init__(self, forward: Callable[..., Any], module: nn.Module | None = None) -> None:
-        self.forward, self._module = forward, module
+        vars(self).update(forward=forward, _module=module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return ``D(*args, **kwargs)``, a batch unpacked."""
@@ -124,6 +115,13 @@ class FunctionalDiscriminator:
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of D."""
         return getattr(vars(self).get("_module"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of D, which is given back afterwards."""
+        setattr(self._module, name, value)
+
+    # As of an nn.Sequential; Python looks for these in the class alone.
+    __getitem__, __len__, __iter__ = map(_of_module, ("__getitem__", "__len__", "__iter__"))
 
 
 class Functional:
@@ -233,64 +231,68 @@ _locks_guard = Lock()
 
 @contextmanager
 def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
-    submodules = list(module.modules())
-    nested = [part.modules() if isinstance(part, nn.Module) else [part] for part in also]
-    others = [part for found in nested for part in found if hasattr(part, "__dict__")]
-    hooks = [hook for submodule in submodules for hook in submodule._forward_pre_hooks.values()]
-    spectral_hooks = [hook for hook in hooks if isinstance(hook, SpectralNorm)]
-    holders = [p for p in (*submodules, *others, *spectral_hooks) if not isinstance(p, ModuleType)]
-    saved: dict[int, tuple[Any, Any]] = {}
-    for holder in holders:
-        attributes = vars(holder)
-        saved[id(attributes)] = (attributes, attributes.copy())
-        _save(attributes.values(), saved)
+    found = held(module, also, most=LARGE)
+    modules = [value for value, _ in found if isinstance(value, nn.Module)]
+    own = {id(p) for part in modules for p in part._parameters.values()}
+    buffers = {id(part._buffers) for part in module.modules()}  # which a look-ahead step writes
+    saved = [(held, held.copy() if held else type(held)()) for _, held in found]
+    clones: dict[int, Tensor] = {}
     cache = parametrize._cache_enabled, parametrize._cache
+
+    def stand_in(tensor: Tensor) -> Tensor:
+        return tensor if id(tensor) in own else clones.setdefault(id(tensor), tensor.clone())
+
     try:
         parametrize._cache_enabled, parametrize._cache = 0, {}  # it would hold theta_D^0's weights
-        registered = [d for m in submodules for d in (m._parameters, m._buffers)]
-        registered += [part._parameters for part in others if isinstance(part, nn.Module)]
-        own = {id(tensor) for d in registered for tensor in d.values()}
-        for container, content in saved.values():
-            if isinstance(content, (dict, list, deque)):
+        for container, content in saved:
+            if isinstance(content, (dict, list, deque)) and id(container) not in buffers:
                 items = content.items() if isinstance(content, dict) else enumerate(content)
                 for key, value in items:
-                    if isinstance(value, Tensor) and id(value) not in own:
-                        container[key] = value.clone()
-        for hook in spectral_hooks:
-            hook.n_power_iterations = 0
-        for submodule in submodules:
-            if isinstance(submodule, _SpectralNorm):
-                submodule.training = False
-            if isinstance(submodule, nn.parallel.DistributedDataParallel):  # its ranks would wait
-                submodule.require_backward_grad_sync = submodule.require_forward_param_sync = False
+                    if isinstance(value, (Tensor, tuple)) and tensors(value):
+                        container[key] = map_tensors(stand_in, value)
+        for value, _ in found:
+            if isinstance(value, SpectralNorm):
+                value.n_power_iterations = 0
+            if isinstance(value, _SpectralNorm):
+                value.training = False
+            if isinstance(value, nn.parallel.DistributedDataParallel):  # its ranks would wait
+                value.require_backward_grad_sync = value.require_forward_param_sync = False
         with stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
             yield
     finally:
-        put_back(saved.values())
+        put_back(saved)
         parametrize._cache_enabled, parametrize._cache = cache
 
 
-def _save(values: Iterable[Any], saved: dict[int, tuple[Any, Any]]) -> None:
-    """Collect the containers among values, however deep, each with a copy of what it holds."""
-    for value in values:
-        if type(value) in CONTAINERS and id(value) not in saved and len(value) <= LARGE:
-            saved[id(value)] = (value, value.copy() if value else type(value)())
-            if value:
-                _save(value.values() if isinstance(value, dict) else value, saved)
+def held(
+    module: nn.Module, also: Iterable[object] = (), *, most: float = math.inf
+) -> list[tuple[Any, Any]]:
+    """Return modules with their attributes, and containers of ``most`` entries at most, inside."""
+    found: dict[int, tuple[Any, Any]] = {}
+    stack: list[Any] = [module, *also]
+    roots = {id(value) for value in stack if not isinstance(value, (type, ModuleType))}
+    while stack:
+        value = stack.pop()
+        holder = id(value) in roots or isinstance(value, (nn.Module, SpectralNorm))
+        content = getattr(value, "__dict__", value) if holder else value
+        if isinstance(content, tuple):
+            stack.extend(content)
+        elif type(content) in CONTAINERS and (holder or len(content) <= most):
+            if id(content) not in found:
+                stack.extend(content.values() if isinstance(content, dict) else content)
+            found[id(content)] = value, content
+    return [*found.values()]
 
 
 def put_back(saved: Iterable[tuple[Any, Any]]) -> None:
-    """Let containers hold again what copies of them hold."""
+    """Let containers hold again what copies of them hold, where that has changed."""
     for container, content in saved:
-        if not _unchanged(container, content):
+        if isinstance(content, set):
+            unchanged = container == content
+        else:
+            unchanged = len(container) == len(content) and all(map(is_, container, content))
+        if unchanged and isinstance(content, dict):
+            unchanged = all(map(is_, container.values(), content.values()))
+        if not unchanged:
             container.clear()
             (container.update if isinstance(content, (dict, set)) else container.extend)(content)
-
-
-def _unchanged(container: Any, content: Any) -> bool:
-    """Return whether a container holds the same objects as a copy of it."""
-    if isinstance(container, set):
-        return bool(container == content)
-    if len(container) != len(content) or not all(map(is_, container, content)):
-        return False
-    return not isinstance(container, dict) or all(map(is_, container.values(), content.values()))

@@ -36,7 +36,7 @@ from unroll._probes import (
     without_derivative,
 )
 from unroll._random import random_state, replayed
-from unroll._validation import Mapped, outside_autograd, same, warn
+from unroll._validation import same, warn
 
 DETACHED_FAKES = (
     "objective: discriminator_loss does not depend on the fakes (are they detached?), so the "
@@ -137,11 +137,6 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
             "of project=, of a transformation or of a gradient hook), which would get a gradient. "
             "Use what they are given, theta_D^k; where theta_D^0 is meant, parameter.detach()."
         )
-    _refuse_outside_autograd("transform_gradients", game.transform_gradients, gradients)
-    if game.project is not None:
-        unprojected = replace(game, project=None)
-        moved, _ = update(unprojected, theta, gradients, point.optimizer_state, settings)
-        _refuse_outside_autograd("project", game.project, moved)
     _inspect_derivatives(
         module,
         theta,
@@ -168,26 +163,11 @@ def inspect_value(module: nn.Module, value: Value, point: Point, pair: Pair) -> 
     _refuse_own_parameters(module, f, reached)
 
 
-def _refuse_outside_autograd(
-    argument: str, function: Mapped | None, given: Mapping[str, Tensor]
-) -> None:
-    """Refuse a function that changes values without a trace in the graph, as ``.data`` does."""
-    if function is None:
-        return
-    clones = {name: value.clone() for name, value in given.items()}
-    histories = {name: value.grad_fn for name, value in clones.items()}
-    with torch.autocast(next(iter(clones.values())).device.type, enabled=False):
-        found = function(dict(clones))
-    for name, value in found.items():
-        untouched = value.grad_fn is histories[name]
-        if given[name].requires_grad and untouched and not same(value, given[name]):
-            raise ValueError(outside_autograd(argument, name))
-
-
 def _refuse_unregistered(game: Game, loss: Tensor, until: Iterable[Tensor]) -> None:
-    """Refuse tensors that the optimizer trains and the loss uses, but that are not in D."""
+    """Refuse tensors that the optimizer trains and D's loss uses, but that are no parameters."""
     others = {id(t): t for t in game.optimizer.others}
-    found = [others[id(t)] for t in ends([loss], until) if id(t) in others]
+    used = [*ends([loss], until), *game.discriminator.buffers.values()]
+    found = [others[id(t)] for t in used if id(t) in others]
     if found:
         shapes = ", ".join(str(tuple(t.shape)) for t in found)
         raise RuntimeError(

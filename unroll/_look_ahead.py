@@ -32,6 +32,7 @@ from unroll._validation import (
     check_scalar,
     check_unchanged,
     mapped,
+    outside_autograd,
 )
 
 
@@ -246,5 +247,8 @@ def after_hooks(parameter: Tensor, gradient: Tensor, name: str) -> Tensor:
                 "discriminator: its parameters have a hook of register_multi_grad_hook, which runs "
                 "in backward() alone. Use parameter.register_hook, or remove it for G's step."
             ) from error
-        gradient = gradient if replaced is None else replaced
+        if replaced is not None:
+            if gradient.requires_grad and not replaced.requires_grad:
+                raise ValueError(outside_autograd("discriminator, a gradient hook", name))
+            gradient = replaced
     return gradient

@@ -31,7 +31,6 @@ from unroll._modes.distributed import Ranks, agreed, averaged, resolved_sync
 from unroll._modes.evaluated import evaluated
 from unroll._objectives import Minimax, Objective
 from unroll._optimizers import Moving, inner_optimizer
-from unroll._penalties import summands
 from unroll._unrolled_discriminator import UnrolledDiscriminator, unrolled
 from unroll._validation import Mapped, assignable, checked_arguments, checked_steps, drawn
 
@@ -104,12 +103,11 @@ class UnrolledGeneratorLoss(nn.Module):
         sync: bool | None = None,
     ) -> None:
         super().__init__()
-        parts = summands(objective)
-        module = checked_arguments(discriminator, parts, transform_gradients, project)
-        averages, ranks = resolved_sync(discriminator, module, sync)
+        parts = checked_arguments(discriminator, objective, transform_gradients, project)
+        averages, ranks = resolved_sync(discriminator, parts[0], sync)
         # Not as attributes of an nn.Module: D would become a submodule of its loss.
         vars(self).update(
-            discriminator=module,
+            discriminator=parts[0],
             optimizer=optimizer,
             objective=objective,
             unroll_steps=checked_steps(unroll_steps),
@@ -121,10 +119,10 @@ class UnrolledGeneratorLoss(nn.Module):
             sync=averages,
             _given=discriminator,
             _ranks=ranks,
-            _parts=(module, parts),
+            _parts=parts,
             _losses=[],
             _code=Code() if compile else None,
-            _inspection=Inspection((module, parts), stop_gradient, checkpoint, average),
+            _inspection=Inspection(parts, stop_gradient, checkpoint, average),
             _moving=Moving(),
         )
         self._start(None)
@@ -143,7 +141,7 @@ class UnrolledGeneratorLoss(nn.Module):
     _given: nn.Module  # D in its wrappers
     _ranks: Ranks
     _code: Code | None
-    _parts: tuple[nn.Module, list[Objective]]  # what is preserved: D, summands of the objective
+    _parts: tuple[nn.Module, list[Any]]  # what is preserved: D, the objective's summands, functions
     _inspection: Inspection
     _moving: Moving
     _losses: list[Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,24 +49,28 @@ def summands(objective: Objective) -> list[Objective]:
     return [objective]
 
 
-def _first_floating(batch: Batch, what: str) -> Tensor:
-    for tensor in tensors(batch):
-        if tensor.is_floating_point():
-            return tensor
-    kinds = [str(tensor.dtype) for tensor in tensors(batch)] or type(batch).__name__
+def _first_floating(batch: Batch, what: str) -> int:
+    """Return which tensor of a batch is the first floating-point one with samples."""
+    found = tensors(batch)
+    for index, tensor in enumerate(found):
+        if tensor.is_floating_point() and tensor.dim():
+            return index
+    kinds = [str(tensor.dtype) for tensor in found] or type(batch).__name__
     raise TypeError(
-        f"{what}: a gradient penalty needs a floating-point tensor to differentiate in; got "
-        f"{kinds}. Leave the penalty out, or pass samples as floating-point tensors."
+        f"{what}: a gradient penalty needs a floating-point tensor of samples to differentiate in; "
+        f"got {kinds}. Leave the penalty out, or pass samples as floating-point tensors."
     )
 
 
 def _squared_gradient_norm(
-    discriminator: Discriminator, batch: Batch, old: Tensor, x: Tensor
+    discriminator: Discriminator, batch: Batch, index: int, x: Tensor
 ) -> Tensor:
     """Return ``||dD/dx||^2`` per sample, where ``x`` takes the place of a tensor of the batch."""
 
     def output(point: Tensor) -> Tensor:
-        return one_tensor(discriminator, _replace(batch, old, point)).sum()
+        places = iter(range(len(tensors(batch))))  # by place: one tensor may be in two of them
+        moved = map_tensors(lambda t: point if next(places) == index else t, batch)
+        return one_tensor(discriminator, moved).sum()
 
     gradient: Tensor
     if torch.compiler.is_compiling():  # torch.compile differentiates by torch.func only
@@ -77,13 +82,9 @@ def _squared_gradient_norm(
     return gradient.square().reshape(len(gradient), -1).sum(1)
 
 
-def _replace(batch: Batch, old: Tensor, new: Tensor) -> Batch:
-    return map_tensors(lambda t: new if t is old else t, batch)
-
-
 def _input_penalty(discriminator: Discriminator, batch: Batch, gamma: float, what: str) -> Tensor:
-    x = _first_floating(batch, what)
-    norms = _squared_gradient_norm(discriminator, batch, x, x)
+    index = _first_floating(batch, what)
+    norms = _squared_gradient_norm(discriminator, batch, index, tensors(batch)[index])
     return gamma / 2 * norms.mean()
 
 
@@ -143,12 +144,12 @@ class GradientPenalty:
 
     def discriminator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
         """Return the penalty."""
-        x, y = paired(
-            _first_floating(real, "real"), _first_floating(fake, "fake"), "GradientPenalty"
-        )
+        index = _first_floating(real, "real")
+        same_order = {key: fake[key] for key in real} if isinstance(real, Mapping) else fake
+        x, y = paired(tensors(real)[index], tensors(same_order)[index], "GradientPenalty")
         share = torch.rand(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
         between = share * x + (1 - share) * y
-        norms = safe_sqrt(_squared_gradient_norm(discriminator, real, x, between))
+        norms = safe_sqrt(_squared_gradient_norm(discriminator, real, index, between))
         return self.weight * (norms - 1).square().mean()
 
     def generator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
@@ -160,4 +161,4 @@ class GradientPenalty:
 
 
 def _zero(batch: Batch) -> Tensor:
-    return _first_floating(batch, "fake").new_zeros(())
+    return tensors(batch)[_first_floating(batch, "fake")].new_zeros(())

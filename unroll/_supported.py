@@ -85,9 +85,11 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     ]
     if max(offset for *_, offset in layouts) >= min(ends):  # as in the weights of a flattened LSTM
         return False
-    used = torch.zeros(max(ends), dtype=torch.bool)
-    used.as_strided(*layouts[0]).fill_(True)
-    return bool(used.as_strided(*layouts[1]).any())
+    first = min(offset for *_, offset in layouts)
+    used = torch.zeros(max(ends) - first, dtype=torch.bool)
+    one, other = (used.as_strided(shape, steps, o - first) for shape, steps, o in layouts)
+    one.fill_(True)
+    return bool(other.any())
 
 
 def _refuse_shared_memory(module: nn.Module) -> None:
@@ -105,8 +107,15 @@ def _refuse_shared_memory(module: nn.Module) -> None:
                     "of one moves the other, which a look-ahead step does not. Make them one "
                     "nn.Parameter, transposed where it is used, or use parametrizations."
                 )
+    buffers = {id(b): name for name, b in module.named_buffers()}
     for path, layer in module.named_modules():
         for key, t in _kept(layer):
+            if id(t) in buffers and key not in ("_buffers", *layer._buffers):
+                raise ValueError(
+                    f"discriminator: {f'{path}.{key}'.lstrip('.')!r} holds the buffer "
+                    f"{buffers[id(t)]!r}, in whose place a look-ahead step has a copy. Read the "
+                    "buffer itself where it is used, or keep a clone."
+                )
             for name, whole in by_storage.get(t.untyped_storage().data_ptr(), ()):
                 if whole.requires_grad and not t.requires_grad and _overlap(whole, t):
                     raise ValueError(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from unroll._functional import Batch, Pair, tensors
+from unroll._penalties import summands
 from unroll._supported import checked_discriminator
 
 # What project= and transform_gradients= are: functions from named tensors to named tensors.
@@ -23,20 +25,17 @@ Mapped = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 
 
 def checked_arguments(
-    discriminator: object,
-    objectives: Iterable[object],
-    transform_gradients: object,
-    project: object,
-) -> nn.Module:
-    """Return the user's own module inside all wrappers, after a look at what goes with it."""
-    module = checked_discriminator(discriminator)
-    for objective in objectives:
+    discriminator: object, objective: Any, transform_gradients: object, project: object
+) -> tuple[nn.Module, list[Any]]:
+    """Return the module inside all wrappers, and what a look-ahead has to preserve with it."""
+    module, objectives = checked_discriminator(discriminator), summands(objective)
+    for part in objectives:
         names = "discriminator_loss", "generator_loss"
-        methods = [getattr(objective, name, None) for name in names]
-        if isinstance(objective, type) or not all(map(callable, methods)):
+        methods = [getattr(part, name, None) for name in names]
+        if isinstance(part, type) or not all(map(callable, methods)):
             raise TypeError(
                 "objective: must be an object with the methods discriminator_loss and "
-                f"generator_loss; got {objective!r}. Pass for instance unroll.Minimax(), or wrap "
+                f"generator_loss; got {part!r}. Pass for instance unroll.Minimax(), or wrap "
                 "a torch loss in unroll.Criterion(...)."
             )
     functions = {"transform_gradients": transform_gradients, "project": project}
@@ -46,14 +45,7 @@ def checked_arguments(
                 f"{argument}: must be a function from a mapping of tensors to one; got "
                 f"{type(function).__name__}. Pass for instance a function that clamps each of them."
             )
-    for name, parameter in module.named_parameters():
-        if getattr(parameter, "_post_accumulate_grad_hooks", None):  # never run in the look-ahead
-            warn(
-                f"discriminator: parameter {name!r} has post-accumulate-grad hooks, which do not "
-                "run in the look-ahead. If one changes gradients, use parameter.register_hook."
-            )
-            break
-    return module
+    return module, [*objectives, transform_gradients, project]
 
 
 def checked_steps(unroll_steps: object) -> int:
@@ -121,7 +113,7 @@ def drawn_minibatches(minibatches: Iterable[Pair], steps: int) -> list[Pair]:
             "minibatches: must be an iterable of (fake, real) pairs; got "
             f"{type(minibatches).__name__}. Pass for instance a list of {steps} pairs."
         )
-    pairs: list[Pair] = []
+    pairs, versions = list[Pair](), list[list[int]]()
     for k, pair in enumerate(islice(minibatches, steps)):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(
@@ -129,6 +121,14 @@ def drawn_minibatches(minibatches: Iterable[Pair], steps: int) -> list[Pair]:
                 f"{k} is a {type(pair).__name__}. Yield (generator(z), real)."
             )
         pairs.append((pair[0], pair[1]))
+        versions.append([t._version for t in tensors(pairs[-1])])
+    for k, (pair, version) in enumerate(zip(pairs, versions, strict=True)):
+        if [t._version for t in tensors(pair)] != version:
+            raise ValueError(
+                "minibatches: must yield tensors of their own, since all pairs are drawn before "
+                f"the first step; item {k} was changed while later ones were drawn. Yield clones "
+                "of a buffer that is filled again."
+            )
     if len(pairs) < steps:
         raise ValueError(
             f"minibatches: must hold one (fake, real) pair for each of the {steps} look-ahead "
@@ -210,7 +210,11 @@ def check_gradients_found(gradients: Mapping[str, Tensor]) -> None:
 def mapped(argument: str, function: Mapped, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what a function makes of named tensors, or refuse what cannot be differentiated."""
     # Clones, so that it may write in place, as one of real parameters or gradients does.
-    found = function({name: value.clone() for name, value in given.items()})
+    clones = {name: value.clone() for name, value in given.items()}
+    # Compiled code has been compared with an eager step.
+    watched = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    histories = {n: (c.grad_fn, c._version) for n, c in clones.items()} if watched else {}
+    found = function(clones)
     if not isinstance(found, Mapping) or found.keys() != given.keys():
         got = list(found) if isinstance(found, Mapping) else type(found).__name__
         raise ValueError(
@@ -228,8 +232,14 @@ def mapped(argument: str, function: Mapped, given: Mapping[str, Tensor]) -> dict
                 f"{argument}: must keep the shapes that it was given; {name!r} came with "
                 f"{tuple(given[name].shape)} and left with {tuple(value.shape)}."
             )
-        if torch.is_grad_enabled() and given[name].requires_grad and not value.requires_grad:
-            raise ValueError(outside_autograd(argument, name))
+        if watched and given[name].requires_grad:
+            tracked, (history, version) = value.requires_grad, histories[name]
+            if (
+                tracked and value.grad_fn is history
+            ):  # not changed, or under no_grad or through .data
+                tracked = value._version == version and same(value, given[name])
+            if not tracked:
+                raise ValueError(outside_autograd(argument, name))
     return dict(found)
 
 

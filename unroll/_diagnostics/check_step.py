@@ -15,10 +15,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from unroll._autograd_fixes import stance
 from unroll._diagnostics.report import StepReport
 from unroll._diagnostics.step_faults import judged
 from unroll._diagnostics.step_record import Call
-from unroll._functional import CONTAINERS, Batch, put_back, stance
+from unroll._functional import CONTAINERS, Batch, put_back
 from unroll._look_ahead import without_autocast_cache
 from unroll._loss import UnrolledGeneratorLoss
 from unroll._optimizers import inner_optimizer, unwrapped_optimizers

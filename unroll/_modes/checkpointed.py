@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -81,7 +83,7 @@ def _check_repeated(first: Sequence[Tensor | None], second: Sequence[Tensor]) ->
 
 
 class _Run:
-    """What the second run needs besides tensors: random numbers, modes, autocast."""
+    """What the second run needs besides tensors: random numbers, modes of D and of torch."""
 
     def __init__(
         self,
@@ -97,6 +99,9 @@ class _Run:
         self.device = next(module.parameters()).device
         self.random_state = random_state(self.device)
         self.training = [submodule.training for submodule in module.modules()]
+        # Such as a default device, which torch switches off while it runs a backward pass.
+        modes: Any = torch.overrides._get_current_function_mode_stack
+        self.modes = modes()
         kind = self.device.type
         self.autocast = (
             kind,
@@ -127,7 +132,10 @@ class _Run:
             replayed(self.random_state, self.device),
             preserved(self.module, self.also),
             torch.autocast(*self.autocast),
+            ExitStack() as stack,
         ):
+            for mode in self.modes:
+                stack.enter_context(copy.copy(mode))
             for submodule, training in zip(self.module.modules(), self.training, strict=True):
                 submodule.training = training
             return tensors(self.function(*filled(self.given, inputs)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count, groupby
 from types import FunctionType
 from typing import Any, cast
@@ -13,15 +14,17 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor
 
-from unroll._functional import Pair, map_tensors, stance, tensors
+from unroll._autograd_fixes import stance
+from unroll._functional import Pair, map_tensors, preserved, tensors
 from unroll._look_ahead import Game, LookAhead, Point, Step, differentiate, leaves, update
 from unroll._modes.backend import cause, compiled_step
 from unroll._modes.checkpointed import filled
 from unroll._modes.comparison import compare
 from unroll._modes.traced import Carried, Played, numbers, traced_step
 from unroll._modes.trajectory import Entered, form, trajectory
+from unroll._penalties import summands
 from unroll._random import random_state, replayed, set_random_state
-from unroll._validation import warn
+from unroll._validation import same, warn
 
 _codes = count()
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -199,13 +202,29 @@ class Code:
         None at a fresh optimizer's first step, which is not worth compiling.
         """
         device = next(iter(point.parameters.values())).device
-        with replayed(random_state(device), device):
-            theta = leaves(point.parameters, game.moving)
-            _, gradients, buffers = differentiate(
-                game, theta, point.buffers, pair, create_graph=False
+        module, state = game.discriminator.module, random_state(device)
+        also = [*summands(game.objective), game.transform_gradients, game.project]
+        theta = leaves(point.parameters, game.moving)
+        found = []
+        with preserved(module, also):
+            for _ in range(2):
+                with replayed(state, device):
+                    loss, gradients, buffers = differentiate(
+                        game, theta, point.buffers, pair, create_graph=False
+                    )
+                    before = point.optimizer_state
+                    moved, after = update(game, theta, gradients, before, settings)
+                kept = [
+                    vars(part) for part in (*module.modules(), *also) if hasattr(part, "__dict__")
+                ]
+                found.append((form(kept), tensors((loss, moved, after, buffers))))
+        (attributes, values), (attributes_then, values_then) = found
+        close = same if device.type == "cpu" else partial(torch.allclose, equal_nan=True)
+        if attributes != attributes_then or not all(map(close, values, values_then)):
+            self._give_up(
+                "D, the objective or another function of yours keeps state in attributes, which "
+                "compiled code would not see (register buffers)"
             )
-            before = point.optimizer_state
-            _, after = update(game, theta, gradients, before, settings)
         if buffers.keys() != point.buffers.keys():
             self._give_up("D makes or drops a buffer as it runs")
         return tuple(gradients) if _size(before) == _size(after) else ()

@@ -217,6 +217,12 @@ def _left_out(
             "and stand still in the look-ahead. If another optimizer trains them, pass a list of "
             "both; if none does, freeze them by requires_grad_(False).",
         )
+    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters.values()):
+        yield (
+            "post-accumulate",
+            "discriminator: parameters have post-accumulate-grad hooks, which do not run in the "
+            "look-ahead. If one changes gradients, use parameter.register_hook.",
+        )
     advice = (
         "not run in the look-ahead. If that changes gradients or parameters, do it in project= or "
         "in a torchopt transformation."
