@@ -283,7 +283,8 @@ def test_modes_of_torch_are_replayed() -> None:
         def discriminator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
             label = torch.ones(len(real), 1, device=DEVICE, dtype=torch.float64)
             of_real: Tensor = (discriminator(real) - label).square().mean()
-            return of_real + discriminator(fake).mean()
+            of_fake: Tensor = discriminator(fake).mean()
+            return of_real + of_fake
 
     d, ((fake, real),) = small(), batches(1)
     x, found = leaf(fake), []

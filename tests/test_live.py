@@ -498,3 +498,21 @@ def test_a_wrapper_with_a_step_of_its_own_is_refused() -> None:
     d = tanh_net()
     with pytest.raises(TypeError, match=r"no differentiable form of .*Lookahead is known"):
         UnrolledGeneratorLoss(d, Lookahead(torch.optim.SGD(d.parameters(), lr=0.3)), unroll_steps=1)
+
+
+@pytest.mark.parametrize("wide", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["SGD momentum", "SGD nesterov", "RMSprop", "Adagrad", "Rprop"])
+def test_a_d_that_was_cast_keeps_an_optimizer_with_a_wider_state(
+    name: str, wide: torch.dtype
+) -> None:
+    d, pairs = small(wide), batches(4, wide)
+    optimizer = OPTIMIZERS[name](d)
+    train(d, optimizer, pairs[:1])
+    narrow = {torch.float64: torch.float32, torch.float32: torch.bfloat16}[wide]
+    d.to(narrow)
+    pairs = [(fake.to(narrow), real.to(narrow)) for fake, real in pairs[1:]]
+    loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=3)
+    ahead = loss.unroll(*pairs[0], minibatches=pairs)
+    train(d, optimizer, pairs)
+    tolerance = 1e-5 if narrow == torch.float32 else 0.02
+    assert_close(ahead.parameters, dict(d.named_parameters()), tolerance)

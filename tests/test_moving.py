@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchopt
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import orthogonal
@@ -103,6 +104,15 @@ LEFT_OUT: dict[str, tuple[Callable[[Any], object], str]] = {
         "torch has global step hooks",
     ),
 }
+
+
+def test_a_replaced_step_of_torchopt_is_warned_of() -> None:
+    d = net()
+    optimizer = torchopt.SGD(d.parameters(), 0.1)
+    loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=1)
+    optimizer.step = lambda _closure=None: None  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="its step was replaced by a function"):
+        moved(loss)
 
 
 @pytest.mark.parametrize("later", [False, True])

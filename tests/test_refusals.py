@@ -162,7 +162,33 @@ def _refilled(loss: unroll.UnrolledGeneratorLoss, fake: Tensor, real: Tensor) ->
     return loss(fake, real, minibatches=((fake, buffer.add_(1)) for _ in range(2)))
 
 
+class OwnStep(torchopt.Optimizer):
+    """Clips before its step, which the look-ahead would not see."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def _repeated(d: nn.Module, build: Callable[..., Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        return build([*d.parameters(), next(d.parameters())], 0.1)
+
+
 MORE: dict[str, Row] = {
+    "an own step of a torchopt optimizer": Row(
+        TypeError,
+        r"optimizer: OwnStep overrides the step of torchopt's Optimizer.*Put what it does",
+        optimizer=lambda d: OwnStep(list(d.parameters()), torchopt.sgd(0.1)),
+    ),
+    **{
+        f"a parameter twice, {build}": Row(
+            ValueError,
+            r"optimizer: must hold every parameter once; it has 'weight' several times.*Pass the",
+            optimizer=lambda d, build=build: _repeated(d, build),  # type: ignore[misc]
+        )
+        for build in (torch.optim.SGD, torchopt.SGD)
+    },
     "a gradient hook that detaches": Row(
         ValueError,
         r"discriminator, a gradient hook: must be differentiable; it changed 'weight' outside auto",

@@ -56,6 +56,7 @@ class InnerOptimizer(Protocol):
 
 
 _BUILT_IN = ", ".join(f"torch.optim.{cls.__name__}" for cls in (*RULES, *GROUP_RULES))
+_OF_TORCHOPT: Any = (torchopt.Optimizer, torchopt.MetaOptimizer, torchopt.FuncOptimizer)
 _TRANSPARENT = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
 
 
@@ -98,6 +99,8 @@ def inner_optimizer(
             "optimizer_state: goes only with a bare torchopt transformation; "
             f"{type(optimizer).__name__} brings its own live state. Leave optimizer_state out."
         )
+    if isinstance(optimizer, _OF_TORCHOPT):
+        _check_own_step(optimizer)
     everything = tuple(parameters.values())
     inner: InnerOptimizer
     if bare:
@@ -132,12 +135,32 @@ def inner_optimizer(
             "FuncOptimizer or GradientTransformation, or a list of optimizers; got "
             f"{type(optimizer).__name__}. Pass the optimizer that trains the discriminator."
         )
+    given = getattr(optimizer, "param_groups", ())
+    groups = [group["params"] if isinstance(group, dict) else group for group in given]
+    counts = Counter(id(p) for group in groups for p in group)
+    if repeated := [name for name, p in parameters.items() if counts[id(p)] > 1]:
+        raise ValueError(
+            f"optimizer: must hold every parameter once; it has {repeated[0]!r} several times and "
+            "moves it as often in a step, which a look-ahead step does not. Pass the parameters "
+            "of layers that share some as discriminator.parameters(), which has each once."
+        )
     if not inner.names:
         raise ValueError(
             "optimizer: must hold parameters of the discriminator; it holds none of them. Pass the "
             "optimizer that was built on discriminator.parameters()."
         )
     return inner
+
+
+def _check_own_step(optimizer: Any) -> None:
+    """Refuse subclasses of torchopt's optimizers that take another step."""
+    for base in _OF_TORCHOPT:
+        if isinstance(optimizer, base) and type(optimizer).step is not base.step:
+            raise TypeError(
+                f"optimizer: {type(optimizer).__name__} overrides the step of torchopt's "
+                f"{base.__name__}, which the look-ahead would not follow. Put what it does into "
+                "its transformation, or into transform_gradients= or project=."
+            )
 
 
 def _of_torch(optimizer: Optimizer, parameters: Tensors) -> InnerOptimizer:
@@ -169,35 +192,30 @@ class Moving:
     """
 
     def __init__(self) -> None:
-        self.frozen: frozenset[str] | None = None  # of those held, the last time that any was not
-        self.known: frozenset[str] = frozenset()  # what was held then
         self.held: frozenset[str] = frozenset()
+        self.free: dict[str, bool] = {}  # which of those held were, the last time that any was
         self.said: set[str] = set()
 
-    def among(
-        self, given: Any, parameters: Mapping[str, Tensor], names: frozenset[str]
-    ) -> frozenset[str]:
+    def among(self, given: Any, parameters: Tensors, names: frozenset[str]) -> frozenset[str]:
         """Return the names of those that move, where the optimizer ``given`` holds ``names``."""
         for kind, text in _left_out(given, parameters, names):
             self._warn(kind, text)
         self.held = frozenset(name for name in names if parameters[name].is_floating_point())
         self.see(parameters)
-        return self.held - (self.frozen or frozenset())
+        return frozenset(name for name in self.held if self.free.get(name, True))
 
-    def see(self, parameters: Mapping[str, Tensor]) -> None:
+    def see(self, parameters: Tensors) -> None:
         """Remember which of those held are frozen now, unless all of them are."""
-        held = self.held & parameters.keys()
-        frozen = frozenset(name for name in held if not parameters[name].requires_grad)
-        if len(frozen) < len(held):
-            changed = (frozen ^ (self.frozen or frozenset())) & held & self.known
-            if self.frozen is not None and changed:
+        free = {name: parameters[name].requires_grad for name in self.held & parameters.keys()}
+        if any(free.values()):
+            if changed := [n for n, now in free.items() if self.free.get(n, now) is not now]:
                 self._warn(
                     "freezing",
                     f"discriminator: {listed(changed)} were frozen or unfrozen since the last "
                     "look-ahead, which now follows: those that require a gradient move. Freeze "
                     "all of D for G's step, or nothing, where that is not meant.",
                 )
-            self.frozen, self.known = frozen, held
+            self.free = free
 
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self.said:
@@ -237,11 +255,12 @@ def _left_out(
     )
     if of_torch and any(everywhere):
         yield "global hooks", f"optimizer: torch has global step hooks, which do {advice}"
-    if any(map(_replaced, of_torch)):
+    stepped = [one for one in unwrapped_optimizers(given) if hasattr(one, "param_groups")]
+    if any(map(_replaced, stepped)):
         yield "step", f"optimizer: its step was replaced by a function, which does {advice}"
 
 
-def _replaced(optimizer: Optimizer) -> bool:
+def _replaced(optimizer: Any) -> bool:
     """Return whether a function is in the place of an optimizer's step."""
     step: Any = vars(optimizer).get("step")
     while getattr(step, "_wrapped_by_lr_sched", False):  # a scheduler, which counts the steps

@@ -119,6 +119,7 @@ class TorchOptim:
                 h = {key: _scalar(value) for key, value in settings[bucket.group].items()}
                 h["scalar_dtype"] = bucket.scalar_dtype
                 flat, entries = self._rule(_flatten(theta), gradient, entries, h)
+                flat = flat.to(gradient.dtype)  # state may be wider, of a D that was cast later
                 moved.update(dict(zip(bucket.names, _unflatten(flat, theta), strict=True)))
                 given = bucket.entries
                 entries = {k: _like(entries[k], given.get(k)) for k in sorted(entries)}
@@ -166,8 +167,10 @@ def _scalar(value: Any) -> Any:
 
 
 def _like(value: Any, given: Any) -> Any:
-    """Return a number in the shape in which it came, with what else there is as it is."""
-    return value.reshape(given.shape) if isinstance(given, Tensor) and not value.dim() else value
+    """Return an entry of the state in the type, and a number in the shape, in which it came."""
+    if not isinstance(given, Tensor):
+        return value
+    return value.reshape(given.shape) if not value.dim() else value.to(given.dtype)
 
 
 def _matrix(value: Any) -> Tensor:

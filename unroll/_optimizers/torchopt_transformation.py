@@ -45,8 +45,7 @@ class Transformation:
         self._impl, self._single = impl, single
         self._groups = [[(names.get(id(p)), p.detach()) for p in group] for group in groups]
         functions = list(_functions(impl.update))
-        _refuse_inexact(functions)
-        _refuse_stateful(functions)
+        _refuse(functions)
         self._states = [self._started(g, s) for g, s in zip(self._groups, states, strict=True)]
         self._adagrad = any(f.__module__ == "torchopt.transform.scale_by_rss" for f in functions)
         self._masked = any(f.__qualname__.startswith("_masked.") for f in functions)
@@ -168,30 +167,17 @@ def _cells(function: FunctionType) -> list[tuple[str, CellType]]:
     return [(name, cell) for name, cell in cells if cell != CellType()]
 
 
-def _refuse_stateful(functions: Iterable[FunctionType]) -> None:
-    for function in functions:
-        if (variable := _hidden_state(function.__code__)) is not None:
-            raise ValueError(
-                f"optimizer: {function.__qualname__} keeps state in {variable!r}, outside the "
-                "state that its init returns, so a look-ahead would advance the real one. Put it "
-                "into the transformation's state, as a tensor."
-            )
-
-
 @cache
 def _hidden_state(code: CodeType) -> str | None:
     """Return a variable of a closure or an attribute that a function assigns, if there is one."""
     closures = set(code.co_freevars) - {FIRST_CALL}
-    for instruction in get_instructions(code):
-        name = str(instruction.argval)
-        if instruction.opname == "STORE_ATTR" or (
-            instruction.opname == "STORE_DEREF" and name in closures
-        ):
-            return name
-    return None
+    stored = [(i.opname, str(i.argval)) for i in get_instructions(code)]
+    found = (n for op, n in stored if op == "STORE_ATTR" or (op == "STORE_DEREF" and n in closures))
+    return next(found, None)
 
 
-def _refuse_inexact(functions: Iterable[FunctionType]) -> None:
+def _refuse(functions: Iterable[FunctionType]) -> None:
+    """Refuse derivatives that would be wrong, and state that a look-ahead would advance."""
     for function in functions:
         if function.__module__ == "torchopt.clip":
             raise ValueError(
@@ -218,4 +204,11 @@ def _refuse_inexact(functions: Iterable[FunctionType]) -> None:
                 "optimizer: torchopt's flat masks (adamw(mask=...), masked.flat) fail in "
                 "torchopt's own step too. Build it as torchopt.chain(scale_by_adam(), masked("
                 "add_decayed_weights(0.01), mask), scale(-lr)), all of torchopt.transform."
+            )
+    for function in functions:
+        if (variable := _hidden_state(function.__code__)) is not None:
+            raise ValueError(
+                f"optimizer: {function.__qualname__} keeps state in {variable!r}, outside the "
+                "state that its init returns, so a look-ahead would advance the real one. Put it "
+                "into the transformation's state, as a tensor."
             )
