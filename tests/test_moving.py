@@ -110,7 +110,7 @@ def test_a_replaced_step_of_torchopt_is_warned_of() -> None:
     d = net()
     optimizer = torchopt.SGD(d.parameters(), 0.1)
     loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=1)
-    optimizer.step = lambda _closure=None: None  # type: ignore[method-assign]
+    optimizer.step = lambda _closure=None: None  # type: ignore[assignment]
     with pytest.warns(UserWarning, match="its step was replaced by a function"):
         moved(loss)
 
