@@ -127,9 +127,8 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
     _refuse_changed(discriminator, theta)
     batch = tensors(pair)
     _refuse_unregistered(game, loss, batch)
-    _refuse_own_parameters(module, loss, batch)
-    _refuse_hidden_norms(loss, batch)
-    _refuse_scaled_gradients(loss)
+    _refuse_use_of(_own_parameter(module, [loss], batch))
+    _refuse_wrong_derivatives(loss, batch)
     updated = _own_parameter(module, [*moved.values(), *tensors(state)], [loss, *batch])
     if updated is not None:
         raise RuntimeError(
@@ -137,14 +136,8 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
             "of project=, of a transformation or of a gradient hook), which would get a gradient. "
             "Use what they are given, theta_D^k; where theta_D^0 is meant, parameter.detach()."
         )
-    _inspect_derivatives(
-        module,
-        theta,
-        loss,
-        gradients,
-        tensors(pair[0]),
-        lambda: discriminator(lambda d: d(pair[1]), theta, point.buffers),
-    )
+    forward = partial(discriminator, lambda d: d(pair[1]), theta, point.buffers)
+    _inspect_derivatives(module, forward, theta, tensors(pair[0]), loss, gradients)
     return Point(moved, buffers, state, loss.detach())
 
 
@@ -159,16 +152,14 @@ def inspect_value(module: nn.Module, value: Value, point: Point, pair: Pair) -> 
     """Refuse an f that D's real parameters reach, now or in backward."""
     f = value(point, pair)
     _refuse_reentrant_checkpoints(f)
-    reached = [*tensors(pair), *point.parameters.values(), *point.buffers.values()]
-    _refuse_own_parameters(module, f, reached)
+    _refuse_use_of(_own_parameter(module, [f], tensors((pair, point))))
 
 
 def _refuse_unregistered(game: Game, loss: Tensor, until: Iterable[Tensor]) -> None:
     """Refuse tensors that the optimizer trains and D's loss uses, but that are no parameters."""
-    others = {id(t): t for t in game.optimizer.others}
+    others = set(game.optimizer.others)
     used = [*ends([loss], until), *game.discriminator.buffers.values()]
-    found = [others[id(t)] for t in used if id(t) in others]
-    if found:
+    if found := [tensor for tensor in used if tensor in others]:
         shapes = ", ".join(str(tuple(t.shape)) for t in found)
         raise RuntimeError(
             "discriminator: the optimizer trains tensors that D's loss uses, but that are not "
@@ -178,9 +169,9 @@ def _refuse_unregistered(game: Game, loss: Tensor, until: Iterable[Tensor]) -> N
         )
 
 
-def _refuse_hidden_norms(loss: Tensor, until: Iterable[Tensor]) -> None:
-    """Refuse norms with a wrong derivative that no function call showed, to be replaced."""
-    nodes = graph([loss], [t.grad_fn for t in until if t.grad_fn is not None])
+def _refuse_wrong_derivatives(loss: Tensor, until: Iterable[Tensor]) -> None:
+    """Refuse norms that no function call showed, to be replaced, and scaled gradients."""
+    nodes = graph([loss], until)
     replacements = [node for node in nodes if node.name().startswith("_NormGradients")]
     known = {following for node in replacements for following, _ in node.next_functions}
     if hidden := [n.name() for n in nodes - known if n.name().startswith(_WRONG)]:
@@ -190,10 +181,7 @@ def _refuse_hidden_norms(loss: Tensor, until: Iterable[Tensor]) -> None:
             "in torch.ops.aten. Call torch.nn.functional and torch.nn.utils.parametrizations, or "
             "set stop_gradient=True for the first term alone."
         )
-
-
-def _refuse_scaled_gradients(loss: Tensor) -> None:
-    """Refuse embeddings that divide gradients by counts: PyTorch differentiates past that."""
+    # Embeddings may divide gradients by counts: PyTorch differentiates past that.
     if any(getattr(node, "_saved_scale_grad_by_freq", False) for node in graph([loss])):
         raise RuntimeError(
             "discriminator: scale_grad_by_freq=True of an embedding makes gradients that are no "
@@ -207,12 +195,8 @@ def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
         raise RuntimeError(RECOMPUTATION)
 
 
-def _refuse_own_parameters(module: nn.Module, loss: Tensor, until: Iterable[Tensor]) -> None:
-    """Refuse a loss that D's real parameters reach; ``until`` are the tensors it may depend on."""
-    _refuse_use_of(_own_parameter(module, [loss], until))
-
-
 def _refuse_use_of(name: str | None) -> None:
+    """Refuse a loss that uses a real parameter of D, by its name."""
     if name is not None:
         raise RuntimeError(
             f"discriminator, objective: the loss uses D's parameter {name!r} other than "
@@ -225,9 +209,9 @@ def _refuse_use_of(name: str | None) -> None:
 def _own_parameter(
     module: nn.Module, outputs: Iterable[Tensor], until: Iterable[Tensor]
 ) -> str | None:
-    own = {id(p): name for name, p in module.named_parameters()}
-    found = (own.get(id(tensor)) for tensor in ends(outputs, until))
-    return next((name for name in found if name is not None), None)
+    """Return a real parameter of D that outputs depend on other than through ``until``."""
+    own: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+    return next((own[tensor] for tensor in ends(outputs, until) if tensor in own), None)
 
 
 def _refuse_layers(module: nn.Module) -> None:
@@ -244,11 +228,11 @@ def _refuse_layers(module: nn.Module) -> None:
 
 def _inspect_derivatives(
     module: nn.Module,
+    forward: Callable[[], object],
     theta: Mapping[str, Tensor],
+    fakes: Sequence[Tensor],
     loss: Tensor,
     gradients: Gradients,
-    fakes: Sequence[Tensor],
-    forward: Callable[[], object],
 ) -> None:
     """Refuse layers without the derivatives that Eq. 12 needs; warn of detached fakes."""
     fakes = [fake for fake in fakes if fake.requires_grad]
@@ -257,10 +241,9 @@ def _inspect_derivatives(
     found: Sequence[Tensor | None] = [None] * len(points)
     if outputs:
         try:
-            until = [t.grad_fn for t in fakes if t.grad_fn is not None]
-            with lost_derivatives(graph([loss], until)) as lost:
+            with lost_derivatives(graph([loss], fakes)) as lost:
                 inner_gradients(loss, [theta[name] for name in gradients], create_graph=True)
-            if lost or has_dead_ends(graph(outputs, until)):
+            if lost or has_dead_ends(graph(outputs, fakes)):
                 raise RuntimeError(f"a derivative is not implemented {lost}")
             found = torch.autograd.grad(
                 outputs, points, [g.detach() for g in outputs], retain_graph=True, allow_unused=True

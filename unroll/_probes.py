@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -48,43 +49,34 @@ def probe_layers(
     results: dict[str, T] = {}
     busy = False
 
-    def hook_of(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal busy
-            if busy or name in results:
-                return
-            busy = True
-            try:
-                with torch.enable_grad(), preserved(layer):
-                    pure = Functional(layer)  # calls leave no buffer behind for the next one
-                    moving = {n: p for n, p in pure.parameters.items() if p.requires_grad}
-                    fresh = map_tensors(leaf, (args, kwargs))
-                    inputs = [t for t in tensors(fresh) if t.requires_grad]
+    def hook(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal busy
+        if busy or name in results:
+            return
+        busy = True
+        try:
+            with torch.enable_grad(), preserved(layer):
+                pure = Functional(layer)  # calls leave no buffer behind for the next one
+                moving = {n: p for n, p in pure.parameters.items() if p.requires_grad}
+                fresh = map_tensors(leaf, (args, kwargs))
+                inputs = [t for t in tensors(fresh) if t.requires_grad]
 
-                    def run() -> Any:  # on copies, which a layer may change in place
-                        theta = {n: moving.get(n, p.clone()) for n, p in pure.parameters.items()}
-                        copies, named = map_tensors(Tensor.clone, fresh)
-                        return pure(lambda _: layer(*copies, **named), theta, pure.buffers)[0]
+                def run() -> Any:  # on copies, which a layer may change in place
+                    theta = {n: moving.get(n, p.clone()) for n, p in pure.parameters.items()}
+                    copies, named = map_tensors(Tensor.clone, fresh)
+                    return pure(lambda _: layer(*copies, **named), theta, pure.buffers)[0]
 
-                    results[name] = probe(run, inputs, list(moving.values()))
-            finally:
-                busy = False
+                results[name] = probe(run, inputs, [*moving.values()])
+        finally:
+            busy = False
 
-        return hook
-
-    handles = [
-        # Before the forward pass: afterwards its input may be overwritten.
-        layer.register_forward_pre_hook(
-            hook_of(f"{name or 'itself'} ({type(layer).__name__})"), with_kwargs=True
-        )
-        for name, layer in module.named_modules()
-        if "parametrizations" not in name.split(".")
-    ]
-    try:
+    with ExitStack() as hooks:
+        for path, layer in module.named_modules():
+            if "parametrizations" not in path.split("."):
+                own = partial(hook, f"{path or 'itself'} ({type(layer).__name__})")
+                # Before the forward pass: afterwards its input may be overwritten.
+                hooks.enter_context(layer.register_forward_pre_hook(own, with_kwargs=True))
         forward()
-    finally:
-        for handle in handles:
-            handle.remove()
     return results
 
 
@@ -112,33 +104,30 @@ def _missing_order(layer: Callable[[], Any], inputs: list[Tensor], parameters: l
     return 0
 
 
-def graph(outputs: Iterable[Tensor], until: Iterable[Node] = ()) -> set[Node]:
+def graph(outputs: Iterable[Tensor], until: Iterable[Tensor] = ()) -> set[Node]:
     """Return the autograd nodes behind the outputs, up to and with those of ``until``."""
-    last = set(until)
+    last = {tensor.grad_fn for tensor in until}
     stack = [output.grad_fn for output in outputs]
     nodes: set[Node] = set()
     while stack:
         node = stack.pop()
         if node is not None and node not in nodes:
             nodes.add(node)
-            if node in last:
-                continue
-            stack.extend(following for following, _ in node.next_functions)
+            if node not in last:
+                stack.extend(following for following, _ in node.next_functions)
     return nodes
 
 
 def ends(outputs: Iterable[Tensor], until: Iterable[Tensor]) -> list[Tensor]:
     """Return the leaves that outputs depend on, other than through the tensors in ``until``."""
-    nodes = graph(outputs, [t.grad_fn for t in until if t.grad_fn is not None])
-    variables = (getattr(node, "variable", None) for node in nodes)
+    variables = (getattr(node, "variable", None) for node in graph(outputs, until))
     return [variable for variable in variables if variable is not None]
 
 
 def has_dead_ends(nodes: set[Node]) -> bool:
     """Return whether there are missing derivatives, which ``autograd.grad`` may pass by."""
-    kinds = ("NotImplemented", "WarnNotImplemented", "Error")
-    missing = {f"torch::autograd::{kind}" for kind in kinds}
-    return any(node.name() in missing for node in nodes)
+    missing = ("NotImplemented", "WarnNotImplemented", "Error")
+    return any(node.name().removeprefix("torch::autograd::") in missing for node in nodes)
 
 
 @contextmanager
@@ -149,31 +138,26 @@ def lost_derivatives(nodes: Iterable[Node]) -> Iterator[list[str]]:
     """
     lost: list[str] = []
 
-    def hook_of(node: Node) -> Callable[..., None]:
-        def look(returned: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
-            seeds = [g.requires_grad for g in given if g is not None]
-            found = [g for g in returned if g is not None and g.layout == torch.strided]
-            if seeds and all(seeds) and not any(g.requires_grad for g in found):
-                lost.extend([node.name()] * any(bool(g.any()) for g in found))
+    def look(node: Node, returned: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
+        seeds = [g.requires_grad for g in given if g is not None]
+        found = [g for g in returned if g is not None and g.layout == torch.strided]
+        if seeds and all(seeds) and not any(g.requires_grad for g in found):
+            lost.extend([node.name()] * any(bool(g.any()) for g in found))
 
-        return look
-
-    handles = [node.register_hook(hook_of(node)) for node in nodes]
-    try:
+    with ExitStack() as hooks:
+        for node in nodes:
+            hooks.enter_context(node.register_hook(partial(look, node)))
         yield lost
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def read_elsewhere(
-    discriminator: Functional, moving: Iterable[str], loss: Callable[[], Tensor]
+    discriminator: Functional, moving: Collection[str], loss: Callable[[], Tensor]
 ) -> str | None:
     """Return a real parameter whose value a loss uses, as a constant perhaps: NaN would reach it.
 
     Only those that are ``moving`` matter: the others are theta_D^k's, too.
     """
-    real = {name: discriminator.parameters[name] for name in moving}
+    real = {name: p for name, p in discriminator.parameters.items() if name in moving}
 
     def reached(names: Iterable[str]) -> bool:
         kept = [(real[name], real[name].data) for name in names]
@@ -190,29 +174,23 @@ def read_elsewhere(
 
     if not reached(real) or bool(loss().isnan()):
         return None
-    return next(
-        (name for name in discriminator.parameters if name in real and reached([name])), None
-    )
+    return next((name for name in real if reached([name])), None)
 
 
 @contextmanager
 def warning_of_probabilities(module: nn.Module, objectives: Sequence[object]) -> Iterator[None]:
     """Warn of a D whose last operation is a sigmoid, where the objective takes logits."""
-    ends: list[str] = []
+    sigmoids: list[bool] = []
 
     def look(_: nn.Module, __: Any, output: Any) -> None:
         node = output.grad_fn if isinstance(output, Tensor) else None
         while node is not None and node.name().startswith(_SHAPES):
             node = node.next_functions[0][0]
-        ends.append("" if node is None else node.name())
+        sigmoids.append(node is not None and node.name().startswith("SigmoidBackward"))
 
-    handle = module.register_forward_hook(look)
-    try:
+    with module.register_forward_hook(look):
         yield
-    finally:
-        handle.remove()
-    on_logits = any(isinstance(part, ON_LOGITS) for part in objectives)
-    if on_logits and any(name.startswith("SigmoidBackward") for name in ends):
+    if any(sigmoids) and any(isinstance(part, ON_LOGITS) for part in objectives):
         warn(
             "discriminator: returns what comes out of a sigmoid, but the objective takes logits "
             "and would apply a second one. Remove the sigmoid, or use "
