@@ -130,13 +130,10 @@ def _checked(optimizers: list[Any], step: object, also: Any) -> list[Any]:
 
 def _silence(module: nn.Module) -> None:
     """Switch dropout and power iterations off, whatever mode ``step`` puts D in."""
-    for part in (*module.modules(), *_hooks(module)):
-        vars(part).update({name: 0 for kinds, name in _DRAWING if isinstance(part, kinds)})
-
-
-def _hooks(module: nn.Module) -> list[Any]:
     hooks = (hook for part in module.modules() for hook in part._forward_pre_hooks.values())
-    return [hook for hook in hooks if isinstance(hook, SpectralNorm)]
+    for part in (*module.modules(), *hooks):
+        for name in (name for kinds, name in _DRAWING if isinstance(part, kinds)):
+            vars(part)[name] = 0
 
 
 @contextmanager
@@ -144,11 +141,11 @@ def _given_back(held: list[Any], also: list[Any], device: torch.device) -> Itera
     """Give everything back bit for bit: tensors, their gradients and flags, what holds them."""
     kept: list[tuple[Tensor, Tensor, Tensor, bool, Tensor | None]] = []
     containers: list[tuple[Any, Any]] = []
-    stack: list[Any] = [getattr(item, "__dict__", None) for item in (*held, *_hooks(held[0]))]
+    stack: list[Any] = [getattr(item, "__dict__", None) for item in held]
     seen: dict[int, Any] = {}
     while stack:
         value = stack.pop()
-        value = vars(value) if isinstance(value, nn.Module) else value
+        value = vars(value) if isinstance(value, (nn.Module, SpectralNorm)) else value
         if isinstance(value, tuple):
             stack.extend(value)
         elif id(value) in seen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import isclose
 from typing import Any
@@ -13,15 +13,7 @@ from torch import Tensor, nn
 from unroll._diagnostics.report import Report
 from unroll._diagnostics.step_record import TOLERANCE, Call, Numbers, norm
 from unroll._functional import Pair
-from unroll._objectives import (
-    ON_LOGITS,
-    Criterion,
-    LeastSquares,
-    Losses,
-    Minimax,
-    NonSaturating,
-    Objective,
-)
+from unroll._objectives import ON_LOGITS, Criterion, LeastSquares, Losses, Minimax, NonSaturating
 from unroll._optimizers import listed
 from unroll._penalties import R1, R2, GradientPenalty, summands
 
@@ -33,22 +25,19 @@ CLIPS = (
 
 def judged(calls: Iterable[Call]) -> Report:
     """Return verdict, relative error and suspicions; the first call that differs is explained."""
-    counts: list[int] = []
-    scales: list[tuple[float, float]] = []
-    changes: list[str] = []
+    counts, scales, words = list[int](), list[tuple[float, float]](), list[str]()
     error, before, first = 0.0, None, None
     for number, call in enumerate(calls, 1):
         before = before or call.settings
-        changes += _changes(before, call.settings)
+        words = words or [*_changes(before, call.settings)][:1]
         counts += call.counts
-        if call.begun:
+        if any(call.counts):
             scales.append((norm(call.real), norm(call.ours)))
             if first is None:
                 error = max(error, call.error)
                 first = (number, call) if call.wrong or not call.telling else None
-    words = changes[:1]
     if set(counts) != {1}:
-        each = sorted(set(counts)) if len(set(counts)) == 1 else counts
+        each = counts if len(set(counts)) > 1 else counts[:1]
         taken = f"{', '.join(map(str, each))} steps" if any(counts) else "no step"
         words.append(
             f"`step` takes {taken} of the optimizer that the loss was made with; a look-ahead "
@@ -117,19 +106,20 @@ def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[
                 f"than it is given, D in another mode?). {REMEDY}{drawn * call.drew}"
             )
             return words, bool(words[1:]) or not call.drew
-    if call.zeros and not call.off:
+    if call.off:
+        return words, True
+    if call.zeros:
         words.append(
             f"{listed(call.zeros)} get no gradient, but keep zeros of an earlier one, for which "
             "the optimizer moves them in the loop alone (momentum, weight decay). Call "
             "optimizer.zero_grad(set_to_none=True)."
         )
-    changed = [n for n in call.moved if n not in (*outside, *call.zeros)]
-    if call.state and not call.off:
+    if call.state:
         words.append(
             f"the optimizer's state ({listed({k for k, _ in call.state})}) differs, though the "
             "gradients agree: `step` changes it, or its class takes another step."
         )
-    elif changed and not call.off:
+    elif changed := [n for n in call.moved if n not in (*outside, *call.zeros)]:
         words.append(
             f"`step` changes {listed(changed)} after the optimizer's step (weight clipping, a "
             "normalisation, another optimizer?): give that to the look-ahead as project=."
@@ -150,13 +140,21 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
         except (RuntimeError, TypeError, ValueError):  # a game that cannot be played here
             return torch.zeros_like(real)  # which explains nothing
 
-    def fit(*basis: Tensor) -> list[float]:
-        return _fit(real, basis, allowed)
+    def fit(*basis: Tensor, positive: bool = False) -> list[float]:
+        """Return the factors with which the basis adds up to the loop's, none where it does not."""
+        if real.numel() <= 2 * len(basis) or not all(b.any() for b in basis):
+            return []
+        matrix = torch.stack(basis, 1)
+        scale = matrix.norm(dim=0)
+        factors = torch.linalg.lstsq(matrix / scale, real[:, None]).solution[:, 0]
+        found = factors / scale
+        fits = (matrix @ found - real).norm() <= allowed
+        return found.tolist() if fits and not (positive and (factors <= allowed).any()) else []
 
-    def positive(*basis: Tensor) -> list[float]:
-        found = fit(*basis)
-        counted = all(c * float(b.norm()) > allowed for c, b in zip(found, basis, strict=False))
-        return found if counted else []
+    def in_one_batch(discriminator: Any, fake: Any, real: Any) -> Tensor:
+        on_real, on_fake = discriminator(torch.cat([real, fake])).split([len(real), len(fake)])
+        given: Any = lambda batch: on_real if batch is real else on_fake  # noqa: E731
+        return objective.discriminator_loss(given, fake, real)
 
     real, ours = vector(call.real), vector(call.ours)
     # In proportion to what is explained: round-off of a larger gradient explains everything.
@@ -165,6 +163,7 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
     cap = float(real.abs().max())
     objective = call.loss.objective
     parts = summands(objective)
+    names = [type(part).__name__ for part in parts]
     if found := fit(ours):
         if isclose(found[0], 1, rel_tol=tolerance):  # too small to fit
             return ""
@@ -177,40 +176,39 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
         return "gradients accumulate: call the optimizer's zero_grad() in `step`, before backward."
     terms = [of(part) for part in parts]
     if len(parts) > 1 and (found := fit(*terms)):
-        names = [(c, type(part).__name__) for c, part in zip(found, parts, strict=True)]
         said = [
             f"{name} with factor {c:.4g}" if abs(c) > 1e-3 else f"no {name}"
-            for c, name in names
+            for c, name in zip(found, names, strict=True)
             if abs(c - 1) > 1e-3
         ]
         return f"D's loss in `step` has {', '.join(said)}, unlike the objective. {REMEDY}"
-    for penalty in (R1(1.0), R2(1.0), GradientPenalty(1.0)):
-        if found := positive(ours, of(penalty)):
-            name = f"unroll.{type(penalty).__name__}({found[1]:.4g})"
+    for penalty in (R1, R2, GradientPenalty):
+        if found := fit(ours, of(penalty(1.0)), positive=True):
+            name = f"unroll.{penalty.__name__}({found[1]:.4g})"
             return f"D's loss in `step` has a penalty: add + {name}{_weighted(found[0])}."
     for kind in ON_LOGITS:
-        if found := positive(of(kind()), *terms[1:]):
+        if found := fit(of(kind()), *terms[1:], positive=True):
             return (
                 f"D's loss in `step` is unroll.{kind.__name__}(){_weighted(found[0])}, not the "
-                f"objective's {type(parts[0]).__name__}. {REMEDY}"
+                f"objective's {names[0]}. {REMEDY}"
             )
     # D's loss is affine in both labels, up to a constant.
     for game in filter(None, map(_with_labels, parts)):
-        labels = game.real_label, game.fake_label
+        labels = {"real_label": game.real_label, "fake_label": game.fake_label}
         moved = of(replace(game, real_label=0.5)), of(replace(game, fake_label=0.5))
         found = fit(ours, *(other - of(game) for other in moved))
         if not found or found[0] <= 0:
             continue
-        moves = [c / found[0] * (0.5 - old) for c, old in zip(found[1:], labels, strict=True)]
-        if max(map(abs, moves)) < 0.4 * abs(labels[0] - labels[1]):  # else no smoothing
-            on_real, on_fake = (
-                round(old + move, 4) + 0.0 for old, move in zip(labels, moves, strict=True)
-            )
+        moves = {
+            n: c / found[0] * (0.5 - labels[n]) for n, c in zip(labels, found[1:], strict=True)
+        }
+        if max(map(abs, moves.values())) < 0.4 * abs(game.real_label - game.fake_label):
+            new = ", ".join(f"{n}={round(labels[n] + move, 4) + 0.0}" for n, move in moves.items())
             return (
-                f"labels in `step` are smoothed: pass real_label={on_real}, fake_label={on_fake} "
-                f"to unroll.Criterion{_weighted(found[0])}."
+                f"labels in `step` are smoothed: pass {new} to "
+                f"unroll.Criterion{_weighted(found[0])}."
             )
-    if fit(of(Losses(_in_one_batch(objective), objective.generator_loss))):
+    if fit(of(Losses(in_one_batch, objective.generator_loss))):
         return f"`step` runs real and fake in one batch through D (BatchNorm). {REMEDY}"
     return ""
 
@@ -242,27 +240,6 @@ def _with_labels(part: object) -> Criterion | None:
     if isinstance(part, LeastSquares):
         return Criterion(nn.MSELoss(), weight=0.5)
     return part if isinstance(part, Criterion) else None
-
-
-def _in_one_batch(objective: Objective) -> Callable[[Any, Any, Any], Tensor]:
-    """Return D's loss where D sees real and fake samples together."""
-
-    def discriminator_loss(discriminator: Any, fake: Any, real: Any) -> Tensor:
-        on_real, on_fake = discriminator(torch.cat([real, fake])).split([len(real), len(fake)])
-        given: Any = lambda batch: on_real if batch is real else on_fake  # noqa: E731
-        return objective.discriminator_loss(given, fake, real)
-
-    return discriminator_loss
-
-
-def _fit(target: Tensor, basis: Sequence[Tensor], allowed: float) -> list[float]:
-    """Return the factors with which the basis adds up to the target, none where it does not."""
-    if target.numel() <= 2 * len(basis) or not all(b.any() for b in basis):
-        return []
-    matrix = torch.stack(list(basis), 1)
-    scale = matrix.norm(dim=0)
-    factors = torch.linalg.lstsq(matrix / scale, target[:, None]).solution[:, 0] / scale
-    return factors.tolist() if float((matrix @ factors - target).norm()) <= allowed else []
 
 
 def _alike(numbers: Sequence[float]) -> bool:

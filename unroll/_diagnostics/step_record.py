@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.hooks import RemovableHandle
 from torchopt.pytree import tree_leaves
 
 from unroll._functional import Pair, map_tensors, preserved, tensors
@@ -28,21 +29,14 @@ TOLERANCE = 1e-4  # relative, beyond round-off
 Numbers = dict[Any, Tensor]  # in float64
 
 
-class Begun(NamedTuple):
-    """What reaches a step of an optimizer: parameters alone hide a loss's scale."""
-
-    which: int
-    gradients: dict[str, Tensor]
-    parameters: Numbers
-
-
 class Call:
     """One call of the user's ``step`` beside a step of the look-ahead from the same point."""
 
     def __init__(
         self, loss: UnrolledGeneratorLoss, optimizers: Sequence[Any], step: Any, batch: Pair
     ) -> None:
-        module, self.loss, self.pair = loss.discriminator, loss, map_tensors(_copy, batch)
+        module, self.loss = loss.discriminator, loss
+        self.pair = map_tensors(lambda t: t.detach().clone(), batch)
         self.device = next(module.parameters()).device
         self.random = every_random_state(self.device)
         with preserved(*loss._parts), warnings.catch_warnings():
@@ -65,26 +59,20 @@ class Call:
         grads = {n: p.grad for n, p in module.named_parameters() if p.is_leaf}
         self.left = double({n: g for n, g in grads.items() if g is not None})
         aside = [(t, t._version) for t in optimizer.others]
-        with _observed(optimizers, module) as self.begun:
-            fake, real = map_tensors(_copy, batch)
+        with _observed(optimizers, module) as (self.counts, reached, held):
             # As for an objective: a penalty may differentiate in the fakes.
-            step(map_tensors(torch.clone, differentiable(fake)), real)
+            step(*map_tensors(torch.clone, (differentiable(self.pair[0]), self.pair[1])))
         states = self.random, drawn, every_random_state(self.device)
         self.drew = len({repr([*map(Tensor.tolist, tensors(s[0])), *s[1:]]) for s in states}) > 1
         self.strangers = [str(tuple(t.shape)) for t, old in aside if t._version != old]
-        self.counts = [sum(b.which == i for b in self.begun) for i in range(len(optimizers))]
-        first = {b.which: b for b in reversed(self.begun)}.values()
-        self.early = [
-            n for b in first for n, p in b.parameters.items() if not torch.equal(p, self.start[n])
-        ]
+        self.early = [n for n, p in held.items() if not torch.equal(p, self.start[n])]
 
-        reached = {n: g for b in first for n, g in b.gradients.items()}
-        none = {n: torch.zeros_like(self.start[n]) for b in first for n in b.parameters}
+        none = {n: torch.zeros_like(self.start[n]) for n in held}
         taking = found.keys() & none.keys()  # that take a step of the look-ahead
         found, *nudged = ({n: g.get(n, z) for n, z in none.items()} for g in (found, *nudged))
         self.ours, self.real = found, none | double(reached)
-        kinds = {p.dtype for p in self.point.parameters.values() if p.is_floating_point()}
-        eps, self.size = max(torch.finfo(kind).eps for kind in kinds), norm(self.ours)
+        theta, self.size = self.point.parameters, norm(self.ours)
+        eps = max(torch.finfo(p.dtype).eps for p in theta.values() if p.is_floating_point())
         # The largest of several: one nudge may leave a sum of a few numbers as it is.
         times = 4 if torch.is_autocast_enabled(self.device.type) else 10
         noise = {n: times * max(float((g[n] - found[n]).norm()) for g in nudged) for n in none}
@@ -96,31 +84,26 @@ class Call:
         self.telling = certain and self.size > 0
 
         # The update is compared for the loop's gradients: Adam magnifies their round-off.
-        self.moves: list[Numbers] = []
         self.moved: list[str] = []
         self.zeros: list[str] = []  # of those moved, where zeros stand for no gradient
         self.state: list[Any] = []
         if set(self.counts) == {1} and reached:
-            game, point = replace(self.game, transform_gradients=None), self.point
-            theta = point.parameters
+            game = replace(self.game, transform_gradients=None)
             gradients = {n: reached.get(n, torch.zeros_like(theta[n])) for n in taking}
-            given = point.optimizer_state, optimizer.settings
+            given = self.point.optimizer_state, optimizer.settings
             with torch.no_grad():
                 after, _ = update(game, theta, gradients, *given)
                 _, state = update(game, theta, reached, *given)  # counts steps, on zeros too
             named = dict(module.named_parameters())
             ours, real = (minus(double(moved), self.start) for moved in (after, named))
-            small = {n: 4 * eps * float(p.norm()) for n, p in self.start.items()}
-            self.moves, self.moved = [ours, real], _differing(ours, real, small)
+            self.moved = _differing(ours, real, _sizes(self.start, 4 * eps))
             self.zeros = [n for n in self.moved if n in reached and n not in taking]
             before, wanted = (
                 _entries(exported if several else [exported])
-                for exported in map(optimizer.export, (point.optimizer_state, state))
+                for exported in map(optimizer.export, (given[0], state))
             )
             actual = _entries([_live_state(one, named) for one in optimizers])
-            small = {k: 4 * eps * float(before[k].norm()) if k in before else 0.0 for k in wanted}
-            common = {k: v for k, v in wanted.items() if k in actual}
-            self.state = _differing(common, actual, small)
+            self.state = _differing(wanted, actual, _sizes(before, 4 * eps))
             if not self.off:
                 self.error = max(self.error, _relative(ours, real))
         self.wrong = bool(self.off or self.strangers or self.moved or self.state)
@@ -136,10 +119,9 @@ class Call:
         found: Gradients = {}
         transform = self.game.transform_gradients or (lambda gradients: gradients)
 
-        def record(gradients: Gradients) -> Mapping[str, Tensor]:
-            transformed = transform(gradients)
-            found.update(transformed)
-            return transformed
+        def record(gradients: Gradients) -> Gradients:
+            found.update(transform(gradients))
+            return found
 
         game = replace(self.game, transform_gradients=record, objective=objective)
         given = self.point, pair or self.pair, game.optimizer.settings
@@ -148,8 +130,7 @@ class Call:
         return double(found)
 
 
-@contextmanager
-def _rounding_otherwise() -> Iterator[None]:
+def _rounding_otherwise() -> RemovableHandle:
     """Let every layer's output, and the gradient in it, be off by a few units in the last place.
 
     What a gradient sums up may cancel, by sample or by call of D, but not its round-off, which
@@ -166,49 +147,49 @@ def _rounding_otherwise() -> Iterator[None]:
         size = (8 if t.dtype == wide else 0.4) * torch.finfo(t.dtype).eps  # autocast's is large
         return (t * (1 + size * (waves[0] + waves[1]))).to(t.dtype)
 
-    handle = register_module_forward_hook(lambda _, __, output: map_tensors(off, output))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return register_module_forward_hook(lambda _, __, output: map_tensors(off, output))
 
 
 @contextmanager
-def _observed(optimizers: Iterable[Any], module: nn.Module) -> Iterator[list[Begun]]:
-    """Record what reaches every step of the optimizers."""
-    seen: list[Begun] = []
+def _observed(
+    optimizers: Sequence[Any], module: nn.Module
+) -> Iterator[tuple[list[int], dict[str, Tensor], Numbers]]:
+    """Count the steps of each optimizer; record what reaches the first: gradients, parameters.
 
-    def looking(i: int, one: Any, closure: Any = None) -> Any:
+    Parameters alone hide a loss's scale.
+    """
+    counts, gradients, parameters = [0] * len(optimizers), dict[str, Tensor](), Numbers()
+
+    def looking(i: int, closure: Any = None) -> Any:
         value = closure() if closure else None  # which brings the gradients
-        groups = one.param_groups
-        own = {id(p) for g in groups for p in (g["params"] if isinstance(g, dict) else g)}
-        held = {n: p for n, p in module.named_parameters() if id(p) in own}
-        scale = getattr(one, "grad_scale", None)  # a GradScaler's, for a fused step
-        gradients = {
-            n: p.grad.clone() if scale is None else p.grad / scale
-            for n, p in held.items()
-            if p.grad is not None
-        }
-        seen.append(Begun(i, gradients, double(held)))
+        counts[i] += 1
+        if counts[i] == 1:
+            own = set(tensors(optimizers[i].param_groups))
+            held = {n: p for n, p in module.named_parameters() if p in own}
+            scale = getattr(optimizers[i], "grad_scale", None)  # a GradScaler's, for a fused step
+            for name, p in held.items():
+                if p.grad is not None:
+                    gradients[name] = p.grad.clone() if scale is None else p.grad / scale
+            parameters.update(double(held))
         return value
 
-    def hook(i: int, one: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def hook(i: int, _: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         closure: Any = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            return looking(i, one)
-        return args[:1], {**kwargs, "closure": partial(looking, i, one, closure)}
+            return looking(i)
+        return args[:1], {**kwargs, "closure": partial(looking, i, closure)}
 
-    def stepping(i: int, one: Any, step: Any, closure: Any = None) -> Any:
-        return step(partial(looking, i, one, closure))
+    def stepping(i: int, step: Any, closure: Any = None) -> Any:
+        return step(partial(looking, i, closure))
 
     with ExitStack() as stack:
         for i, one in enumerate(optimizers):
             if isinstance(one, torch.optim.Optimizer):
-                stack.callback(one.register_step_pre_hook(partial(hook, i)).remove)
+                stack.enter_context(one.register_step_pre_hook(partial(hook, i)))
             else:
                 stack.callback(vars(one).pop, "step")
-                one.step = partial(stepping, i, one, one.step)
-        yield seen
+                one.step = partial(stepping, i, one.step)
+        yield counts, gradients, parameters
 
 
 def _live_state(optimizer: Any, named: Mapping[str, Tensor]) -> Any:
@@ -228,13 +209,9 @@ def _entries(states: Sequence[Any]) -> Numbers:
     return double({k: torch.as_tensor(v) for k, v in found.items() if v is not None})
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
-
-
 def double(tensors: Mapping[Any, Tensor]) -> Numbers:
     """Return copies in float64."""
-    return {name: _copy(t).cpu().double() for name, t in tensors.items()}
+    return {n: t.detach().clone().cpu().double() for n, t in tensors.items()}
 
 
 def minus(one: Numbers, other: Numbers) -> Numbers:
@@ -244,13 +221,18 @@ def minus(one: Numbers, other: Numbers) -> Numbers:
 
 def norm(tensors: Numbers) -> float:
     """Return the norm of all of them."""
-    return float(sum(float(t.norm()) ** 2 for t in tensors.values()) ** 0.5)
+    return float(sum(size**2 for size in _sizes(tensors).values()) ** 0.5)
+
+
+def _sizes(tensors: Numbers, times: float = 1.0) -> dict[Any, float]:
+    return {n: times * float(t.norm()) for n, t in tensors.items()}
 
 
 def _differing(ours: Numbers, real: Numbers, floors: Mapping[Any, float]) -> list[Any]:
-    """Return the names of what differs by more than round-off."""
-    allowed = {n: TOLERANCE * float(v.norm()) + floors[n] for n, v in ours.items()}
-    return [n for n, v in ours.items() if not float((v - real[n]).norm()) <= allowed[n]]
+    """Return the names of what both have and what differs by more than round-off."""
+    common = {n: v for n, v in ours.items() if n in real}
+    allowed = {n: size + floors.get(n, 0.0) for n, size in _sizes(common, TOLERANCE).items()}
+    return [n for n, v in common.items() if not float((v - real[n]).norm()) <= allowed[n]]
 
 
 def _relative(ours: Numbers, real: Numbers) -> float:
