@@ -74,7 +74,7 @@ def check_gradients(
         warnings.simplefilter("always")
         own = loss.discriminator.parameters()
         mode = InDouble(next(p.dtype for p in own if p.is_floating_point()))
-        check = Check(in_double(loss), copies[0], resampled, mode)
+        check = Check(in_double(loss, mode), copies[0], resampled, mode)
         try:
             with mode, standing_in(check.loss.discriminator, loss.discriminator):
                 report = check.run(fakes)

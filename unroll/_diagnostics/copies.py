@@ -11,44 +11,35 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchopt.base import GradientTransformation
-from torchopt.pytree import tree_leaves
+from torchopt.pytree import tree_map
 
-from unroll._functional import preserved, tensors
+from unroll._functional import map_tensors, preserved
 from unroll._loss import UnrolledGeneratorLoss
 from unroll._optimizers import unwrapped_optimizers
 
 
-def in_double(loss: UnrolledGeneratorLoss) -> UnrolledGeneratorLoss:
-    """Return the loss on float64 copies of D, the optimizer with its state, and the objective."""
+def in_double(loss: UnrolledGeneratorLoss, mode: InDouble) -> UnrolledGeneratorLoss:
+    """Return the loss on copies of D in float64, and of the optimizer with its state and the rest.
+
+    These keep their type; in the mode they are read in float64.
+    """
     optimizers = unwrapped_optimizers(loss.optimizer)
-    held: list[Any] = [tensors(vars(part)) for part in loss.discriminator.modules()]
     memo: dict[int, Any] = {}
-    for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.Optimizer):
-            # Not the step count, which torch keeps in float32.
-            states = optimizer.state.values()
-            held += [v for state in states for k, v in state.items() if k != "step"]
-        held += [getattr(optimizer, name, None) for name in ("state_groups", "optim_state")]
-        impl = getattr(optimizer, "impl", optimizer)
+    for impl in (getattr(optimizer, "impl", optimizer) for optimizer in optimizers):
         if isinstance(impl, GradientTransformation):  # pure functions, which deepcopy breaks
             memo[id(impl)] = impl
-    # deepcopy refuses tensors in a graph: a MetaOptimizer's parameters, torchopt's states.
-    memo |= {id(t): _twin(t) for t in tree_leaves(cast(Any, held)) if isinstance(t, Tensor)}
-    given = {
-        "discriminator": loss.discriminator,
-        "optimizer": optimizers if isinstance(loss.optimizer, list) else optimizers[0],
-        "objective": loss.objective,
-        "project": loss.project,
-        "transform_gradients": loss.transform_gradients,
-    }
-    copied = UnrolledGeneratorLoss(
-        **{name: _copied(name, part, memo) for name, part in given.items()},
-        unroll_steps=loss.unroll_steps,
-        stop_gradient=loss.stop_gradient,
-        average=loss.average,
-        checkpoint=loss.checkpoint,
-        sync=False,  # the copies are this rank's alone
-    )
+    for p in loss.discriminator.parameters():  # whose hooks and attributes deepcopy drops
+        twin = memo[id(p)] = nn.Parameter(double(p), p.requires_grad)
+        twin._backward_hooks = p._backward_hooks
+        vars(twin).update(map_tensors(double, vars(p)))
+    parts = ("discriminator", "objective", "project", "transform_gradients")
+    given = {name: getattr(loss, name) for name in parts}
+    given["optimizer"] = optimizers if isinstance(loss.optimizer, list) else optimizers[0]
+    with mode:
+        copies = {name: _copied(name, part, memo) for name, part in given.items()}
+    settings = ("unroll_steps", "stop_gradient", "average", "checkpoint")
+    copies |= {name: getattr(loss, name) for name in settings}
+    copied = UnrolledGeneratorLoss(**copies, sync=False)  # they are this rank's alone
     copied._moving = copy.copy(loss._moving)
     return copied
 
@@ -62,16 +53,6 @@ def standing_in(twin: nn.Module, module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _twin(tensor: Tensor) -> Tensor:
-    """Return a copy in float64, a parameter's with its hooks and attributes."""
-    twin: Tensor = double(tensor)
-    if isinstance(tensor, nn.Parameter) or tensor.grad_fn is not None:
-        twin = nn.Parameter(twin, tensor.requires_grad)
-        twin._backward_hooks = tensor._backward_hooks
-        vars(twin).update({k: double(v) for k, v in vars(tensor).items()})
-    return twin
-
-
 def _copied(name: str, part: Any, memo: dict[int, Any]) -> Any:
     try:
         return copy.deepcopy(part, memo)
@@ -83,12 +64,10 @@ def _copied(name: str, part: Any, memo: dict[int, Any]) -> Any:
         ) from error
 
 
-def double(value: Any) -> Any:
+def double(tensor: Tensor) -> Tensor:
     """Return a copy of a tensor, detached and in float64 if it is floating-point."""
-    if isinstance(value, Tensor):
-        value = value.detach().clone()
-        return value.double() if value.is_floating_point() else value
-    return value
+    tensor = tensor.detach().clone()
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
@@ -115,24 +94,19 @@ class InDouble(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Call ``func`` on twins."""
-        args, named = self._wide(args), self._wide(kwargs or {})
+        if func == Tensor.__deepcopy__:  # it refuses tensors in a graph, as torchopt's states are
+            given = args[0]
+            return func(*args) if given.is_leaf else given.detach().clone().requires_grad_()
+        args, named = tree_map(self._wide, cast(Any, (args, kwargs or {})))
         if func == _DTYPE:
             found = func(*args)
             return self.dtype if found == torch.float64 else found
-        if func in _CASTS:
-            return args[0].double()
-        return func(*args, **named)
+        return args[0].double() if func in _CASTS else func(*args, **named)
 
     def _wide(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if value.dtype not in _WIDE:
-                return value
+        if isinstance(value, Tensor) and value.dtype in _WIDE:
             if value.grad_fn is not None:
                 self.rounding.add(value.grad_fn.name())
             twin = (value, value.to(_WIDE[value.dtype]))
             return self.twins.setdefault(id(value), twin)[1]
-        if isinstance(value, torch.dtype):
-            return _WIDE.get(value, value)
-        if type(value) in (tuple, list):
-            return type(value)(map(self._wide, value))
-        return {k: self._wide(v) for k, v in value.items()} if type(value) is dict else value
+        return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
