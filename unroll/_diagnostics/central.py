@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -72,9 +72,13 @@ class Line:
             p.data.copy_(s)
 
 
-def gradients_of(value: Tensor, points: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def gradients_of(
+    value: Tensor, points: Sequence[Tensor], *, create_graph: bool = False
+) -> tuple[Tensor, ...]:
     """Return gradients, zeros where there is none."""
-    return torch.autograd.grad(value, points, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(
+        value, points, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
 
 
 def compare(line: Line, size: float = 0.0) -> Report:
@@ -113,9 +117,3 @@ def compare(line: Line, size: float = 0.0) -> Report:
             return Report("wrong", gap / scale)
     rounded = noise / STEPS[0] > TOLERANCE * scale
     return Report("inconclusive", gap / scale, (ROUNDED if rounded else COARSE,))
-
-
-def worst(found: Iterable[Report]) -> Report:
-    """Return the worst of some findings."""
-    order = ("right", "inconclusive", "wrong")
-    return max(found, key=lambda f: (order.index(f.verdict), f.relative_error))

@@ -89,13 +89,13 @@ def check_gradients(
             ) from failure
         finally:
             set_every_random_state(state, device)
-    words = []
+    words = report.suspicions
     if any(str(w.message) == DETACHED_FAKES for w in caught):
-        words.append("the objective (or D) detaches the fakes in discriminator_loss")
-    if not words and (report.verdict != "wrong" or report.suspicions):
+        words += ("the objective (or D) detaches the fakes in discriminator_loss",)
+    elif words or report.verdict != "wrong":
         return report
-    words = [*report.suspicions, *words] or [
+    operations = (
         "the objective (or D, at K = 0 or with stop_gradient=True): its own operations have a "
         "wrong derivative (does it detach, use .data or a straight-through estimator?)"
-    ]
-    return Report("wrong", report.relative_error, tuple(words))
+    )
+    return Report("wrong", report.relative_error, words or (operations,))

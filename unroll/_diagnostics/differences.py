@@ -4,31 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unroll._diagnostics.central import STEPS, Line, compare, gradients_of, worst
+from unroll._diagnostics.central import STEPS, Line, compare, gradients_of
 from unroll._diagnostics.copies import InDouble
 from unroll._diagnostics.report import Report, unclear
 from unroll._functional import Pair, preserved, tensors
-from unroll._look_ahead import Point, Value, after_hooks, leaves, surrogate
+from unroll._look_ahead import Game, Point, Value, after_hooks, leaves, surrogate, update
 from unroll._loss import UnrolledGeneratorLoss
 from unroll._probes import innermost, probe_layers
 from unroll._random import every_random_state, set_every_random_state
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of training, never used in it
 DIRECTIONS = 4  # for each tensor of fakes; some may tell nothing
-INFINITE = (
-    "the gradient is not finite: an operation of the objective, the optimizer or D has no finite "
-    "slope here (for a torchopt transformation, try eps_root=1e-8)"
-)
-ANOTHER_GENERATOR = (
-    "two calls from one random state differ: something draws from another generator than the "
-    "global ones of torch, NumPy and Python, or keeps state between calls"
-)
 UPDATED = (
     ": does it depend on what it updates in forward, outside of the graph ({0})? For a spectral "
     "norm use torch.nn.utils.parametrizations.spectral_norm, which stands still in the look-ahead"
@@ -38,26 +32,21 @@ OWN_ESTIMATE = (
     "derivative, so that a straight-through estimator or a gradient reversal, where meant, is one "
     "here, too"
 )
-DEAD = (
-    "f_K does not change with the fakes here, as where D's units are dead. Check with other "
-    "parameters of D"
-)
 
 
+@dataclass
 class Check:
     """f_K in float64 as a function of its fakes, from one state of the random generators."""
 
-    def __init__(
-        self,
-        loss: UnrolledGeneratorLoss,
-        batch: Pair,
-        minibatches: Sequence[Pair] | None,
-        mode: InDouble,
-    ) -> None:
-        self.loss, self.batch, self.minibatches, self.mode = loss, batch, minibatches, mode
-        self.device = next(loss.discriminator.parameters()).device
+    loss: UnrolledGeneratorLoss
+    batch: Pair
+    minibatches: Sequence[Pair] | None
+    mode: InDouble
+    constants: tuple[Sequence[Point], Value, Any] | None = None  # under stop_gradient
+
+    def __post_init__(self) -> None:
+        self.device = next(self.loss.discriminator.parameters()).device
         self.random_state = every_random_state(self.device)
-        self.constants: tuple[Sequence[Point], Value, Any] | None = None  # under stop_gradient
 
     @contextmanager
     def replayed(self, state: Any) -> Iterator[None]:
@@ -92,17 +81,30 @@ class Check:
         if not bool(value.isfinite()):
             return unclear(f"f_K itself is {value.item()}: lower D's learning rate")
         if not torch.equal(value, self.f()):
-            return unclear(ANOTHER_GENERATOR)
+            return unclear(
+                "two calls from one random state differ: something draws from another generator "
+                "than the global ones of torch, NumPy and Python, or keeps state between calls"
+            )
         gradients = gradients_of(value, fakes)
         if not all(bool(g.isfinite().all()) for g in gradients):
-            return Report("wrong", float("inf"), (INFINITE,))
+            reason = (
+                "the gradient is not finite: an operation of the objective, the optimizer or D has "
+                "no finite slope here (for a torchopt transformation, try eps_root=1e-8)"
+            )
+            return Report("wrong", float("inf"), (reason,))
         lines = [[Line(self.f, [fake]) for _ in range(DIRECTIONS)] for fake in fakes]
         size = max(float(line.products(line.gradients).norm()) for along in lines for line in along)
         found = [[compare(line, size) for line in along] for along in lines]
         told = [[f for f in along if f.verdict != "inconclusive"] or along for along in found]
-        report = worst(f for along in told for f in along)
+        order = ("right", "inconclusive", "wrong")
+        report = max(chain(*told), key=lambda f: (order.index(f.verdict), f.relative_error))
         if report.ok:
-            return report if any(bool(g.any()) for g in gradients) else unclear(DEAD)
+            if any(bool(g.any()) for g in gradients):
+                return report
+            return unclear(
+                "f_K does not change with the fakes here, as where D's units are dead. Check with "
+                "other parameters of D"
+            )
         if self.mode.rounding:
             names = ", ".join(sorted(self.mode.rounding))
             return unclear(
@@ -119,19 +121,14 @@ class Check:
         with preserved(*loss._parts):
             game, point = loss._start(None)
         theta = leaves(point.parameters, game.moving)
-        updated_buffers: list[str] = []
+        left: dict[str, Tensor] = {}  # buffers
 
         def d_loss() -> Tensor:
             with self.replayed(self.random_state):
                 value, buffers = game.discriminator(
                     lambda d: loss.objective.discriminator_loss(d, fake, real), theta, point.buffers
                 )
-            updated_buffers[:] = [
-                n
-                for n, b in buffers.items()
-                if not n.endswith(STATISTICS)
-                and not (n in point.buffers and torch.equal(b, point.buffers[n]))
-            ]
+            left.update(buffers)
             return value
 
         def found() -> dict[str, Tensor]:
@@ -145,7 +142,12 @@ class Check:
             blamed = innermost([n for n, finding in layers.items() if finding.verdict == "wrong"])
             for name in blamed:
                 path = "" if name.startswith("itself ") else name.split(" ")[0] + "."
-                own = [n for n in updated_buffers if n.startswith(path) and order == 1]
+                own = [
+                    n
+                    for n, b in left.items()
+                    if order == 1 and n.startswith(path) and not n.endswith(STATISTICS)
+                    if not (n in point.buffers and torch.equal(b, point.buffers[n]))
+                ]
                 yield (
                     f"wrong {ordinal} derivative of layer {name} (relative error "
                     f"{layers[name].relative_error:.1e})"
@@ -160,40 +162,30 @@ class Check:
         fakes = [t for t in tensors(fake) if t.is_floating_point()]
         with Line(d_loss, fakes).at(STEPS[0]):
             motions = [(g - gradients[n]).detach() / STEPS[0] for n, g in found().items()]
-        hooked, optimizer = game.discriminator.parameters, game.optimizer
         weights = {name: torch.randn_like(p) for name, p in theta.items()}
 
-        def wrong(stage: Callable[[], Mapping[str, Tensor]]) -> bool:
-            def function() -> Tensor:
-                return torch.stack([(p * weights[n]).sum() for n, p in stage().items()]).sum()
-
-            return compare(Line(function, [*gradients.values()], motions)).verdict == "wrong"
-
         def after_hook(name: str) -> Mapping[str, Tensor]:
-            return {name: after_hooks(hooked[name], gradients[name], name)}
+            return {name: after_hooks(game.discriminator.parameters[name], gradients[name], name)}
 
-        def transformed() -> Mapping[str, Tensor]:
-            change = loss.transform_gradients
-            return gradients if change is None else change(dict(gradients))
+        def updated(game: Game) -> Mapping[str, Tensor]:
+            state = point.optimizer_state
+            return update(game, theta, gradients, state, game.optimizer.settings)[0]
 
-        def updated() -> dict[str, Tensor]:
-            state = optimizer.initial_state
-            return optimizer.step(theta, transformed(), state, optimizer.settings)[0]
-
-        def projected() -> Mapping[str, Tensor]:
-            return updated() if loss.project is None else loss.project(updated())
+        def along_weights(stage: Callable[[], Mapping[str, Tensor]]) -> Tensor:
+            return torch.stack([(p * weights[n]).sum() for n, p in stage().items()]).sum()
 
         stages: dict[str, Callable[[], Mapping[str, Tensor]]] = {
             f"the gradient hook of {name!r}": partial(after_hook, name)
             for name in gradients
-            if hooked[name]._backward_hooks
-        } | {
-            "transform_gradients=": transformed,
-            "the optimizer's update": updated,
-            "project=": projected,
+            if game.discriminator.parameters[name]._backward_hooks
         }
+        if (transform := loss.transform_gradients) is not None:
+            stages["transform_gradients="] = lambda: transform(dict(gradients))
+        stages["the optimizer's update"] = partial(updated, replace(game, project=None))
+        stages["project="] = partial(updated, game)
         for what, stage in stages.items():
-            if wrong(stage):
+            line = Line(partial(along_weights, stage), [*gradients.values()], motions)
+            if compare(line).verdict == "wrong":
                 yield f"wrong derivative of {what} (does it clip, detached?)"
                 break
 
@@ -209,9 +201,7 @@ class Check:
                 outputs = [t for t in tensors(layer()) if t.requires_grad]
             value = torch.stack([(t + t.square() + t.sin()).sum() for t in outputs]).sum()
             for row in weights:
-                found = torch.autograd.grad(
-                    value, points, create_graph=True, allow_unused=True, materialize_grads=True
-                )
+                found = gradients_of(value, points, create_graph=True)
                 value = torch.stack([(g * w).sum() for g, w in zip(found, row, strict=True)]).sum()
             return value
 
