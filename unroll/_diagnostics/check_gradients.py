@@ -56,30 +56,29 @@ def check_gradients(
         >>> unroll.check_gradients(loss, torch.randn(16, 2), torch.randn(16, 2)).ok
         True
     """
-    pairs = [(fake, real)]
     if minibatches is not None:
-        pairs += drawn_minibatches(minibatches, loss.unroll_steps)
-    copies = map_tensors(double, pairs)
-    fakes = [t.requires_grad_() for f, _ in copies for t in tensors(f) if t.is_floating_point()]
+        minibatches = drawn_minibatches(minibatches, loss.unroll_steps)
+    batch, resampled = map_tensors(double, ((fake, real), minibatches))
+    every = tensors([f for f, _ in (batch, *(resampled or ()))])
+    fakes = [t.requires_grad_() for t in every if t.is_floating_point()]
     if not fakes:
         kinds = [str(t.dtype) for t in tensors(fake)]
         raise TypeError(
             f"fake: must hold a floating-point tensor, for check_gradients to move; got {kinds}. "
             "Give torch.view_as_real of complex samples, and let D's forward put them together."
         )
-    resampled = copies[1:] if minibatches is not None else None
     device = fakes[0].device
     state = every_random_state(device)
     with torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         own = loss.discriminator.parameters()
         mode = InDouble(next(p.dtype for p in own if p.is_floating_point()))
-        check = Check(in_double(loss, mode), copies[0], resampled, mode)
+        check = Check(in_double(loss, mode), batch, resampled, mode)
         try:
             with mode, standing_in(check.loss.discriminator, loss.discriminator):
                 report = check.run(fakes)
         except Exception as failure:
-            given = map_tensors(leaf, (fake, real, pairs[1:] if resampled else None))
+            given = map_tensors(leaf, (fake, real, minibatches))
             value = loss(given[0], given[1], minibatches=given[2])
             gradients_of(value, [t for t in tensors(given[0]) if t.requires_grad])
             raise TypeError(

@@ -16,7 +16,7 @@ from unroll._diagnostics.central import STEPS, Line, compare, gradients_of
 from unroll._diagnostics.copies import InDouble
 from unroll._diagnostics.report import Report, unclear
 from unroll._functional import Pair, preserved, tensors
-from unroll._look_ahead import Game, Point, Value, after_hooks, leaves, surrogate, update
+from unroll._look_ahead import Game, Point, after_hooks, leaves, surrogate, update
 from unroll._loss import UnrolledGeneratorLoss
 from unroll._probes import innermost, probe_layers
 from unroll._random import every_random_state, set_every_random_state
@@ -42,7 +42,7 @@ class Check:
     batch: Pair
     minibatches: Sequence[Pair] | None
     mode: InDouble
-    constants: tuple[Sequence[Point], Value, Any] | None = None  # under stop_gradient
+    constants: Sequence[Point] = ()  # theta_D^1..K under stop_gradient
 
     def __post_init__(self) -> None:
         self.device = next(self.loss.discriminator.parameters()).device
@@ -59,23 +59,16 @@ class Check:
         set_every_random_state(now, self.device)
 
     def f(self) -> Tensor:
-        """Return f_K."""
+        """Return f_K, under ``stop_gradient`` at theta_D^1..K of the first call."""
         with self.replayed(self.random_state):
-            points, value, after = self.constants or self.points()
-            set_every_random_state(after, self.device)
+            pairs = self.loss._pairs(self.batch, self.minibatches, differentiable=False)
+            points, value = self.loss._points(self.batch, pairs)
+            if self.loss.stop_gradient:
+                points = self.constants = self.constants or points
             return surrogate(value, points, self.batch)
-
-    def points(self) -> tuple[Sequence[Point], Value, Any]:
-        """Return where f is evaluated, f, and the random state after the look-ahead."""
-        pairs = self.loss._pairs(self.batch, self.minibatches, differentiable=False)
-        points, value = self.loss._points(self.batch, pairs)
-        return points, value, every_random_state(self.device)
 
     def run(self, fakes: Sequence[Tensor]) -> Report:
         """Return what the differences say, and what explains it."""
-        if self.loss.stop_gradient:
-            with self.replayed(self.random_state):
-                self.constants = self.points()
         self.f()  # the first call looks the step through, which may draw more random numbers
         value = self.f()
         if not bool(value.isfinite()):

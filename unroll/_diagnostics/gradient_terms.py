@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unroll._functional import Batch, Pair, map_tensors, preserved
+from unroll._functional import Batch, Pair, preserved, tensors
 from unroll._look_ahead import surrogate
 from unroll._loss import UnrolledGeneratorLoss
+from unroll._modes.checkpointed import filled, leaves
 
 
 def gradient_terms(
@@ -72,23 +73,13 @@ def gradient_terms(
     with preserved(*loss._parts):
         points, value = loss._points(batch, pairs, optimizer_state)
         # Cut the graph at theta_D^1..K (and at buffers that carry one): leaves on the near side.
-        far: list[Tensor] = []
-        near: list[Tensor] = []
-
-        def cut(tensor: Tensor) -> Tensor:
-            if tensor.grad_fn is None:
-                return tensor
-            far.append(tensor)
-            near.append(tensor.detach().requires_grad_())
-            return near[-1]
-
-        ends = map_tensors(cut, [point._replace(optimizer_state=None) for point in points])
-        f_k = surrogate(value, ends, batch)
+        ends = [point._replace(optimizer_state=None) for point in points]
+        cut = leaves(tensors(ends), [t.requires_grad for t in tensors(ends)])
+        f_k = surrogate(value, filled(ends, cut), batch)
+    far, near = ([t for t in side if t.requires_grad] for side in (tensors(ends), cut))
     gradients = _gradients([f_k], [*theta_g, *near])
     first, reactions = gradients[: len(theta_g)], gradients[len(theta_g) :]
-    second = tuple(map(torch.zeros_like, first))
-    if far:
-        second = _gradients(far, theta_g, reactions)
+    second = _gradients(far, theta_g, reactions) if far else tuple(map(torch.zeros_like, first))
 
     def in_place(found: Iterable[Tensor]) -> tuple[Tensor, ...]:
         terms = iter(found)

@@ -25,7 +25,9 @@ CLIPS = (
 
 def judged(calls: Iterable[Call]) -> Report:
     """Return verdict, relative error and suspicions; the first call that differs is explained."""
-    counts, scales, words = list[int](), list[tuple[float, float]](), list[str]()
+    counts: list[int] = []
+    scales: list[tuple[float, float]] = []
+    words: list[str] = []
     error, before, first = 0.0, None, None
     for number, call in enumerate(calls, 1):
         before = before or call.settings

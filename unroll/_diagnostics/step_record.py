@@ -158,7 +158,9 @@ def _observed(
 
     Parameters alone hide a loss's scale.
     """
-    counts, gradients, parameters = [0] * len(optimizers), dict[str, Tensor](), Numbers()
+    counts = [0] * len(optimizers)
+    gradients: dict[str, Tensor] = {}
+    parameters: Numbers = {}
 
     def looking(i: int, closure: Any = None) -> Any:
         value = closure() if closure else None  # which brings the gradients
