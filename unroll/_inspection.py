@@ -31,8 +31,8 @@ from unroll._probes import (
     graph,
     has_dead_ends,
     lost_derivatives,
+    probabilities,
     read_elsewhere,
-    warning_of_probabilities,
     without_derivative,
 )
 from unroll._random import random_state, replayed
@@ -108,8 +108,10 @@ class Inspection:
         """Let D be run: random numbers are drawn again afterwards, and D is preserved."""
         device = next(self.parts[0].parameters()).device
         replaying = replayed(random_state(device), device)
-        with replaying, preserved(*self.parts), warning_of_probabilities(*self.parts):
+        with replaying, preserved(*self.parts), probabilities(*self.parts) as found:
             yield
+        for text in found:
+            warn(text)
 
 
 def inspect_step(game: Game, point: Point, pair: Pair) -> Point:

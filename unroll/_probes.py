@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,7 +13,6 @@ from torch.autograd.graph import Node
 
 from unroll._functional import Functional, map_tensors, preserved, tensors
 from unroll._objectives import ON_LOGITS
-from unroll._validation import warn
 
 T = TypeVar("T")
 _SHAPES = ("View", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "T", "Permute", "Alias")
@@ -178,21 +177,21 @@ def read_elsewhere(
 
 
 @contextmanager
-def warning_of_probabilities(module: nn.Module, objectives: Sequence[object]) -> Iterator[None]:
-    """Warn of a D whose last operation is a sigmoid, where the objective takes logits."""
-    sigmoids: list[bool] = []
+def probabilities(module: nn.Module, objectives: Iterable[object]) -> Iterator[list[str]]:
+    """Complain, in a list, of a D that ends in a sigmoid where the objective takes logits."""
+    found: list[str] = []
 
     def look(_: nn.Module, __: Any, output: Any) -> None:
         node = output.grad_fn if isinstance(output, Tensor) else None
         while node is not None and node.name().startswith(_SHAPES):
             node = node.next_functions[0][0]
-        sigmoids.append(node is not None and node.name().startswith("SigmoidBackward"))
+        if node is not None and node.name().startswith("SigmoidBackward"):
+            found[:] = [
+                "discriminator: returns what comes out of a sigmoid, but the objective takes "
+                "logits and would apply a second one. Remove the sigmoid, or use "
+                "unroll.Criterion(nn.BCELoss())."
+            ]
 
-    with module.register_forward_hook(look):
-        yield
-    if any(sigmoids) and any(isinstance(part, ON_LOGITS) for part in objectives):
-        warn(
-            "discriminator: returns what comes out of a sigmoid, but the objective takes logits "
-            "and would apply a second one. Remove the sigmoid, or use "
-            "unroll.Criterion(nn.BCELoss())."
-        )
+    on_logits = any(isinstance(part, ON_LOGITS) for part in objectives)
+    with module.register_forward_hook(look) if on_logits else nullcontext():
+        yield found

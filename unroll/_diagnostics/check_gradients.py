@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from unroll._diagnostics.central import gradients_of
+from unroll._diagnostics.central import STEPS, Line, compare, gradients_of
 from unroll._diagnostics.copies import InDouble, double, in_double, standing_in
-from unroll._diagnostics.differences import Check
-from unroll._diagnostics.report import GradientReport, Report
-from unroll._functional import Batch, Pair, map_tensors, tensors
+from unroll._diagnostics.report import GradientReport, Report, unclear
+from unroll._functional import Batch, Pair, map_tensors, preserved, tensors
 from unroll._inspection import DETACHED_FAKES
+from unroll._look_ahead import Game, Point, after_hooks, leaves, surrogate, update
 from unroll._loss import UnrolledGeneratorLoss
-from unroll._probes import leaf
+from unroll._probes import innermost, leaf, probe_layers
 from unroll._random import every_random_state, set_every_random_state
 from unroll._validation import drawn_minibatches
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of training, never used in it
+DIRECTIONS = 4  # for each tensor of fakes; some may tell nothing
+UPDATED = (
+    ": does it depend on what it updates in forward, outside of the graph ({0})? For a spectral "
+    "norm use torch.nn.utils.parametrizations.spectral_norm, which stands still in the look-ahead"
+)
+OWN_ESTIMATE = (
+    ": does it detach, or change gradients in a hook? Your loop's own steps take the same "
+    "derivative, so that a straight-through estimator or a gradient reversal, where meant, is one "
+    "here, too"
+)
 
 
 def check_gradients(
@@ -28,9 +46,9 @@ def check_gradients(
 ) -> GradientReport:
     """Compare f_K's gradient with central differences, for your own D, optimizer and objective.
 
-    Everything is copied in float64 first, so nothing of yours changes. Random numbers are replayed
-    from one state, so that dropout passes. With ``stop_gradient`` the differences are taken with
-    theta_D^1..K held. It costs 30 to 140 evaluations of the loss for each tensor of fakes (most
+    Everything is copied first, and read in float64, so nothing of yours changes. Random numbers are
+    replayed from one state, so that dropout passes. With ``stop_gradient`` differences are taken at
+    one theta_D^1..K. It costs 30 to 140 evaluations of the loss for each tensor of fakes (most
     where nothing can be told): call it once, on a small batch, before training.
 
     Args:
@@ -98,3 +116,173 @@ def check_gradients(
         "wrong derivative (does it detach, use .data or a straight-through estimator?)"
     )
     return Report("wrong", report.relative_error, words or (operations,))
+
+
+@dataclass
+class Check:
+    """f_K in float64 as a function of its fakes, from one state of the random generators."""
+
+    loss: UnrolledGeneratorLoss
+    batch: Pair
+    minibatches: Sequence[Pair] | None
+    mode: InDouble
+    constants: Sequence[Point] = ()  # theta_D^1..K under stop_gradient
+
+    def __post_init__(self) -> None:
+        self.device = next(self.loss.discriminator.parameters()).device
+        self.random_state = every_random_state(self.device)
+
+    @contextmanager
+    def replayed(self, state: Any) -> Iterator[None]:
+        """Read and draw everything from one state, and go on as if nothing had been drawn."""
+        now = every_random_state(self.device)
+        set_every_random_state(state, self.device)
+        self.mode.twins.clear()
+        with preserved(*self.loss._parts):
+            yield
+        set_every_random_state(now, self.device)
+
+    def f(self) -> Tensor:
+        """Return f_K, under ``stop_gradient`` at theta_D^1..K of the first call."""
+        with self.replayed(self.random_state):
+            pairs = self.loss._pairs(self.batch, self.minibatches, differentiable=False)
+            points, value = self.loss._points(self.batch, pairs)
+            if self.loss.stop_gradient:
+                points = self.constants = self.constants or points
+            return surrogate(value, points, self.batch)
+
+    def run(self, fakes: Sequence[Tensor]) -> Report:
+        """Return what the differences say, and what explains it."""
+        self.f()  # the first call looks the step through, which may draw more random numbers
+        value = self.f()
+        if not bool(value.isfinite()):
+            return unclear(f"f_K itself is {value.item()}: lower D's learning rate")
+        if not torch.equal(value, self.f()):
+            return unclear(
+                "two calls from one random state differ: something draws from another generator "
+                "than the global ones of torch, NumPy and Python, or keeps state between calls"
+            )
+        gradients = gradients_of(value, fakes)
+        if not all(bool(g.isfinite().all()) for g in gradients):
+            reason = (
+                "the gradient is not finite: an operation of the objective, the optimizer or D has "
+                "no finite slope here (for a torchopt transformation, try eps_root=1e-8)"
+            )
+            return Report("wrong", float("inf"), (reason,))
+        lines = [[Line(self.f, [fake]) for _ in range(DIRECTIONS)] for fake in fakes]
+        size = max(float(line.products(line.gradients).norm()) for along in lines for line in along)
+        found = [[compare(line, size) for line in along] for along in lines]
+        told = [[f for f in along if f.verdict != "inconclusive"] or along for along in found]
+        order = ("right", "inconclusive", "wrong")
+        report = max(chain(*told), key=lambda f: (order.index(f.verdict), f.relative_error))
+        if report.ok:
+            if any(bool(g.any()) for g in gradients):
+                return report
+            return unclear(
+                "f_K does not change with the fakes here, as where D's units are dead. Check with "
+                "other parameters of D"
+            )
+        if self.mode.rounding:
+            names = ", ".join(sorted(self.mode.rounding))
+            return unclear(
+                f"the check computes in float64, but {names} of D or the objective return a "
+                "coarser type. Check with code that keeps the precision of its input"
+            )
+        if report.verdict == "wrong" and self.loss.unroll_steps and not self.loss.stop_gradient:
+            return Report("wrong", report.relative_error, tuple(self.explanations()))
+        return report
+
+    def explanations(self) -> Iterator[str]:
+        """Differentiate the parts of one look-ahead step on their own."""
+        loss, (fake, real) = self.loss, (self.minibatches or [self.batch])[0]
+        with preserved(*loss._parts):
+            game, point = loss._start(None)
+        theta = leaves(point.parameters, game.moving)
+        left: dict[str, Tensor] = {}  # buffers
+
+        def d_loss() -> Tensor:
+            with self.replayed(self.random_state):
+                value, buffers = game.discriminator(
+                    lambda d: loss.objective.discriminator_loss(d, fake, real), theta, point.buffers
+                )
+            left.update(buffers)
+            return value
+
+        def found() -> dict[str, Tensor]:
+            moving = {name: p for name, p in theta.items() if p.requires_grad}
+            gradients = torch.autograd.grad(d_loss(), [*moving.values()], allow_unused=True)
+            return {n: g for n, g in zip(moving, gradients, strict=True) if g is not None}
+
+        for order, ordinal in enumerate(("first", "second", "third"), 1):
+            probe = partial(self._derivative, order)
+            layers = probe_layers(loss.discriminator, d_loss, probe)
+            blamed = innermost([n for n, finding in layers.items() if finding.verdict == "wrong"])
+            for name in blamed:
+                path = "" if name.startswith("itself ") else name.split(" ")[0] + "."
+                own = [
+                    n
+                    for n, b in left.items()
+                    if order == 1 and n.startswith(path) and not n.endswith(STATISTICS)
+                    if not (n in point.buffers and torch.equal(b, point.buffers[n]))
+                ]
+                yield (
+                    f"wrong {ordinal} derivative of layer {name} (relative error "
+                    f"{layers[name].relative_error:.1e})"
+                    + UPDATED.format(own) * bool(own)
+                    + OWN_ESTIMATE * (order == 1 and not own)
+                )
+            if blamed:
+                break
+
+        # Gradients are moved as the fakes move them: one that is zero for every batch stays so.
+        gradients = {name: g.requires_grad_() for name, g in found().items()}
+        fakes = [t for t in tensors(fake) if t.is_floating_point()]
+        with Line(d_loss, fakes).at(STEPS[0]):
+            motions = [(g - gradients[n]).detach() / STEPS[0] for n, g in found().items()]
+        weights = {name: torch.randn_like(p) for name, p in theta.items()}
+
+        def after_hook(name: str) -> Mapping[str, Tensor]:
+            return {name: after_hooks(game.discriminator.parameters[name], gradients[name], name)}
+
+        def updated(game: Game) -> Mapping[str, Tensor]:
+            state = point.optimizer_state
+            return update(game, theta, gradients, state, game.optimizer.settings)[0]
+
+        def along_weights(stage: Callable[[], Mapping[str, Tensor]]) -> Tensor:
+            return torch.stack([(p * weights[n]).sum() for n, p in stage().items()]).sum()
+
+        stages: dict[str, Callable[[], Mapping[str, Tensor]]] = {
+            f"the gradient hook of {name!r}": partial(after_hook, name)
+            for name in gradients
+            if game.discriminator.parameters[name]._backward_hooks
+        }
+        if (transform := loss.transform_gradients) is not None:
+            stages["transform_gradients="] = lambda: transform(dict(gradients))
+        stages["the optimizer's update"] = partial(updated, replace(game, project=None))
+        stages["project="] = partial(updated, game)
+        for what, stage in stages.items():
+            line = Line(partial(along_weights, stage), [*gradients.values()], motions)
+            if compare(line).verdict == "wrong":
+                yield f"wrong derivative of {what} (does it clip, detached?)"
+                break
+
+    def _derivative(
+        self, order: int, layer: Callable[[], Any], inputs: list[Tensor], parameters: list[Tensor]
+    ) -> Report:
+        """Compare a derivative of a layer, a function of its inputs and parameters."""
+        points, state = inputs + parameters, every_random_state(self.device)
+        weights = [[torch.randn_like(p) for p in points] for _ in range(order - 1)]
+
+        def along_weights() -> Tensor:
+            with self.replayed(state):
+                outputs = [t for t in tensors(layer()) if t.requires_grad]
+            value = torch.stack([(t + t.square() + t.sin()).sum() for t in outputs]).sum()
+            for row in weights:
+                found = gradients_of(value, points, create_graph=True)
+                value = torch.stack([(g * w).sum() for g, w in zip(found, row, strict=True)]).sum()
+            return value
+
+        try:
+            return compare(Line(along_weights, points))
+        except RuntimeError as error:  # no such derivative, or nothing to differentiate
+            return unclear(str(error))

@@ -87,7 +87,7 @@ def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[
             f"`step` changes {listed(call.early)} before the optimizer's step (a clip?). Do it "
             "after the step, and give it to the look-ahead as project=."
         )
-    elif call.off and (named := call.sigmoid or _other_game(call, scales)):
+    elif call.off and (named := "".join(call.sigmoid) or _other_game(call, scales)):
         words.append(named)
     else:
         if alone:

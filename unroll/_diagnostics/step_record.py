@@ -21,8 +21,7 @@ from unroll._look_ahead import Gradients, differentiable, inner_step, update
 from unroll._loss import UnrolledGeneratorLoss
 from unroll._modes.comparison import perturbed
 from unroll._objectives import Objective
-from unroll._penalties import summands
-from unroll._probes import warning_of_probabilities
+from unroll._probes import probabilities
 from unroll._random import every_random_state, set_every_random_state
 
 TOLERANCE = 1e-4  # relative, beyond round-off
@@ -43,16 +42,11 @@ class Call:
             warnings.simplefilter("ignore")  # the next look-ahead says it again
             self.game, self.point = loss._start(None)
         self.start, optimizer = double(self.point.parameters), self.game.optimizer
-        several = isinstance(loss.optimizer, list)
-        settings = optimizer.settings if several else [optimizer.settings]
+        settings = optimizer.settings
+        settings = settings if isinstance(loss.optimizer, list) else [settings]
         self.settings = [group for groups in settings for group in groups]
-        with (
-            warnings.catch_warnings(record=True) as caught,
-            warning_of_probabilities(module, summands(loss.objective)),
-        ):
-            warnings.simplefilter("always")
+        with probabilities(*loss._parts) as self.sigmoid:
             found, drawn = self.gradients(loss.objective), every_random_state(self.device)
-        self.sigmoid = "".join({t for w in caught if "of a sigmoid" in (t := str(w.message))})
         with _rounding_otherwise():
             nudged = [self.gradients(loss.objective, change=perturbed) for _ in range(3)]
         set_every_random_state(self.random, self.device)
@@ -98,10 +92,7 @@ class Call:
             ours, real = (minus(double(moved), self.start) for moved in (after, named))
             self.moved = _differing(ours, real, _sizes(self.start, 4 * eps))
             self.zeros = [n for n in self.moved if n in reached and n not in taking]
-            before, wanted = (
-                _entries(exported if several else [exported])
-                for exported in map(optimizer.export, (given[0], state))
-            )
+            before, wanted = (_entries(optimizer.export(s)) for s in (given[0], state))
             actual = _entries([_live_state(one, named) for one in optimizers])
             self.state = _differing(wanted, actual, _sizes(before, 4 * eps))
             if not self.off:
@@ -117,10 +108,9 @@ class Call:
         """Return the gradients that reach the optimizer in a look-ahead step of a game."""
         set_every_random_state(self.random, self.device)
         found: Gradients = {}
-        transform = self.game.transform_gradients or (lambda gradients: gradients)
 
         def record(gradients: Gradients) -> Gradients:
-            found.update(transform(gradients))
+            found.update((self.game.transform_gradients or dict)(gradients))
             return found
 
         game = replace(self.game, transform_gradients=record, objective=objective)
@@ -200,10 +190,10 @@ def _live_state(optimizer: Any, named: Mapping[str, Tensor]) -> Any:
     return optimizer.state_groups
 
 
-def _entries(states: Sequence[Any]) -> Numbers:
-    """Return the numbers in the optimizers' states, by what they are and of which parameter."""
+def _entries(states: Any) -> Numbers:
+    """Return the numbers in one or a list of states, by what they are and of which parameter."""
     found: dict[Any, Any] = {}
-    for i, state in enumerate(states):
+    for i, state in enumerate(states if isinstance(states, list) else [states]):
         if isinstance(state, Mapping):
             found |= {(k, name): v for name, entry in state.items() for k, v in entry.items()}
         else:
