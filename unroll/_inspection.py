@@ -172,7 +172,7 @@ def _refuse_unregistered(game: Game, loss: Tensor, until: Iterable[Tensor]) -> N
 
 
 def _refuse_wrong_derivatives(loss: Tensor, until: Iterable[Tensor]) -> None:
-    """Refuse norms that no function call showed, to be replaced, and scaled gradients."""
+    """Refuse norms whose wrong derivative was not replaced, and gradients divided by counts."""
     nodes = graph([loss], until)
     replacements = [node for node in nodes if node.name().startswith("_NormGradients")]
     known = {following for node in replacements for following, _ in node.next_functions}
@@ -245,7 +245,7 @@ def _inspect_derivatives(
         try:
             with lost_derivatives(graph([loss], fakes)) as lost:
                 inner_gradients(loss, [theta[name] for name in gradients], create_graph=True)
-            if lost or has_dead_ends(graph(outputs, fakes)):
+            if lost or has_dead_ends(outputs, fakes):
                 raise RuntimeError(f"a derivative is not implemented {lost}")
             found = torch.autograd.grad(
                 outputs, points, [g.detach() for g in outputs], retain_graph=True, allow_unused=True

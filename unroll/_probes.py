@@ -98,7 +98,7 @@ def _missing_order(layer: Callable[[], Any], inputs: list[Tensor], parameters: l
         except RuntimeError:
             return order
         values = [g for g in found if g is not None and g.requires_grad]
-        if order < 3 and (lost or has_dead_ends(graph(values))):
+        if order < 3 and (lost or has_dead_ends(values)):
             return order + 1
     return 0
 
@@ -123,10 +123,10 @@ def ends(outputs: Iterable[Tensor], until: Iterable[Tensor]) -> list[Tensor]:
     return [variable for variable in variables if variable is not None]
 
 
-def has_dead_ends(nodes: set[Node]) -> bool:
+def has_dead_ends(outputs: Iterable[Tensor], until: Iterable[Tensor] = ()) -> bool:
     """Return whether there are missing derivatives, which ``autograd.grad`` may pass by."""
-    missing = ("NotImplemented", "WarnNotImplemented", "Error")
-    return any(node.name().removeprefix("torch::autograd::") in missing for node in nodes)
+    names = (node.name().removeprefix("torch::autograd::") for node in graph(outputs, until))
+    return not {"NotImplemented", "WarnNotImplemented", "Error"}.isdisjoint(names)
 
 
 @contextmanager
@@ -159,17 +159,13 @@ def read_elsewhere(
     real = {name: p for name, p in discriminator.parameters.items() if name in moving}
 
     def reached(names: Iterable[str]) -> bool:
-        kept = [(real[name], real[name].data) for name in names]
-        value = None
-        try:
-            for p, data in kept:
-                p.data = torch.full_like(data, torch.nan)  # other memory: nobody else reads it
+        with ExitStack() as stack:
+            for p in map(real.__getitem__, names):
+                stack.callback(setattr, p, "data", p.data)
+                p.data = torch.full_like(p.data, torch.nan)  # other memory: nobody else reads it
             with suppress(ArithmeticError, AssertionError, RuntimeError, ValueError):
-                value = loss()  # some code refuses NaN
-        finally:
-            for p, data in kept:
-                p.data = data
-        return value is not None and bool(value.isnan())
+                return bool(loss().isnan())
+        return False  # some code refuses NaN
 
     if not reached(real) or bool(loss().isnan()):
         return None
