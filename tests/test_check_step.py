@@ -593,3 +593,23 @@ def test_what_cannot_be_compared_is_refused() -> None:
         unroll.check_step(loss, plain(loss), *batches, also=[3])
     with pytest.raises(TypeError, match=r"^also: must hold objects with state_dict.*got object"):
         unroll.check_step(loss, plain(loss), *batches, also=object())  # type: ignore[arg-type]
+
+
+def test_a_step_that_a_scaler_skips_is_inconclusive() -> None:
+    d = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 1))
+    optimizer, scaler = torch.optim.Adam(d.parameters()), torch.amp.GradScaler("cpu", 1e30)
+    loss = Loss(d, optimizer, unroll.Wasserstein(), unroll_steps=3)
+
+    def step(fake: Tensor, real: Tensor) -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            value = loss.discriminator_loss(fake, real)
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    with torch.autocast("cpu", torch.float16):
+        fake, real = torch.randn(4, 2), torch.randn(4, 2)
+        report = unroll.check_step(loss, step, fake, real, also=[scaler])
+    assert report.verdict == "inconclusive"
+    assert "GradScaler" in report.suspicions[0]

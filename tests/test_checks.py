@@ -12,10 +12,11 @@ import torch
 import torchopt
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from torchopt.base import GradientTransformation
 
 import unroll
-from tests.players import tanh_net, train
+from tests.players import batches, small, tanh_net, train
 from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
 from tests.verification.planted import HalfTanh as _HalfTanh
@@ -448,3 +449,41 @@ def test_the_terms_of_a_frozen_parameter_are_zeros() -> None:
     assert not first[0].any()
     assert not second[0].any()
     assert first[1].any()
+
+
+def test_code_that_names_its_type_passes_where_it_is_recomputed() -> None:
+    class Smoothed:
+        def discriminator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+            label = torch.full((len(real), 1), 0.9, device=DEVICE)
+            of_real: Tensor = binary_cross_entropy_with_logits(d(real), label)
+            return of_real + softplus(d(fake).float()).mean()
+
+        def generator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+            loss: Tensor = -d(fake).mean()
+            return loss
+
+    d = nn.Linear(4, 1).to(DEVICE)
+    loss = unroll.UnrolledGeneratorLoss(
+        *(d, torch.optim.SGD(d.parameters(), 0.3), Smoothed()), unroll_steps=2, checkpoint=True
+    )
+    assert unroll.check_gradients(loss, randn(6, 4).float(), randn(6, 4).float()).ok
+
+
+def test_a_projection_in_place_is_not_blamed() -> None:
+    class Halved(unroll.Minimax):
+        def discriminator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
+            return super().discriminator_loss(discriminator, (fake + fake.detach()) / 2, real)
+
+    def clamped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for t in tensors.values():
+            t.clamp_(-0.3, 0.3)
+        return tensors
+
+    d, ((fake, real),) = small(), batches(1)
+    optimizer = torch.optim.SGD(d.parameters(), 0.5)
+    for argument in ("project", "transform_gradients"):
+        given: dict[str, Any] = {argument: clamped}
+        loss = unroll.UnrolledGeneratorLoss(d, optimizer, Halved(), unroll_steps=3, **given)
+        report = unroll.check_gradients(loss, fake, real)
+        assert report.verdict == "wrong"
+        assert not any(argument in text for text in report.suspicions)

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import unroll
-from tests.players import fakes, tanh_net, train
+from tests.players import fakes, small, tanh_net, train
 from tests.settings import DEVICE, randn
 from tests.zoo_networks import Labelled
 from tests.zoo_refused import Fused
@@ -268,3 +269,26 @@ def test_gradients_that_are_no_derivatives_are_constants_without_the_second_term
     train(d, optimizer, [((fake[0].detach(), labels), real)] * 2)
     loss.unroll_steps = 0
     torch.testing.assert_close(value, loss(fake, real), rtol=1e-12, atol=0)
+
+
+class Thrifty(nn.Module):
+    """A generator with what is refused of a D: it is not looked ahead in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes = nn.Embedding(5, 3, scale_grad_by_freq=True)
+        self.layer = nn.Linear(3, 4)
+        self.to(DEVICE, torch.float64)
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        hidden: Tensor = checkpoint(self.layer, z + self.classes(labels), use_reentrant=True)
+        return hidden
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_what_a_generator_does_is_its_own_matter(k: int) -> None:
+    d, g = small(), Thrifty()
+    loss = UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=k)
+    z = randn(6, 3).requires_grad_()
+    loss(g(z, torch.arange(6, device=DEVICE) % 5), randn(6, 4)).backward()
+    assert all(p.grad is not None for p in g.parameters())

@@ -121,13 +121,13 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
     _refuse_layers(module)
     theta = leaves(point.parameters, game.moving)
     loss, gradients, buffers = differentiate(game, theta, point.buffers, pair, create_graph=True)
-    _refuse_reentrant_checkpoints(loss)
+    batch = tensors(pair)
+    _refuse_reentrant_checkpoints(loss, batch)
     if not gradients:  # the step itself refuses this; with `sync`, other ranks may have some
         return point
     settings = game.optimizer.settings
     moved, state = update(game, theta, gradients, point.optimizer_state, settings)
     _refuse_changed(discriminator, theta)
-    batch = tensors(pair)
     _refuse_unregistered(game, loss, batch)
     _refuse_use_of(_own_parameter(module, [loss], batch))
     _refuse_wrong_derivatives(loss, batch)
@@ -153,8 +153,9 @@ def _refuse_changed(discriminator: Functional, theta: Mapping[str, Tensor]) -> N
 def inspect_value(module: nn.Module, value: Value, point: Point, pair: Pair) -> None:
     """Refuse an f that D's real parameters reach, now or in backward."""
     f = value(point, pair)
-    _refuse_reentrant_checkpoints(f)
-    _refuse_use_of(_own_parameter(module, [f], tensors((pair, point))))
+    reached = tensors((pair, point))
+    _refuse_reentrant_checkpoints(f, reached)
+    _refuse_use_of(_own_parameter(module, [f], reached))
 
 
 def _refuse_unregistered(game: Game, loss: Tensor, until: Iterable[Tensor]) -> None:
@@ -184,16 +185,16 @@ def _refuse_wrong_derivatives(loss: Tensor, until: Iterable[Tensor]) -> None:
             "set stop_gradient=True for the first term alone."
         )
     # Embeddings may divide gradients by counts: PyTorch differentiates past that.
-    if any(getattr(node, "_saved_scale_grad_by_freq", False) for node in graph([loss])):
+    if any(getattr(node, "_saved_scale_grad_by_freq", False) for node in nodes):
         raise RuntimeError(
             "discriminator: scale_grad_by_freq=True of an embedding makes gradients that are no "
             "derivatives of D's loss. Set it to False, or stop_gradient=True of the loss."
         )
 
 
-def _refuse_reentrant_checkpoints(loss: Tensor) -> None:
+def _refuse_reentrant_checkpoints(loss: Tensor, until: Iterable[Tensor]) -> None:
     """Refuse the form of activation checkpointing that hooks no tensors."""
-    if any(node.name().startswith("CheckpointFunction") for node in graph([loss])):
+    if any(node.name().startswith("CheckpointFunction") for node in graph([loss], until)):
         raise RuntimeError(RECOMPUTATION)
 
 

@@ -22,7 +22,7 @@ from unroll._look_ahead import Game, Point, after_hooks, leaves, surrogate, upda
 from unroll._loss import UnrolledGeneratorLoss
 from unroll._probes import innermost, leaf, probe_layers
 from unroll._random import every_random_state, set_every_random_state
-from unroll._validation import drawn_minibatches
+from unroll._validation import drawn_minibatches, mapped
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of training, never used in it
 DIRECTIONS = 4  # for each tensor of fakes; some may tell nothing
@@ -49,7 +49,8 @@ def check_gradients(
     Everything is copied first, and read in float64, so nothing of yours changes. Random numbers are
     replayed from one state, so that dropout passes. With ``stop_gradient`` differences are taken at
     one theta_D^1..K. It costs 30 to 140 evaluations of the loss for each tensor of fakes (most
-    where nothing can be told): call it once, on a small batch, before training.
+    where nothing can be told): call it once, on a small batch, before training. A cache outside of
+    D that a first call fills (a global, an ``lru_cache``) is filled in float64: call D before.
 
     Args:
         loss: The unrolled loss.
@@ -257,7 +258,8 @@ class Check:
             if game.discriminator.parameters[name]._backward_hooks
         }
         if (transform := loss.transform_gradients) is not None:
-            stages["transform_gradients="] = lambda: transform(dict(gradients))
+            name = "transform_gradients"
+            stages["transform_gradients="] = lambda: mapped(name, transform, gradients)
         stages["the optimizer's update"] = partial(updated, replace(game, project=None))
         stages["project="] = partial(updated, game)
         for what, stage in stages.items():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unroll._diagnostics.report import Report
+from unroll._diagnostics.report import Report, unclear
 from unroll._diagnostics.step_record import TOLERANCE, Call, Numbers, norm
 from unroll._functional import Pair
 from unroll._objectives import ON_LOGITS, Criterion, LeastSquares, Losses, Minimax, NonSaturating
@@ -32,12 +32,17 @@ def judged(calls: Iterable[Call]) -> Report:
     for number, call in enumerate(calls, 1):
         before = before or call.settings
         words = words or [*_changes(before, call.settings)][:1]
-        counts += call.counts
+        counts += [] if call.skipped else call.counts
         if any(call.counts):
             scales.append((norm(call.real), norm(call.ours)))
             if first is None:
                 error = max(error, call.error)
                 first = (number, call) if call.wrong or not call.telling else None
+    if not counts:
+        return unclear(
+            "`step` takes no step of the optimizer, as a GradScaler does where gradients are not "
+            "finite. Ask after some steps of training, when it has found its scale"
+        )
     if set(counts) != {1}:
         each = counts if len(set(counts)) > 1 else counts[:1]
         taken = f"{', '.join(map(str, each))} steps" if any(counts) else "no step"

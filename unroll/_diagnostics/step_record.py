@@ -56,6 +56,9 @@ class Call:
         with _observed(optimizers, module) as (self.counts, reached, held):
             # As for an objective: a penalty may differentiate in the fakes.
             step(*map_tensors(torch.clone, (differentiable(self.pair[0]), self.pair[1])))
+        then = [p.grad for p in module.parameters() if p.is_leaf and p.grad is not None]
+        finite = all(bool(g.isfinite().all()) for g in then)
+        self.skipped = not finite and not any(self.counts)  # by a GradScaler
         states = self.random, drawn, every_random_state(self.device)
         self.drew = len({repr([*map(Tensor.tolist, tensors(s[0])), *s[1:]]) for s in states}) > 1
         self.strangers = [str(tuple(t.shape)) for t, old in aside if t._version != old]
