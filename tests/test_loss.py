@@ -577,3 +577,16 @@ def test_a_data_parallel_d_is_unwrapped(wrapper: Any) -> None:
     wanted = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2)(leaf(fake), real)
     got = UnrolledGeneratorLoss(wrapper(d), optimizer, unroll_steps=2)(leaf(fake), real)
     assert torch.equal(got, wanted)
+
+
+def test_minibatches_may_be_slots_of_one_buffer() -> None:
+    d, ((fake, real),), slots = small(), batches(1), randn(3, 6, 4)
+    loss = UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=3)
+
+    def filled() -> Iterator[tuple[Tensor, Tensor]]:
+        for slot in slots.clone():
+            yield fake, slot.mul_(1)
+
+    pairs = [(fake, slot) for slot in slots]
+    wanted, found = (loss.unroll(fake, real, minibatches=m).losses for m in (pairs, filled()))
+    assert torch.equal(wanted, found)

@@ -195,8 +195,8 @@ MORE: dict[str, Row] = {
         d=_hooked,
     ),
     "a buffer in a list": Row(
-        ValueError,
-        r"discriminator: 'counts' holds the buffer 'count'.*has a copy\. Read the buffer itself",
+        RuntimeError,
+        r"discriminator: the buffer 'count' is changed in a list.*a copy\. Change the buffer",
         d=Listing,
     ),
     "a buffer that minibatches fill again": Row(

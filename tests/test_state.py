@@ -699,3 +699,51 @@ def test_functions_with_a_memory_are_given_back() -> None:
     loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=3, transform_gradients=clip)
     assert len({loss(fake, real).item() for _ in range(3)}) == 1
     assert clip.norms == [0.3, 0.5]
+
+
+class Owner:
+    """A game that holds its own loss, a lazy layer, a cycle and what is no plain container."""
+
+    def __init__(self, d: nn.Module, optimizer: Any) -> None:
+        self.lazy = nn.LazyLinear(2).to(DEVICE, torch.float64)
+        self.ring: dict[str, Any] = {}
+        self.pair = torch.ones(2), self.ring
+        self.ring["pair"], self.size = self.pair, torch.Size([2, 3])
+        self.words = tuple(str(i) for i in range(2000))
+        self.loss = UnrolledGeneratorLoss(d, optimizer, self, unroll_steps=3)
+
+    def discriminator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+        assert d
+        of_lazy: Tensor = self.lazy(fake).square().mean()
+        return Minimax().discriminator_loss(d, fake, real) + of_lazy
+
+    def generator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+        loss: Tensor = -d(fake).mean()
+        return loss
+
+
+@pytest.mark.plain
+def test_an_objective_may_hold_anything() -> None:
+    d = tanh_net()
+    game = Owner(d, torch.optim.SGD(d.parameters(), 0.3))
+    pair, words = game.pair, game.words
+    for _ in range(2):
+        game.loss(fakes(), randn(5, 3))
+        assert game.loss.discriminator_losses.shape == (3,)
+    assert game.pair is pair
+    assert game.words is words
+
+
+def test_many_layers_are_given_back_too() -> None:
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    counting = Counting(3, 1)
+    d = nn.Sequential(*[nn.Identity() for _ in range(1100)], counting).to(DEVICE, torch.float64)
+    optimizer = torch.optim.SGD(d.parameters(), 0.3)
+    UnrolledGeneratorLoss(d, optimizer, unroll_steps=2)(fakes(), randn(5, 3))
+    assert counting.calls == 0

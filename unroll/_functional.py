@@ -11,28 +11,27 @@ import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
-from functools import wraps
-from operator import is_
+from operator import getitem, is_
 from threading import Lock, RLock
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from unroll._autograd_fixes import right_derivatives, stance
 
-F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R")
 Batch = Any
 Pair = tuple[Batch, Batch]  # (fake, real)
 LARGE = 1000  # entries: a forward pass fills small containers, a vocabulary would take long to copy
 # None of them refuses changes.
 CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
+_WALKED = (*CONTAINERS, tuple, nn.Module, SpectralNorm)  # and subclasses, of which few are
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -71,21 +70,8 @@ def views(batch: Batch) -> Batch:
     return map_tensors(lambda t: t.view_as(t) if t.requires_grad else t.detach(), batch)
 
 
-def outside_compiled_code(method: F) -> F:
-    """Let a method run as Python inside what ``torch.compile`` traces, its own steps included."""
-
-    @wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the decorator itself imports the compiler: seconds
-            disable: Any = torch.compiler.disable
-            return disable(method)(*args, **kwargs)
-        return method(*args, **kwargs)
-
-    return cast(F, run)
-
-
-def _of_module(method: str) -> Callable[..., Any]:
-    return lambda self, *args: getattr(self._module, method)(*args)
+def _of_module(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args: function(self._module, *args)
 
 
 class FunctionalDiscriminator:
@@ -121,7 +107,8 @@ class FunctionalDiscriminator:
         setattr(self._module, name, value)
 
     # As of an nn.Sequential; Python looks for these in the class alone.
-    __getitem__, __len__, __iter__ = map(_of_module, ("__getitem__", "__len__", "__iter__"))
+    __getitem__, __len__, __iter__ = (_of_module(f) for f in (getitem, len, iter))
+    __bool__ = _of_module(lambda module: module is None or bool(module))
 
 
 class Functional:
@@ -234,22 +221,29 @@ def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
     found = held(module, also, most=LARGE)
     modules = [value for value, _ in found if isinstance(value, nn.Module)]
     own = {id(p) for part in modules for p in part._parameters.values()}
-    buffers = {id(part._buffers) for part in module.modules()}  # which a look-ahead step writes
-    saved = [(held, held.copy() if held else type(held)()) for _, held in found]
+    registered = [part._buffers for part in module.modules()]  # which a look-ahead step writes
+    written = {id(buffers) for buffers in registered}
+    saved = [(content, content.copy() if content else type(content)()) for _, content in found]
     clones: dict[int, Tensor] = {}
     cache = parametrize._cache_enabled, parametrize._cache
 
-    def stand_in(tensor: Tensor) -> Tensor:
-        return tensor if id(tensor) in own else clones.setdefault(id(tensor), tensor.clone())
+    def stand_in(value: Any) -> Any:
+        if isinstance(value, Tensor) and id(value) not in own:
+            return clones.setdefault(id(value), value.clone())
+        if type(value) is tuple and len(value) <= LARGE:
+            made = tuple(map(stand_in, value))
+            return value if all(map(is_, made, value)) else made
+        return value
 
     try:
         parametrize._cache_enabled, parametrize._cache = 0, {}  # it would hold theta_D^0's weights
         for container, content in saved:
-            if isinstance(content, (dict, list, deque)) and id(container) not in buffers:
-                items = content.items() if isinstance(content, dict) else enumerate(content)
-                for key, value in items:
-                    if isinstance(value, (Tensor, tuple)) and tensors(value):
-                        container[key] = map_tensors(stand_in, value)
+            if content and type(content) not in (set, Counter) and id(container) not in written:
+                for key, value in (
+                    content.items() if isinstance(content, dict) else enumerate(content)
+                ):
+                    if isinstance(value, (Tensor, tuple)):
+                        container[key] = stand_in(value)
         for value, _ in found:
             if isinstance(value, SpectralNorm):
                 value.n_power_iterations = 0
@@ -259,6 +253,12 @@ def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
                 value.require_backward_grad_sync = value.require_forward_param_sync = False
         with stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
             yield
+        kept = {id(b): name for buffers in registered for name, b in buffers.items()}
+        if elsewhere := [kept[i] for i, c in clones.items() if i in kept and c._version]:
+            raise RuntimeError(
+                f"discriminator: the buffer {elsewhere[0]!r} is changed in a list or an attribute "
+                "that holds it, too, where a look-ahead step has a copy. Change the buffer itself."
+            )
     finally:
         put_back(saved)
         parametrize._cache_enabled, parametrize._cache = cache
@@ -269,19 +269,21 @@ def held(
 ) -> list[tuple[Any, Any]]:
     """Return modules with their attributes, and containers of ``most`` entries at most, inside."""
     found: dict[int, tuple[Any, Any]] = {}
-    stack: list[Any] = [module, *also]
+    stack: list[Any] = [*module.modules(), *also]
     roots = {id(value) for value in stack if not isinstance(value, (type, ModuleType))}
     while stack:
         value = stack.pop()
         holder = id(value) in roots or isinstance(value, (nn.Module, SpectralNorm))
         content = getattr(value, "__dict__", value) if holder else value
-        if isinstance(content, tuple):
-            stack.extend(content)
-        elif type(content) in CONTAINERS and (holder or len(content) <= most):
-            if id(content) not in found:
-                stack.extend(content.values() if isinstance(content, dict) else content)
+        lazy: Any = isinstance(value, LazyModuleMixin) and value
+        if id(content) in found or (lazy and lazy.has_uninitialized_params()):
+            continue
+        followed = type(content) in CONTAINERS or type(content) is tuple
+        if followed and (holder or len(content) <= most):
             found[id(content)] = value, content
-    return [*found.values()]
+            items = content.values() if isinstance(content, dict) else content
+            stack += [v for v in items if isinstance(v, _WALKED)]
+    return [pair for pair in found.values() if type(pair[1]) is not tuple]
 
 
 def put_back(saved: Iterable[tuple[Any, Any]]) -> None:

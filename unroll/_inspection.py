@@ -161,7 +161,8 @@ def inspect_value(module: nn.Module, value: Value, point: Point, pair: Pair) -> 
 def _refuse_unregistered(game: Game, loss: Tensor, until: Iterable[Tensor]) -> None:
     """Refuse tensors that the optimizer trains and D's loss uses, but that are no parameters."""
     others = set(game.optimizer.others)
-    used = [*ends([loss], until), *game.discriminator.buffers.values()]
+    trained = [b for b in game.discriminator.buffers.values() if b.requires_grad]
+    used = [*ends([loss], until), *trained]
     if found := [tensor for tensor in used if tensor in others]:
         shapes = ", ".join(str(tuple(t.shape)) for t in found)
         raise RuntimeError(

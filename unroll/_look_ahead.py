@@ -248,7 +248,8 @@ def after_hooks(parameter: Tensor, gradient: Tensor, name: str) -> Tensor:
                 "in backward() alone. Use parameter.register_hook, or remove it for G's step."
             ) from error
         if replaced is not None:
-            if gradient.requires_grad and not replaced.requires_grad:
+            lost = gradient.requires_grad and not replaced.requires_grad
+            if lost and bool(replaced.any()):
                 raise ValueError(outside_autograd("discriminator, a gradient hook", name))
             gradient = replaced
     return gradient

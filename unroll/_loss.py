@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unroll._autograd_fixes import recomputation_refused
-from unroll._functional import Batch, Functional, Pair, outside_compiled_code, preserved, tensors
+from unroll._functional import Batch, Functional, Pair, preserved, tensors
 from unroll._inspection import Inspection
 from unroll._look_ahead import (
     Game,
@@ -32,7 +33,7 @@ from unroll._modes.evaluated import evaluated
 from unroll._objectives import Minimax, Objective
 from unroll._optimizers import Moving, inner_optimizer
 from unroll._unrolled_discriminator import UnrolledDiscriminator, unrolled
-from unroll._validation import Mapped, assignable, checked_arguments, checked_steps, drawn
+from unroll._validation import Mapped, assignable, checked_arguments, drawn, outside_compiled_code
 
 
 class UnrolledGeneratorLoss(nn.Module):
@@ -110,7 +111,7 @@ class UnrolledGeneratorLoss(nn.Module):
             discriminator=parts[0],
             optimizer=optimizer,
             objective=objective,
-            unroll_steps=checked_steps(unroll_steps),
+            unroll_steps=assignable("unroll_steps", unroll_steps),
             stop_gradient=stop_gradient,
             average=average,
             checkpoint=checkpoint,
@@ -120,7 +121,7 @@ class UnrolledGeneratorLoss(nn.Module):
             _given=discriminator,
             _ranks=ranks,
             _parts=parts,
-            _losses=[],
+            _last=SimpleNamespace(losses=[]),
             _code=Code() if compile else None,
             _inspection=Inspection(parts, stop_gradient, checkpoint, average),
             _moving=Moving(),
@@ -144,7 +145,7 @@ class UnrolledGeneratorLoss(nn.Module):
     _parts: tuple[nn.Module, list[Any]]  # what is preserved: D, the objective's summands, functions
     _inspection: Inspection
     _moving: Moving
-    _losses: list[Tensor]
+    _last: SimpleNamespace  # what the last call found
 
     def __setattr__(self, name: str, value: object) -> None:
         """Assign K, or what ``nn.Module`` and its tools keep on a module; refuse the rest."""
@@ -228,14 +229,14 @@ class UnrolledGeneratorLoss(nn.Module):
     @property
     def discriminator_losses(self) -> Tensor:
         """D's loss before each step of the last call of :meth:`forward`: ``(K,)``, detached."""
-        return torch.stack(self._losses) if self._losses else torch.empty(0)
+        return torch.stack(self._last.losses) if self._last.losses else torch.empty(0)
 
     def _points(
         self, batch: Pair, pairs: Sequence[Pair], optimizer_state: Any = None
     ) -> tuple[Sequence[Point], Value]:
         """Return theta_D^K, or theta_D^1..K with ``average``, and f; D must be preserved."""
         if not pairs and optimizer_state is None:  # the ordinary loss, which needs no optimizer
-            vars(self).update(_losses=[])
+            self._last.losses = []
             d = Functional(self.discriminator)
             self._moving.see(d.parameters)
             point, value = start(d), generator_value(d, self.objective)
@@ -244,7 +245,7 @@ class UnrolledGeneratorLoss(nn.Module):
             return [point], value
         game, point = self._start(optimizer_state)
         points, losses = self._steps(game, point, batch, pairs, every=self.average)
-        vars(self).update(_losses=losses)
+        self._last.losses = losses
         value = generator_value(game.discriminator, self.objective)
         if self.average and self.checkpoint:
             value = checkpointed(torch.enable_grad()(value), *self._parts)

@@ -145,8 +145,11 @@ class GradientPenalty:
     def discriminator_loss(self, discriminator: Discriminator, fake: Batch, real: Batch) -> Tensor:
         """Return the penalty."""
         index = _first_floating(real, "real")
-        same_order = {key: fake[key] for key in real} if isinstance(real, Mapping) else fake
-        x, y = paired(tensors(real)[index], tensors(same_order)[index], "GradientPenalty")
+        if isinstance(real, Mapping) and isinstance(fake, Mapping):  # by names, not by order
+            fake = {key: fake[key] for key in real if key in fake}
+        found = tensors(fake)
+        y = found[index] if index < len(found) else found[_first_floating(fake, "fake")]
+        x, y = paired(tensors(real)[index], y, "GradientPenalty")
         share = torch.rand(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device)
         between = share * x + (1 - share) * y
         norms = safe_sqrt(_squared_gradient_norm(discriminator, real, index, between))

@@ -76,8 +76,10 @@ def checked_discriminator(discriminator: object) -> nn.Module:
     return module
 
 
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors of one storage have elements in common."""
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have elements in common."""
+    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        return False
     layouts = [(t.shape, t.stride(), t.storage_offset()) for t in (one, other)]
     ends = [
         offset + 1 + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
@@ -101,23 +103,16 @@ def _refuse_shared_memory(module: nn.Module) -> None:
             by_storage.setdefault(where, []).append((name, p))
     for sharing in by_storage.values():
         for (one, first), (other, second) in combinations(sharing, 2):
-            if _overlap(first, second):
+            if overlap(first, second):
                 raise ValueError(
                     f"discriminator: parameters {one!r} and {other!r} share memory, so that a step "
                     "of one moves the other, which a look-ahead step does not. Make them one "
                     "nn.Parameter, transposed where it is used, or use parametrizations."
                 )
-    buffers = {id(b): name for name, b in module.named_buffers()}
     for path, layer in module.named_modules():
         for key, t in _kept(layer):
-            if id(t) in buffers and key not in ("_buffers", *layer._buffers):
-                raise ValueError(
-                    f"discriminator: {f'{path}.{key}'.lstrip('.')!r} holds the buffer "
-                    f"{buffers[id(t)]!r}, in whose place a look-ahead step has a copy. Read the "
-                    "buffer itself where it is used, or keep a clone."
-                )
             for name, whole in by_storage.get(t.untyped_storage().data_ptr(), ()):
-                if whole.requires_grad and not t.requires_grad and _overlap(whole, t):
+                if whole.requires_grad and not t.requires_grad and overlap(whole, t):
                     raise ValueError(
                         f"discriminator: {f'{path}.{key}'.lstrip('.')!r} shares memory with the "
                         f"parameter {name!r}, so that a step of it moves both, which a look-ahead "

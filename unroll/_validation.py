@@ -6,10 +6,11 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,24 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unroll._functional import Batch, Pair, tensors
 from unroll._penalties import summands
-from unroll._supported import checked_discriminator
+from unroll._supported import checked_discriminator, overlap
 
+F = TypeVar("F", bound=Callable[..., Any])
 # What project= and transform_gradients= are: functions from named tensors to named tensors.
 Mapped = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+
+
+def outside_compiled_code(method: F) -> F:
+    """Let a method run as Python inside what ``torch.compile`` traces, its own steps included."""
+
+    @wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the decorator itself imports the compiler: seconds
+            disable: Any = torch.compiler.disable
+            return disable(method)(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return cast(F, run)
 
 
 def checked_arguments(
@@ -123,7 +138,8 @@ def drawn_minibatches(minibatches: Iterable[Pair], steps: int) -> list[Pair]:
         pairs.append((pair[0], pair[1]))
         versions.append([t._version for t in tensors(pairs[-1])])
     for k, (pair, version) in enumerate(zip(pairs, versions, strict=True)):
-        if [t._version for t in tensors(pair)] != version:
+        moved = [t for t, v in zip(tensors(pair), version, strict=True) if t._version != v]
+        if any(overlap(t, later) for t in moved for later in tensors(pairs[k + 1 :])):
             raise ValueError(
                 "minibatches: must yield tensors of their own, since all pairs are drawn before "
                 f"the first step; item {k} was changed while later ones were drawn. Yield clones "
@@ -213,7 +229,7 @@ def mapped(argument: str, function: Mapped, given: Mapping[str, Tensor]) -> dict
     clones = {name: value.clone() for name, value in given.items()}
     # Compiled code has been compared with an eager step.
     watched = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    histories = {n: (c.grad_fn, c._version) for n, c in clones.items()} if watched else {}
+    histories = {name: clone.grad_fn for name, clone in clones.items()} if watched else {}
     found = function(clones)
     if not isinstance(found, Mapping) or found.keys() != given.keys():
         got = list(found) if isinstance(found, Mapping) else type(found).__name__
@@ -233,11 +249,9 @@ def mapped(argument: str, function: Mapped, given: Mapping[str, Tensor]) -> dict
                 f"{tuple(given[name].shape)} and left with {tuple(value.shape)}."
             )
         if watched and given[name].requires_grad:
-            tracked, (history, version) = value.requires_grad, histories[name]
-            if (
-                tracked and value.grad_fn is history
-            ):  # not changed, or under no_grad or through .data
-                tracked = value._version == version and same(value, given[name])
+            tracked = value.requires_grad or not bool(value.any())
+            if value.grad_fn is histories[name]:  # not changed, or under no_grad or through .data
+                tracked = same(value, given[name])
             if not tracked:
                 raise ValueError(outside_autograd(argument, name))
     return dict(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count, groupby
 from types import FunctionType
@@ -214,10 +214,11 @@ class Code:
                     )
                     before = point.optimizer_state
                     moved, after = update(game, theta, gradients, before, settings)
-                kept = [
-                    vars(part) for part in (*module.modules(), *also) if hasattr(part, "__dict__")
-                ]
-                found.append((form(kept), tensors((loss, moved, after, buffers))))
+                parts = [p for p in (*module.modules(), *also) if hasattr(p, "__dict__")]
+                kept: Any = None
+                with suppress(RecursionError):  # of a dict that holds itself
+                    kept = form([vars(part) for part in parts])
+                found.append((kept, tensors((loss, moved, after, buffers))))
         (attributes, values), (attributes_then, values_then) = found
         close = same if device.type == "cpu" else partial(torch.allclose, equal_nan=True)
         if attributes != attributes_then or not all(map(close, values, values_then)):
