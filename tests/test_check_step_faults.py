@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 import unroll
-from tests.settings import DEVICE
+from tests.settings import DEVICE, randn
 from tests.test_check_step import OPTIMIZERS, Step, batch, net, plain, trained
 from tests.verification.planted import FAULTS
 from tests.verification.self_check import answer, failures
@@ -332,3 +332,22 @@ class Sure:
     def discriminator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
         value: Tensor = torch.relu(1 - discriminator(real)).mean()
         return value + torch.relu(1 - discriminator(fake)).mean()
+
+
+def test_a_change_between_backward_and_step_is_said_to_be_before_the_step() -> None:
+    d = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).to(DEVICE, torch.float64)
+    optimizer = torch.optim.SGD(d.parameters(), 0.1)
+    loss = unroll.UnrolledGeneratorLoss(d, optimizer, unroll_steps=2)
+
+    def step(fake: Tensor, real: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.discriminator_loss(fake, real).backward()
+        with torch.no_grad():
+            for p in d.parameters():
+                p.mul_(0.9)
+        optimizer.step()
+
+    report = unroll.check_step(loss, step, randn(16, 2), randn(16, 2))
+    assert report.verdict == "wrong"
+    assert "before the optimizer's step" in report.suspicions[0]
+    assert not any("after the optimizer's step" in text for text in report.suspicions)

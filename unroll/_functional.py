@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -31,7 +30,7 @@ Pair = tuple[Batch, Batch]  # (fake, real)
 LARGE = 1000  # entries: a forward pass fills small containers, a vocabulary would take long to copy
 # None of them refuses changes.
 CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
-_WALKED = (*CONTAINERS, tuple, nn.Module, SpectralNorm)  # and subclasses, of which few are
+_FOLLOWED = CONTAINERS | {tuple}
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -219,10 +218,8 @@ _locks_guard = Lock()
 @contextmanager
 def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
     found = held(module, also, most=LARGE)
-    modules = [value for value, _ in found if isinstance(value, nn.Module)]
-    own = {id(p) for part in modules for p in part._parameters.values()}
-    registered = [part._buffers for part in module.modules()]  # which a look-ahead step writes
-    written = {id(buffers) for buffers in registered}
+    own = {id(p) for m, _ in found if isinstance(m, nn.Module) for p in m._parameters.values()}
+    written = {id(m._buffers): m._buffers for m in module.modules()}  # by a look-ahead step
     saved = [(content, content.copy() if content else type(content)()) for _, content in found]
     clones: dict[int, Tensor] = {}
     cache = parametrize._cache_enabled, parametrize._cache
@@ -253,7 +250,7 @@ def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
                 value.require_backward_grad_sync = value.require_forward_param_sync = False
         with stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
             yield
-        kept = {id(b): name for buffers in registered for name, b in buffers.items()}
+        kept = {id(b): name for buffers in written.values() for name, b in buffers.items()}
         if elsewhere := [kept[i] for i, c in clones.items() if i in kept and c._version]:
             raise RuntimeError(
                 f"discriminator: the buffer {elsewhere[0]!r} is changed in a list or an attribute "
@@ -275,14 +272,17 @@ def held(
         value = stack.pop()
         holder = id(value) in roots or isinstance(value, (nn.Module, SpectralNorm))
         content = getattr(value, "__dict__", value) if holder else value
-        lazy: Any = isinstance(value, LazyModuleMixin) and value
-        if id(content) in found or (lazy and lazy.has_uninitialized_params()):
+        lazy = holder and getattr(value, "has_uninitialized_params", bool)()
+        if id(content) in found or lazy or type(content) not in _FOLLOWED:
             continue
-        followed = type(content) in CONTAINERS or type(content) is tuple
-        if followed and (holder or len(content) <= most):
+        if holder or len(content) <= most:
             found[id(content)] = value, content
             items = content.values() if isinstance(content, dict) else content
-            stack += [v for v in items if isinstance(v, _WALKED)]
+            for item in items:
+                if type(item) in CONTAINERS and not item:  # most of a module's are empty
+                    found[id(item)] = item, item
+                elif type(item) in CONTAINERS or isinstance(item, (tuple, nn.Module, SpectralNorm)):
+                    stack.append(item)
     return [pair for pair in found.values() if type(pair[1]) is not tuple]
 
 

@@ -21,6 +21,10 @@ REMEDY = "Train D by loss.discriminator_loss(fake, real), or pass the objective 
 CLIPS = (
     "the loop clips the gradients by {0}, to {1:.4g}: pass transform_gradients=unroll.{2}({1:.4g})."
 )
+_EARLY = (
+    "`step` changes {0} before the optimizer's step (a clip?). Do it after the step, and give it "
+    "to the look-ahead as project=."
+)
 
 
 def judged(calls: Iterable[Call]) -> Report:
@@ -88,10 +92,7 @@ def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[
     if call.off and not norm(call.real):
         words.append("no gradient reaches the optimizer's step. Is it zeroed after backward?")
     elif call.off and call.early:
-        words.append(
-            f"`step` changes {listed(call.early)} before the optimizer's step (a clip?). Do it "
-            "after the step, and give it to the look-ahead as project=."
-        )
+        words.append(_EARLY.format(listed(call.early)))
     elif call.off and (named := "".join(call.sigmoid) or _other_game(call, scales)):
         words.append(named)
     else:
@@ -126,6 +127,8 @@ def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[
             f"the optimizer's state ({listed({k for k, _ in call.state})}) differs, though the "
             "gradients agree: `step` changes it, or its class takes another step."
         )
+    elif call.early and not call.off:
+        words.append(_EARLY.format(listed(call.early)))
     elif changed := [n for n in call.moved if n not in (*outside, *call.zeros)]:
         words.append(
             f"`step` changes {listed(changed)} after the optimizer's step (weight clipping, a "

@@ -75,7 +75,7 @@ def _values_and_derivatives(
     derivatives, which = list[Tensor](), iter(meant or [True] * len(values))
     for outputs in (parameters, state):
         # Of theta_D^{k+1} alone, round-off may be all there is (Adam's first step): so twice.
-        seeded = [t for t in outputs if next(which) and t.grad_fn is not None]
+        seeded = [t for t in outputs if next(which) and t.requires_grad]
         if seeded:
             seeds = [
                 torch.arange(t.numel(), dtype=t.dtype, device=t.device).cos().view(t.shape)

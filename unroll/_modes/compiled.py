@@ -27,6 +27,7 @@ from unroll._random import random_state, replayed, set_random_state
 from unroll._validation import same, warn
 
 _codes = count()
+_NOTHING = torch.empty(0)
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
@@ -113,7 +114,8 @@ class Code:
         state, inputs = game.optimizer.as_inputs(point.optimizer_state, settings, self._varying)
         start = point._replace(optimizer_state=state)
         structure = form(state) if game.optimizer.traceable else None
-        key = game.discriminator.layers, game.moving, structure
+        batch = form(map_tensors(lambda _: _NOTHING, run[0]))  # D may use others for another form
+        key = game.discriminator.layers, game.moving, structure, batch
         reached = self._reached.get(key)
         if reached and not self._given_up:
             device = next(iter(point.parameters.values())).device
@@ -131,6 +133,8 @@ class Code:
                 self._compared = self._serves = True
                 return found
             except Exception as error:  # a backend may raise anything; the eager step goes on
+                set_random_state(before, device)
+                step(point, run[0], settings)  # an error of the user's passes through
                 set_random_state(before, device)
                 if self._serves and self._lengths:
                     self._lengths = False  # such as dropout, in torch.func: every length anew
