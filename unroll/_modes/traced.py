@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from unroll._autograd_fixes import right_derivatives
-from unroll._functional import FunctionalDiscriminator, Pair
-from unroll._objectives import Objective
+from unroll._functional import Pair
+from unroll._objectives import Discriminator, Objective
 from unroll._optimizers import InnerOptimizer
 from unroll._penalties import Sum
 from unroll._validation import Mapped, mapped
@@ -27,7 +27,7 @@ class Traceable:
 
     def __call__(
         self,
-        function: Callable[[FunctionalDiscriminator], Any],
+        function: Callable[[Discriminator], Any],
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
     ) -> tuple[Any, dict[str, Tensor]]:
@@ -38,8 +38,17 @@ class Traceable:
             left.update({name: buffer.clone() for name, buffer in left.items()})
             return functional_call(self.module, ({**parameters}, left), args, kwargs)
 
+        # As FunctionalDiscriminator, which torch 2.7 cannot trace.
+        def unpacking(*args: Any, **kwargs: Any) -> Any:
+            if len(args) == 1 and not kwargs:
+                if isinstance(args[0], Mapping):
+                    return forward(**args[0])
+                if isinstance(args[0], tuple):
+                    return forward(*args[0])
+            return forward(*args, **kwargs)
+
         with right_derivatives():
-            return function(FunctionalDiscriminator(forward)), left
+            return function(unpacking), left
 
 
 @dataclass(frozen=True)
