@@ -6,7 +6,6 @@ A batch is a tensor ``(N, ...)`` for ``D(x)``, a tuple for ``D(*x)`` or a mappin
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -217,7 +216,7 @@ _locks_guard = Lock()
 
 @contextmanager
 def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
-    found = held(module, also, most=LARGE)
+    found = _held(module, also)
     own = {id(p) for m, _ in found if isinstance(m, nn.Module) for p in m._parameters.values()}
     written = {id(m._buffers): m._buffers for m in module.modules()}  # by a look-ahead step
     saved = [(content, content.copy() if content else type(content)()) for _, content in found]
@@ -261,10 +260,8 @@ def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
         parametrize._cache_enabled, parametrize._cache = cache
 
 
-def held(
-    module: nn.Module, also: Iterable[object] = (), *, most: float = math.inf
-) -> list[tuple[Any, Any]]:
-    """Return modules with their attributes, and containers of ``most`` entries at most, inside."""
+def _held(module: nn.Module, also: Iterable[object]) -> list[tuple[Any, Any]]:
+    """Return modules with their attributes, and containers of ``LARGE`` entries at most, inside."""
     found: dict[int, tuple[Any, Any]] = {}
     stack: list[Any] = [*module.modules(), *also]
     roots = {id(value) for value in stack if not isinstance(value, (type, ModuleType))}
@@ -275,7 +272,7 @@ def held(
         lazy = holder and getattr(value, "has_uninitialized_params", bool)()
         if id(content) in found or lazy or type(content) not in _FOLLOWED:
             continue
-        if holder or len(content) <= most:
+        if holder or len(content) <= LARGE:
             found[id(content)] = value, content
             items = content.values() if isinstance(content, dict) else content
             for item in items:
