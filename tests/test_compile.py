@@ -10,6 +10,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -471,6 +472,25 @@ def test_a_backend_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(backend, "generated", broken)
     falls_back(head(), "no compiler")
+
+
+def test_the_compiler_is_waited_for_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.async_compile import AsyncCompile
+
+    waited: list[Any] = []
+    compiler: Any = AsyncCompile
+    monkeypatch.setattr(compiler, "wait", lambda _, scope: waited.append(scope))
+    before = compiler.wait
+    with pytest.raises(OSError, match="no compiler"), backend.compiling_meanwhile():
+        compiler.wait(None, "ours")
+        assert waited == []
+        other = Thread(target=compiler.wait, args=(None, "of another thread"))
+        other.start()
+        other.join()
+        assert waited == ["of another thread"]
+        raise OSError("no compiler")
+    assert waited == ["of another thread", "ours"]
+    assert compiler.wait is before
 
 
 def test_a_private_name_of_torch_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
