@@ -22,7 +22,7 @@ from tests.players import (
     tanh_net,
     train,
 )
-from tests.settings import DEVICE
+from tests.settings import DEVICE, not_on_the_oldest
 from unroll import Minimax, UnrolledGeneratorLoss
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -207,7 +207,7 @@ def test_a_tensor_lr_that_changes_in_place() -> None:
         assert_close(ahead.parameters, {n: p.detach() for n, p in d.named_parameters()}, 1e-12)
 
 
-@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("shape", [(), pytest.param((1,), marks=not_on_the_oldest)])
 def test_tensor_betas(shape: tuple[int, ...]) -> None:
     ((fake, real),) = batches(1)
     d = deep()

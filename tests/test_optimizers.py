@@ -14,6 +14,7 @@ import unroll
 from tests import oracles
 from tests.games import Game
 from tests.players import LR, TORCH, batches, deep, train
+from tests.settings import OLDEST, not_on_the_oldest
 from tests.test_live import TOLERANCE, assert_close, looked_ahead, pair_of
 from unroll._optimizers.rules import RULES
 
@@ -224,6 +225,8 @@ def test_after_load_state_dict(name: str, saved: torch.dtype, loaded: torch.dtyp
 @pytest.mark.filterwarnings("ignore:optimizer. holds no")
 @pytest.mark.parametrize("cls", FAMILIES)
 def test_a_param_group_added_after_the_loss_was_made(cls: Any) -> None:
+    if OLDEST and cls is torch.optim.Adagrad:
+        pytest.skip("torch 2.7 makes no state for the new group")
     (pair,) = batches(1)
     torch.manual_seed(0)
     d = deep()
@@ -246,6 +249,7 @@ def test_where_the_rule_changes_with_the_step_count(name: str, warm: int) -> Non
     assert_real_steps(looked_ahead(d, optimizer, 3).unroll(*pair), d, optimizer, pair, 3)
 
 
+@not_on_the_oldest
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("cls", FAMILIES)
 def test_a_tensor_lr_of_another_shape_and_type(cls: Any, dtype: torch.dtype) -> None:
