@@ -269,6 +269,40 @@ def test_layers_that_are_not_registered() -> None:
     assert all(map(torch.equal, before, theta))
 
 
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(8), nn.Dropout(0.5)], ids=["norm", "dropout"])
+def test_another_mode_at_the_call(layer: nn.Module) -> None:
+    d = net(layer, nn.Tanh()).to(DEVICE)
+    optimizer = torch.optim.Adam(d.parameters(), 1e-2)
+    loss = Loss(d, optimizer, unroll.Hinge(), unroll_steps=2)
+    once = plain(loss)
+
+    def step(fake: Tensor, real: Tensor) -> None:
+        d.train()
+        once(fake, real)
+
+    for _ in range(3):
+        step(batch(), batch() + 1)
+    assert unroll.check_step(loss, step, batch(), batch() + 1).ok
+    d.eval()
+    wrong(loss, step, r"^D's layers '(BatchNorm1d|Dropout)' are in another mode")
+
+
+def test_an_optimizer_that_trains_another_discriminator_too() -> None:
+    """CycleGAN's: the steps of this one are those of the look-ahead."""
+    d, other = net().to(DEVICE), net().to(DEVICE)
+    optimizer = torch.optim.Adam([*d.parameters(), *other.parameters()], 1e-3)
+    objective = unroll.Criterion(nn.MSELoss())
+    loss = Loss(d, optimizer, objective, unroll_steps=2)
+
+    def step(fake: Tensor, real: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.discriminator_loss(fake, real).backward()
+        objective.discriminator_loss(other, real, fake).backward()
+        optimizer.step()
+
+    assert unroll.check_step(loss, step, batch(), batch() + 1).ok
+
+
 def test_another_optimizer_than_that_of_the_loss() -> None:
     d = net().to(DEVICE)
     loss, other = (Loss(d, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=2) for _ in range(2))

@@ -53,7 +53,8 @@ def check_step(
     they were, bit for bit, also where ``step`` raises.
 
     It does not see what ``step`` is not part of: an update of D elsewhere in the loop, a second
-    step on other samples, an autocast around one of the two (call it under the loop's own).
+    step on other samples, an autocast around one of the two (call it under the loop's own). Call
+    it with D in the mode that it has at the generator's step.
 
     Args:
         loss: The unrolled loss.

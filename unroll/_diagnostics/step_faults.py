@@ -21,6 +21,10 @@ REMEDY = "Train D by loss.discriminator_loss(fake, real), or pass the objective 
 CLIPS = (
     "the loop clips the gradients by {0}, to {1:.4g}: pass transform_gradients=unroll.{2}({1:.4g})."
 )
+_MODES = (
+    "D's layers {0} are in another mode (training, evaluation) in `step` than before it, where the "
+    "look-ahead takes its steps in theirs. Call D.train() before the loss, or D.eval() in `step`."
+)
 _EARLY = (
     "`step` changes {0} before the optimizer's step (a clip?). Do it after the step, and give it "
     "to the look-ahead as project=."
@@ -80,6 +84,8 @@ def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[
     if not call.telling:
         reason = "D's gradients are round-off or not finite here (is D too sure? too coarse?)."
         return [reason], False
+    if call.modes:
+        return [_MODES.format(listed({type(layer).__name__ for layer in call.modes}))], True
     words: list[str] = []
     if call.strangers:
         words.append(

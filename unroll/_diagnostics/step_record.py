@@ -12,16 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 from torchopt.pytree import tree_leaves
 
 from unroll._functional import Pair, map_tensors, preserved, tensors
-from unroll._look_ahead import Gradients, differentiable, inner_step, update
+from unroll._look_ahead import (
+    Gradients,
+    differentiable,
+    differentiate,
+    inner_step,
+    leaves,
+    update,
+)
 from unroll._loss import UnrolledGeneratorLoss
 from unroll._modes.comparison import perturbed
 from unroll._objectives import Objective
-from unroll._probes import probabilities
+from unroll._probes import ends, probabilities
 from unroll._random import every_random_state, set_every_random_state
 
 TOLERANCE = 1e-4  # relative, beyond round-off
@@ -41,6 +50,9 @@ class Call:
         with preserved(*loss._parts), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the next look-ahead says it again
             self.game, self.point = loss._start(None)
+            at_start = leaves(self.point.parameters, self.game.moving)
+            d_loss, *_ = differentiate(self.game, at_start, self.point.buffers, self.pair, False)
+            used = set(ends([d_loss], tensors(self.pair)))
         self.start, optimizer = double(self.point.parameters), self.game.optimizer
         settings = optimizer.settings
         settings = settings if isinstance(loss.optimizer, list) else [settings]
@@ -52,10 +64,15 @@ class Call:
         set_every_random_state(self.random, self.device)
         grads = {n: p.grad for n, p in module.named_parameters() if p.is_leaf}
         self.left = double({n: g for n, g in grads.items() if g is not None})
-        aside = [(t, t._version) for t in optimizer.others]
-        with _observed(optimizers, module) as (self.counts, reached, held):
+        aside = [(t, t._version) for t in optimizer.others if t in used]
+        layers = [m for m in module.modules() if isinstance(m, (_DropoutNd, _NormBase))]
+        modes = [layer.training for layer in layers]
+        with _observed(optimizers, module) as (self.counts, reached, held, in_step):
             # As for an objective: a penalty may differentiate in the fakes.
             step(*map_tensors(torch.clone, (differentiable(self.pair[0]), self.pair[1])))
+        others = zip(layers, modes, map(in_step.get, layers), strict=True)
+        # Layers in another mode in `step`: norms that differ show in the gradients.
+        self.modes = [layer for layer, mode, then in others if then is not None and then != mode]
         then = [p.grad for p in module.parameters() if p.is_leaf and p.grad is not None]
         finite = all(bool(g.isfinite().all()) for g in then)
         self.skipped = not finite and not any(self.counts)  # by a GradScaler
@@ -100,7 +117,9 @@ class Call:
             self.state = _differing(wanted, actual, _sizes(before, 4 * eps))
             if not self.off:
                 self.error = max(self.error, _relative(ours, real))
-        self.wrong = bool(self.off or self.strangers or self.moved or self.state)
+        if not self.off:
+            self.modes = [layer for layer in self.modes if isinstance(layer, _DropoutNd)]
+        self.wrong = bool(self.off or self.strangers or self.moved or self.state or self.modes)
 
     def gradients(
         self,
@@ -146,14 +165,15 @@ def _rounding_otherwise() -> RemovableHandle:
 @contextmanager
 def _observed(
     optimizers: Sequence[Any], module: nn.Module
-) -> Iterator[tuple[list[int], dict[str, Tensor], Numbers]]:
-    """Count the steps of each optimizer; record what reaches the first: gradients, parameters.
+) -> Iterator[tuple[list[int], dict[str, Tensor], Numbers, dict[nn.Module, bool]]]:
+    """Count the steps of each optimizer; record gradients and parameters at the first, and modes.
 
     Parameters alone hide a loss's scale.
     """
     counts = [0] * len(optimizers)
     gradients: dict[str, Tensor] = {}
     parameters: Numbers = {}
+    modes: dict[nn.Module, bool] = {}
 
     def looking(i: int, closure: Any = None) -> Any:
         value = closure() if closure else None  # which brings the gradients
@@ -166,6 +186,7 @@ def _observed(
                 if p.grad is not None:
                     gradients[name] = p.grad.clone() if scale is None else p.grad / scale
             parameters.update(double(held))
+            modes.update((part, part.training) for part in module.modules())
         return value
 
     def hook(i: int, _: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -184,7 +205,7 @@ def _observed(
             else:
                 stack.callback(vars(one).pop, "step")
                 one.step = partial(stepping, i, one.step)
-        yield counts, gradients, parameters
+        yield counts, gradients, parameters, modes
 
 
 def _live_state(optimizer: Any, named: Mapping[str, Tensor]) -> Any:

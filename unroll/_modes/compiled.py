@@ -227,8 +227,9 @@ class Code:
         close = same if device.type == "cpu" else partial(torch.allclose, equal_nan=True)
         if attributes != attributes_then or not all(map(close, values, values_then)):
             self._give_up(
-                "D, the objective or another function of yours keeps state in attributes, which "
-                "compiled code would not see (register buffers)"
+                "D, the objective or another function of yours keeps state in attributes, or draws "
+                "from Python's or NumPy's generator, which compiled code would not see (register "
+                "buffers, draw from torch's)"
             )
         if buffers.keys() != point.buffers.keys():
             self._give_up("D makes or drops a buffer as it runs")
