@@ -1,6 +1,7 @@
 """What the first call finds in D and in the objective: refused by name, or no mistake."""
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -36,6 +37,28 @@ def test_a_parameter_in_a_plain_list_is_refused() -> None:
             fakes(), randn(5, 3)
         )
     assert d.layer.weight.grad is None
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_the_search_draws_nothing_of_pythons_generator(k: int) -> None:
+    """D flips its input now and then, as augmentations do."""
+
+    class Flipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.layer(random.random() * x)
+            return output
+
+    d = Flipping().to(DEVICE).double()
+    loss = UnrolledGeneratorLoss(d, torch.optim.SGD(d.parameters(), lr=0.3), unroll_steps=k)
+    fake, real, values = fakes(), randn(5, 3), []
+    for _ in range(2):
+        random.seed(0)
+        values.append(loss(fake, real))
+    assert values[0] == values[1]
 
 
 def test_a_detached_look_ahead_is_searched_for_itself() -> None:

@@ -35,7 +35,7 @@ from unroll._probes import (
     read_elsewhere,
     without_derivative,
 )
-from unroll._random import random_state, replayed
+from unroll._random import every_random_state, set_every_random_state
 from unroll._validation import same, warn
 
 DETACHED_FAKES = (
@@ -107,9 +107,12 @@ class Inspection:
     def _leaving_nothing_behind(self) -> Iterator[None]:
         """Let D be run: random numbers are drawn again afterwards, and D is preserved."""
         device = next(self.parts[0].parameters()).device
-        replaying = replayed(random_state(device), device)
-        with replaying, preserved(*self.parts), probabilities(*self.parts) as found:
-            yield
+        state = every_random_state(device)
+        try:
+            with preserved(*self.parts), probabilities(*self.parts) as found:
+                yield
+        finally:
+            set_every_random_state(state, device)
         for text in found:
             warn(text)
 

@@ -29,7 +29,7 @@ def set_random_state(state: RandomState, device: torch.device) -> None:
 
 
 def every_random_state(device: torch.device) -> tuple[RandomState, Any, Any]:
-    """Return the states of torch's, Python's and NumPy's global generators, for the self-checks."""
+    """Return the states of torch's, Python's and NumPy's global generators."""
     numpy = sys.modules.get("numpy")
     return random_state(device), random.getstate(), numpy and numpy.random.get_state()
 
