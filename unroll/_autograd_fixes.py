@@ -168,7 +168,7 @@ def _group_norm(
     return _by_channel(y, weight, bias).to(output.dtype)
 
 
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """PyTorch's double backward holds the norm of ``v`` constant."""
     kept = dim if dim == -1 else dim % v.dim()  # -1 means one norm over all of v
     dims = [d for d in range(v.dim()) if d != kept]
@@ -206,7 +206,7 @@ _NORMS: dict[Callable[..., Any], tuple[str, Callable[..., Callable[..., Tensor]]
 _TWICE: dict[Callable[..., Any], Callable[..., Any]] = {
     **{function: _norm(function, *how) for function, how in _NORMS.items()},
     F.group_norm: _group_norm,
-    torch._weight_norm: _weight_norm,
+    torch._weight_norm: weight_norm,
     F.scaled_dot_product_attention: _in_plain_operations(F.scaled_dot_product_attention),
     F.multi_head_attention_forward: _in_plain_operations(F.multi_head_attention_forward),
     **{f: _without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},

@@ -171,6 +171,12 @@ def _check_pair(pair: Pair, where: str, differentiable: bool) -> None:
         raise ValueError(
             f"{rule}; it was made in torch.inference_mode(). Run the generator outside of it."
         )
+    if fakes and not any(t.is_floating_point() or t.is_complex() for t in fakes):
+        kinds = ", ".join(sorted({str(t.dtype) for t in fakes}))
+        raise ValueError(
+            f"{rule}; its tensors are of {kinds}, which has no gradient. Pass what the generator "
+            "computes before it samples or rounds: probabilities, or F.gumbel_softmax(...)."
+        )
     if any(t.requires_grad for t in tensors(pair[1])):
         raise ValueError(
             f"{rule}; no tensor in it requires a gradient, but one in real does. Are they swapped? "

@@ -56,7 +56,10 @@ def _compared(found: Sequence[Sequence[Tensor]]) -> list[bool]:
     for ours, eager, nudged in zip(*found, strict=True):
         error, norm, noise = _norm(ours - eager), _norm(eager), _norm(nudged - eager)
         if not error <= 1e-3 * norm + 10 * noise:
-            raise RuntimeError(f"its result is off by {error:.1e} in {norm:.1e}")
+            raise RuntimeError(
+                f"the compiled step's result is off by {error:.1e} in {norm:.1e} (a derivative of "
+                "D's own, or dropout of a transposed tensor?)"
+            )
         meant.append(noise <= 0.1 * norm)
     return meant
 

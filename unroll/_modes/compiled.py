@@ -241,7 +241,7 @@ class Code:
             self._given_up = True
             warn(
                 f"compile: the look-ahead runs uncompiled, with the same result: {reason}. Set "
-                "compile=False, or change what is named."
+                "compile=False, which does the same without this warning."
             )
 
 

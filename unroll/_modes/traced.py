@@ -13,6 +13,7 @@ from torch.func import functional_call, grad_and_value
 
 from unroll._autograd_fixes import right_derivatives
 from unroll._functional import Pair
+from unroll._modes.backend import out_of_penalty
 from unroll._objectives import Discriminator, Objective
 from unroll._optimizers import InnerOptimizer
 from unroll._penalties import Sum
@@ -36,7 +37,9 @@ class Traceable:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             left.update({name: buffer.clone() for name, buffer in left.items()})
-            return functional_call(self.module, ({**parameters}, left), args, kwargs)
+            found = functional_call(self.module, ({**parameters}, left), args, kwargs)
+            left.update({name: out_of_penalty(buffer) for name, buffer in left.items()})
+            return found
 
         # As FunctionalDiscriminator, which torch 2.7 cannot trace.
         def unpacking(*args: Any, **kwargs: Any) -> Any:
