@@ -462,7 +462,7 @@ def test_a_gradient_that_the_objective_takes(by_hand: bool) -> None:
             x = real.clone().requires_grad_() if by_hand else fake
             (slope,) = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
             loss: Tensor = super().discriminator_loss(discriminator, fake, real)
-            return loss + slope.square().mean()
+            return loss.add(slope.square().mean())
 
     d = head()
     message = "use unroll.R1, R2 or GradientPenalty, otherwise torch.func.grad"

@@ -343,6 +343,11 @@ ROWS: dict[str, Row] = {
         r"fake: must carry.*one in real does\. Are they swapped\? Call loss\(fake, real\)",
         call=lambda loss, fake, real: loss(real, fake),
     ),
+    "fake of tokens": Row(
+        ValueError,
+        r"fake: must carry.*are of torch\.int64, which has no gradient\. Pass what.*probabilities",
+        call=lambda loss, fake, real: loss(fake.long(), real),
+    ),
     "fake from inference mode": Row(
         ValueError,
         r"fake: must carry.*made in torch\.inference_mode\(\)\. Run the generator outside",

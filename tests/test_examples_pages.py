@@ -75,7 +75,8 @@ def test_claims_of_no_difference_need_a_margin(
 def test_counts_and_trends(verdicts: Any) -> None:
     assert verdicts.counted("", [True] * 10).finding == "for"
     assert verdicts.counted("", [False] * 10).finding == "against"
-    assert verdicts.counted("", [True] * 5).finding == "undecided"  # p is 1/16
+    assert verdicts.counted("", [True] * 5).finding == "too few"  # p is 1/16
+    assert verdicts.counted("", [True] * 6).finding == "for"
     x, y = [0, 0, 1, 1, 3, 3], [0.0, 0.1, 1.0, 1.1, 2.0, 2.1]
     rising = verdicts.trend("", x, y, smaller=False)
     assert rising.effect == pytest.approx(1.0)

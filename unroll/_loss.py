@@ -64,7 +64,7 @@ class UnrolledGeneratorLoss(nn.Module):
             pass: activations of one step whatever K is. f_K is then differentiable once, and D and
             the objective must be the same in both runs, or an error says so. Default False.
         compile: Run the steps as code that ``torch.compile`` makes of one step and its adjoint, for
-            all K alike; f_K is then differentiable once. The first call takes 10 to 40 s. What is
+            all K alike; f_K is then differentiable once. The first call takes 10 to 60 s. What is
             not compiled runs eagerly, after a warning. Default False.
         transform_gradients: Applied to the gradients of every step, after hooks and the mean over
             ranks (:class:`unroll.ClipGradNorm`, :class:`unroll.ClipGradValue`): a function from a

@@ -19,9 +19,10 @@ def main() -> None:
     check = parser.parse_args().check
     for path in pages.all_pages():
         text = pages.filled(path)
-        if check and text != path.read_text():
+        if not check:
+            path.write_text(text)
+        elif text != path.read_text():
             sys.exit(f"{path.relative_to(pages.DOCS.parent)}: run python -m docs.tables")
-        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lab.columns import DOCS
@@ -146,7 +147,11 @@ def benchmarks(rows: Sequence[Row]) -> str:
 
     parts = []
     for kind, title, cell in (
-        ("Time", "ms a step (in brackets: of K plain steps; without: timed alone)", time),
+        (
+            "Time",
+            "ms a generator step (in brackets: of K plain steps of D; without: timed alone)",
+            time,
+        ),
         ("Memory", "peak MiB above K = 0", above_no_steps),
         ("First call", "s", lambda row: f"{float(row['first_ms']) / 1e3:.2f}"),
     ):
@@ -174,9 +179,13 @@ def compiled(rows: Sequence[Row]) -> str:
         f"differ by {worst(served)} at worst from those of uncompiled ones. torch "
         f"{rows[0]['torch']}, revision {revisions}. The others run uncompiled, after a warning:"
     )
-    others = [row for row in rows if row["compiled"] != "True"]
-    lines = [[r["discriminator"], r["optimizer"], f"`{whole_words(r['reason'])}`"] for r in others]
-    return f"{summary}\n\n{markdown(['discriminator', 'optimizer', 'reason'], lines)}"
+    reasons: dict[str, list[str]] = {}
+    for row in (row for row in rows if row["compiled"] != "True"):
+        reason = re.sub(r" by [\d.e+-]+ in [\d.e+-]+", "", row["reason"].partition(" (at ")[0])
+        optimizer = "" if row["optimizer"] == "torch Adam" else f" with {row['optimizer']}"
+        reasons.setdefault(whole_words(reason), []).append(row["discriminator"] + optimizer)
+    lines = [[f"`{reason}`", "; ".join(found)] for reason, found in reasons.items()]
+    return f"{summary}\n\n{markdown(['reason', 'discriminators'], lines)}"
 
 
 def self_checks(rows: Sequence[Row]) -> str:

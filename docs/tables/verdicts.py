@@ -24,6 +24,7 @@ TOO_SHORT, TOO_FEW, NOT_RUN = (
     f"inconclusive: {why}" for why in ("too short", "too few models", "not run")
 )
 FEWEST = 4  # models a side: with three, no rank test reaches 5 %
+FEWEST_COUNTED = 6  # models of which most are to do something: with five, no binomial test does
 RATES = "generator_lr", "learning_rate", "lr"
 
 
@@ -63,7 +64,7 @@ class Part:
         """Return "for", "against", "undecided", "too few" or "too short"."""
         if self.short:
             return "too short"
-        if min(self.counts) < FEWEST:
+        if min(self.counts) < (FEWEST_COUNTED if self.kind == "share" else FEWEST):
             return "too few"
         found = self._found()
         return "too short" if self.blurred and found != "against" else found
