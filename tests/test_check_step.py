@@ -613,3 +613,24 @@ def test_a_step_that_a_scaler_skips_is_inconclusive() -> None:
         report = unroll.check_step(loss, step, fake, real, also=[scaler])
     assert report.verdict == "inconclusive"
     assert "GradScaler" in report.suspicions[0]
+
+
+def test_state_that_is_not_given_back_is_inconclusive() -> None:
+    class Average:
+        value = 0.0
+
+    class Regularised(unroll.Hinge):
+        """As LeCam's, which keeps averages of D's outputs in an object."""
+
+        def discriminator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+            on_fake = d(fake)
+            average.value = 0.5 * average.value + 0.5 * on_fake.mean().item()
+            penalty: Tensor = (on_fake - average.value).square().mean()
+            return super().discriminator_loss(d, fake, real) + penalty
+
+    average = Average()
+    d = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+    loss = Loss(d, torch.optim.SGD(d.parameters(), lr=0.1), Regularised(), unroll_steps=3)
+    report = unroll.check_step(loss, plain(loss), torch.randn(8, 2), torch.randn(8, 2))
+    assert report.verdict == "inconclusive"
+    assert "an object of a class of your own" in report.suspicions[0]

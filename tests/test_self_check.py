@@ -180,9 +180,26 @@ def test_only_the_objective_is_named(make: Callable[[], nn.Module], build: Any) 
     report = checked(d, build(d), Relativistic())
     assert report.verdict == "wrong"
     assert report.suspicions == (
-        "the objective (or D, at K = 0 or with stop_gradient=True): its own operations have a "
-        "wrong derivative (does it detach, use .data or a straight-through estimator?)",
+        "the objective: its own operations have a wrong derivative (does it detach, use .data or "
+        "a straight-through estimator, or change D's mode between its two losses, so that one "
+        "reads the statistics that the other has moved?)",
     )
+
+
+def test_modes_that_the_objective_changes_are_named() -> None:
+    class InTwoModes(unroll.NonSaturating):
+        def discriminator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+            d.train()
+            return super().discriminator_loss(d, fake, real)
+
+        def generator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+            d.eval()
+            return super().generator_loss(d, fake, real)
+
+    d = mlp(nn.BatchNorm1d(8))
+    report = checked(d, sgd(d), InTwoModes())
+    assert report.verdict == "wrong"
+    assert "change D's mode between its two losses" in report.suspicions[0]
 
 
 def test_only_the_guilty_layer_is_named() -> None:

@@ -112,9 +112,11 @@ def check_gradients(
         words += ("the objective (or D) detaches the fakes in discriminator_loss",)
     elif words or report.verdict != "wrong":
         return report
+    looked = loss.unroll_steps and not loss.stop_gradient  # at D's layers, too
     operations = (
-        "the objective (or D, at K = 0 or with stop_gradient=True): its own operations have a "
-        "wrong derivative (does it detach, use .data or a straight-through estimator?)"
+        f"the objective{'' if looked else ' or D'}: its own operations have a wrong derivative "
+        "(does it detach, use .data or a straight-through estimator, or change D's mode between "
+        "its two losses, so that one reads the statistics that the other has moved?)"
     )
     return Report("wrong", report.relative_error, words or (operations,))
 

@@ -25,6 +25,12 @@ _MODES = (
     "D's layers {0} are in another mode (training, evaluation) in `step` than before it, where the "
     "look-ahead takes its steps in theirs. Call D.train() before the loss, or D.eval() in `step`."
 )
+_ROUNDED = "D's gradients are round-off or not finite here (is D too sure? too coarse?)."
+_UNLIKE = (
+    "two look-ahead steps from one random state differ: D or the objective keeps state where it is "
+    "not given back (an object of a class of your own, a closure), or draws from another generator "
+    "than the global ones. Keep it in a buffer, an attribute or a dict."
+)
 _EARLY = (
     "`step` changes {0} before the optimizer's step (a clip?). Do it after the step, and give it "
     "to the look-ahead as project=."
@@ -82,8 +88,7 @@ def _changes(before: Sequence[Any], now: Sequence[Any]) -> Iterator[str]:
 def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[str], bool]:
     """Return what differs and what mends it, and whether that is certain."""
     if not call.telling:
-        reason = "D's gradients are round-off or not finite here (is D too sure? too coarse?)."
-        return [reason], False
+        return [_UNLIKE if call.unlike else _ROUNDED], False
     if call.modes:
         return [_MODES.format(listed({type(layer).__name__ for layer in call.modes}))], True
     words: list[str] = []

@@ -59,6 +59,8 @@ class Call:
         self.settings = [group for groups in settings for group in groups]
         with probabilities(*loss._parts) as self.sigmoid:
             found, drawn = self.gradients(loss.objective), every_random_state(self.device)
+        again = self.gradients(loss.objective)  # from the same state
+        self.unlike = [n for n in _differing(found, again, {}) if bool(found[n].isfinite().all())]
         with _rounding_otherwise():
             nudged = [self.gradients(loss.objective, change=perturbed) for _ in range(3)]
         set_every_random_state(self.random, self.device)
