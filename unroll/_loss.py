@@ -219,9 +219,10 @@ class UnrolledGeneratorLoss(nn.Module):
     def discriminator_loss(self, fake: Batch, real: Batch) -> Tensor:
         """Return D's own loss, 0-d, for D's step: what the look-ahead's steps minimise.
 
-        The batches are those of :meth:`forward`, and ``fake`` is detached. D runs in its wrappers,
-        as in any training step: buffers and random numbers move. ``project`` and clipping remain
-        the loop's. A loss that is not 0-d is a TypeError or ValueError.
+        The batches are those of :meth:`forward`. ``fake`` is detached, ``real`` is not: detach what
+        an encoder has made of it. D runs in its wrappers, as in any training step: buffers and
+        random numbers move. ``project`` and clipping remain the loop's. A loss that is not 0-d is a
+        TypeError or ValueError.
         """
         self._moving.see(dict(self.discriminator.named_parameters()))
         return training_loss(self._given, self.discriminator, self.objective, (fake, real))
