@@ -634,3 +634,44 @@ def test_state_that_is_not_given_back_is_inconclusive() -> None:
     report = unroll.check_step(loss, plain(loss), torch.randn(8, 2), torch.randn(8, 2))
     assert report.verdict == "inconclusive"
     assert "an object of a class of your own" in report.suspicions[0]
+
+
+def test_a_penalty_in_what_d_returns_of_its_input() -> None:
+    class Augmented(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, self.net(x)
+
+    def d_loss(d: Any, fake: Tensor, real: Tensor) -> Tensor:
+        x, on_real = d(real.detach().requires_grad_())
+        (slope,) = torch.autograd.grad(on_real.sum(), x, create_graph=True)
+        penalty: Tensor = slope.square().sum(1).mean()
+        hinges: Tensor = (1 - on_real).relu().mean() + (1 + d(fake)[1]).relu().mean()
+        return hinges + penalty
+
+    d = Augmented()
+    game = unroll.Losses(d_loss, lambda d, fake, real: -d(fake)[1].mean())  # noqa: ARG005
+    loss = Loss(d, torch.optim.Adam(d.parameters(), 1e-3), game, unroll_steps=2)
+    right(loss, plain(loss))
+
+
+def test_a_discriminator_that_changes_itself_is_refused_as_by_the_loss() -> None:
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.u = net(), nn.Parameter(torch.ones(1), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.u.data = 0.5 * self.u.data
+            output: Tensor = self.u * self.net(x)
+            return output
+
+    d = Overwriting().to(DEVICE)
+    loss = Loss(d, torch.optim.SGD(d.parameters(), 0.1), unroll_steps=2)
+    with pytest.raises(
+        RuntimeError, match="must not change its parameters in place; it changed 'u'"
+    ):
+        unroll.check_step(loss, plain(loss), batch(), batch())

@@ -385,3 +385,90 @@ def test_a_change_between_backward_and_step_is_said_to_be_before_the_step() -> N
     assert report.verdict == "wrong"
     assert "before the optimizer's step" in report.suspicions[0]
     assert not any("after the optimizer's step" in text for text in report.suspicions)
+
+
+@pytest.mark.parametrize(
+    ("game", "played", "clip", "words"),
+    [
+        ("plain", "plain", None, r"`step` does not do what transform_gradients= of the loss does"),
+        ("plain", "plain", 0.02, r"pass transform_gradients=unroll\.ClipGradNorm\(0\.02\)\."),
+        ("plain", "R1(10)", 0.05, r"has a penalty: add \+ unroll\.R1\(10\)\.$"),
+        ("R1(10)", "R1(1)", 0.05, r"has R1 with factor 0\.1, unlike"),
+        ("plain", "swapped", 0.05, r"fake and real are swapped"),
+    ],
+)
+def test_what_differs_before_a_transform_of_the_loss(
+    game: str, played: str, clip: float | None, words: str
+) -> None:
+    adversarial = unroll.NonSaturating()
+    games: dict[str, Any] = {"plain": adversarial, "R1(10)": adversarial + unroll.R1(10.0)}
+    games |= {"R1(1)": adversarial + unroll.R1(1.0)}
+    d = net()
+    how: Any = {"unroll_steps": 3, "transform_gradients": unroll.ClipGradNorm(0.05)}
+    loss = Loss(d, torch.optim.Adam(d.parameters(), 1e-2), games[game], **how)
+
+    def value(d: nn.Module, fake: Tensor, real: Tensor) -> Tensor:
+        pair = (real, fake) if played == "swapped" else (fake, real)
+        found: Tensor = games.get(played, adversarial).discriminator_loss(d, *pair)
+        return found
+
+    def clipped(loss: Loss) -> None:
+        if clip is not None:
+            clip_grad_norm_(loss.discriminator.parameters(), clip)
+
+    wrong(loss, looped(loss, value=value, clip=clipped), words)
+
+
+@pytest.mark.parametrize("bound", [9.0, 0.2])
+def test_a_projection_of_the_loss_that_the_loop_does_not_do(bound: float) -> None:
+    def last(loss: Loss) -> None:
+        with torch.no_grad():
+            for p in loss.discriminator.parameters():
+                p.clamp_(-bound, bound)
+
+    d = net()
+    loss = Loss(
+        d,
+        torch.optim.Adam(d.parameters(), 1e-2),
+        unroll.NonSaturating(),
+        unroll_steps=3,
+        project=lambda theta: {n: p.clamp(-0.1, 0.1) for n, p in theta.items()},
+    )
+    wrong(loss, looped(loss, last=last), r"`step` does not do to .* what project= of the loss does")
+
+
+def test_gradients_of_the_same_batch_that_are_left_do_not_explain_a_penalty() -> None:
+    d = net()
+    loss = Loss(d, torch.optim.Adam(d.parameters(), 0.0), unroll.NonSaturating(), unroll_steps=3)
+    played = unroll.NonSaturating() + unroll.R1(10.0)
+
+    def value(d: nn.Module, fake: Tensor, real: Tensor) -> Tensor:
+        found: Tensor = played.discriminator_loss(d, fake, real)
+        return found
+
+    fake, real = batch(), batch() + 1
+    step = looped(loss, value=value)
+    step(fake, real)  # leaves its gradients
+    report = unroll.check_step(loss, step, fake, real)
+    assert report.verdict == "wrong"
+    assert re.search(r"has a penalty: add \+ unroll\.R1\(10\)", report.suspicions[0])
+
+
+def test_gradients_that_are_clipped_apart() -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nets = nn.ModuleList([net(), net()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.nets[0](x) + self.nets[1](2 * x)
+            return output
+
+    def clip(loss: Loss) -> None:
+        for part in loss.discriminator.get_submodule("nets").children():
+            clip_grad_norm_(part.parameters(), 0.05)
+
+    d = Several().to(DEVICE)
+    loss = Loss(d, torch.optim.Adam(d.parameters(), 1e-3), unroll.NonSaturating(), unroll_steps=3)
+    words = r"scales the gradients of D's parts by factors of their own.*\(clipped apart\?\)"
+    wrong(loss, looped(loss, clip=clip), words)

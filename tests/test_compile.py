@@ -7,12 +7,14 @@ marked by ``generated`` have Inductor generate code.
 import copy
 import gc
 import pickle
+import random
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -467,6 +469,26 @@ def test_a_gradient_that_the_objective_takes(by_hand: bool) -> None:
     d = head()
     message = "use unroll.R1, R2 or GradientPenalty, otherwise torch.func.grad"
     falls_back(d, message, objective=Penalised())
+    falls_back(d, f"(at {__file__}, line ", objective=Penalised())
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: float(np.random.rand())])
+def test_other_generators_than_torchs_are_given_back(draw: Callable[[], float]) -> None:
+    class Drawing(Squared):
+        def discriminator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
+            loss: Tensor = super().discriminator_loss(discriminator, draw() * fake, real)
+            return loss
+
+    d, ((fake, real),), found = head(), batches(1), []
+    for compile in (False, True):
+        optimizer = torch.optim.SGD(d.parameters(), lr=0.5)
+        loss = UnrolledGeneratorLoss(d, optimizer, Drawing(), unroll_steps=3, compile=compile)
+        random.seed(0)
+        np.random.seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found.append((loss(leaf(fake), real).item(), draw()))
+    assert found[0] == found[1]
 
 
 def test_what_changes_at_every_call_is_named() -> None:

@@ -68,6 +68,18 @@ def test_where_nothing_ever_required_a_gradient_all_move() -> None:
     assert moved(loss) == EVERYTHING
 
 
+def test_where_nothing_was_seen_free_those_move_that_the_optimizer_has_stepped() -> None:
+    d = net().requires_grad_(False)  # as in StyleGAN's loop, with Projected GAN's backbone
+    optimizer = torch.optim.Adam(d.parameters(), 0.1)
+    loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2)
+    assert moved(loss) == EVERYTHING  # there is nothing to tell
+    d[2].requires_grad_(True)
+    (d(randn(5, 3)) ** 2).mean().backward()
+    d.requires_grad_(False)
+    optimizer.step()
+    assert moved(loss) == {"2.weight", "2.bias"}
+
+
 def test_a_part_of_d_that_no_optimizer_holds_is_warned_of() -> None:
     d = net()
     optimizer = torch.optim.AdamW([p for n, p in d.named_parameters() if "bias" in n])

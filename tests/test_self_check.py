@@ -186,6 +186,20 @@ def test_only_the_objective_is_named(make: Callable[[], nn.Module], build: Any) 
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_what_a_forward_pass_has_left_behind_is_no_coarser_operation() -> None:
+    class Detached(unroll.Hinge):
+        def generator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:
+            difference: Tensor = d(fake).mean() - d(real).mean().detach()
+            return difference.square()
+
+    d = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 8)), nn.Tanh(), nn.Linear(8, 1))
+    loss = unroll.UnrolledGeneratorLoss(d, sgd(d), Detached(), unroll_steps=2)
+    report = unroll.check_gradients(loss, torch.randn(8, 3), torch.randn(8, 3))
+    assert report.verdict == "wrong"
+    assert "does it detach" in report.suspicions[0]
+
+
 def test_modes_that_the_objective_changes_are_named() -> None:
     class InTwoModes(unroll.NonSaturating):
         def discriminator_loss(self, d: Any, fake: Any, real: Any) -> Tensor:

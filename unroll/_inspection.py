@@ -71,7 +71,7 @@ class Inspection:
 
             if self.stop_gradient or not graph:
                 loss, following = d_loss(), point
-                _refuse_changed(d, theta)
+                refuse_changed(d, theta)
                 _refuse_unregistered(game, loss, tensors(pair))
             else:
                 following = inspect_step(game, point, pair)
@@ -99,7 +99,7 @@ class Inspection:
                     found = str(error).startswith(RECOMPUTATION)
                     if not found:
                         raise
-                _refuse_changed(d, point.parameters)
+                refuse_changed(d, point.parameters)
             self.searched[d.layers] = found
         return self.searched[d.layers]
 
@@ -130,7 +130,7 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
         return point
     settings = game.optimizer.settings
     moved, state = update(game, theta, gradients, point.optimizer_state, settings)
-    _refuse_changed(discriminator, theta)
+    refuse_changed(discriminator, theta)
     _refuse_unregistered(game, loss, batch)
     _refuse_use_of(_own_parameter(module, [loss], batch))
     _refuse_wrong_derivatives(loss, batch)
@@ -146,7 +146,7 @@ def inspect_step(game: Game, point: Point, pair: Pair) -> Point:
     return Point(moved, buffers, state, loss.detach())
 
 
-def _refuse_changed(discriminator: Functional, theta: Mapping[str, Tensor]) -> None:
+def refuse_changed(discriminator: Functional, theta: Mapping[str, Tensor]) -> None:
     """Refuse a D that has changed its parameters, theta_D^0: .data leaves no other trace."""
     for name, own in discriminator.parameters.items():
         if not same(theta[name], own):

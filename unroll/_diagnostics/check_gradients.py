@@ -142,6 +142,7 @@ class Check:
         set_every_random_state(state, self.device)
         self.mode.twins.clear()
         with preserved(*self.loss._parts):
+            self.mode.rounding.clear()  # of what an earlier forward pass has left in attributes
             yield
         set_every_random_state(now, self.device)
 

@@ -115,7 +115,8 @@ def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[
         if still:
             words.append(
                 f"{listed(still)} move in the look-ahead alone: `step` freezes them, or its loss "
-                "does not use them. Freeze them by requires_grad_(False) for both."
+                "does not use them. Freeze them by requires_grad_(False) for both; where the loop "
+                "freezes all of D for G's step, take D's loss from loss.discriminator_loss."
             )
         if others := set(call.off).difference(alone, still):
             drawn = " Random numbers are drawn, which may be all: draw noise outside, for `step`."
@@ -142,7 +143,10 @@ def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[
         words.append(_EARLY.format(listed(call.early)))
     elif changed := [n for n in call.moved if n not in (*outside, *call.zeros)]:
         words.append(
-            f"`step` changes {listed(changed)} after the optimizer's step (weight clipping, a "
+            f"`step` does not do to {listed(changed)} what project= of the loss does (another "
+            "bound, or nothing at all?). Do the same after the optimizer's step."
+            if call.loss.project is not None
+            else f"`step` changes {listed(changed)} after the optimizer's step (weight clipping, a "
             "normalisation, another optimizer?): give that to the look-ahead as project=."
         )
     return words, True
@@ -157,7 +161,7 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
 
     def of(objective: Any, pair: Pair | None = None) -> Tensor:
         try:
-            return vector(call.gradients(objective, pair))
+            return vector(call.gradients(objective, pair, raw=True))
         except (RuntimeError, TypeError, ValueError):  # a game that cannot be played here
             return torch.zeros_like(real)  # which explains nothing
 
@@ -177,26 +181,45 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
         given: Any = lambda batch: on_real if batch is real else on_fake  # noqa: E731
         return objective.discriminator_loss(given, fake, real)
 
-    real, ours = vector(call.real), vector(call.ours)
+    real, objective = vector(call.real), call.loss.objective
+    ours, given = of(objective), vector(call.ours)
+    clips = not torch.allclose(ours, given, rtol=TOLERANCE)  # so that no scale can be told
+    ours = ours if clips else given
     # In proportion to what is explained: round-off of a larger gradient explains everything.
     tolerance = TOLERANCE + call.noise / call.size
     allowed = tolerance * float(real.norm())
     cap = float(real.abs().max())
-    objective = call.loss.objective
     parts = summands(objective)
     names = [type(part).__name__ for part in parts]
     if found := fit(ours):
+        if clips and isclose(found[0], 1, rel_tol=tolerance):
+            return (
+                "`step` does not do what transform_gradients= of the loss does. Do it there before "
+                "the optimizer's step, or leave it out of the loss."
+            )
+        if clips and found[0] > 0:
+            return CLIPS.format("norm", norm(call.real), "ClipGradNorm")
         if isclose(found[0], 1, rel_tol=tolerance):  # too small to fit
             return ""
         return _scaled(found[0], scales, getattr(parts[0], "weight", 1.0))
     if float((ours.clamp(-cap, cap) - real).norm()) <= allowed:
         return CLIPS.format("value", cap, "ClipGradValue")
+    each = {n: float((call.real[n] * g).sum() / g.square().sum()) for n, g in call.ours.items()}
+    apart = [(call.real[n] - factor * call.ours[n]).norm() for n, factor in each.items()]
+    if not clips and float(max(apart)) <= allowed and all(0 < f <= 1 for f in each.values()):
+        return (
+            "the loop scales the gradients of D's parts by factors of their own, from "
+            f"{min(each.values()):.4g} to {max(each.values()):.4g} (clipped apart?): pass a "
+            "function that does the same as transform_gradients=."
+        )
     if fit(of(objective, call.pair[::-1])):
         return "fake and real are swapped, in `step` or in the call."
-    if fit(ours, vector(call.left)):
+    accumulated = fit(ours, vector(call.left))
+    if accumulated and all(isclose(factor, 1, rel_tol=1e-2) for factor in accumulated):
         return "gradients accumulate: call the optimizer's zero_grad() in `step`, before backward."
     terms = [of(part) for part in parts]
     if len(parts) > 1 and (found := fit(*terms)):
+        found = [c / found[0] for c in found] if clips and found[0] > 0 else found
         said = [
             f"{name} with factor {c:.4g}" if abs(c) > 1e-3 else f"no {name}"
             for c, name in zip(found, names, strict=True)
@@ -205,12 +228,14 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
         return f"D's loss in `step` has {', '.join(said)}, unlike the objective. {REMEDY}"
     for penalty in (R1, R2, GradientPenalty):
         if found := fit(ours, of(penalty(1.0)), positive=True):
-            name = f"unroll.{penalty.__name__}({found[1]:.4g})"
-            return f"D's loss in `step` has a penalty: add + {name}{_weighted(found[0])}."
+            scale = found[0] if clips else 1.0
+            name = f"unroll.{penalty.__name__}({found[1] / scale:.4g})"
+            return f"D's loss in `step` has a penalty: add + {name}{_weighted(found[0] / scale)}."
     for kind in ON_LOGITS:
         if found := fit(of(kind()), *terms[1:], positive=True):
             return (
-                f"D's loss in `step` is unroll.{kind.__name__}(){_weighted(found[0])}, not the "
+                f"D's loss in `step` is unroll.{kind.__name__}()"
+                f"{'' if clips else _weighted(found[0])}, not the "
                 f"objective's {names[0]}. {REMEDY}"
             )
     # D's loss is affine in both labels, up to a constant.
@@ -227,7 +252,7 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
             new = ", ".join(f"{n}={round(labels[n] + move, 4) + 0.0}" for n, move in moves.items())
             return (
                 f"labels in `step` are smoothed: pass {new} to "
-                f"unroll.Criterion{_weighted(found[0])}."
+                f"unroll.Criterion{'' if clips else _weighted(found[0])}."
             )
     if fit(of(Losses(in_one_batch, objective.generator_loss))):
         return f"`step` runs real and fake in one batch through D (BatchNorm). {REMEDY}"

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from torchopt.pytree import tree_leaves
 
 from unroll._functional import Pair, map_tensors, preserved, tensors
+from unroll._inspection import refuse_changed
 from unroll._look_ahead import (
     Gradients,
     differentiable,
@@ -52,6 +53,7 @@ class Call:
             self.game, self.point = loss._start(None)
             at_start = leaves(self.point.parameters, self.game.moving)
             d_loss, *_ = differentiate(self.game, at_start, self.point.buffers, self.pair, False)
+            refuse_changed(self.game.discriminator, at_start)
             used = set(ends([d_loss], tensors(self.pair)))
         self.start, optimizer = double(self.point.parameters), self.game.optimizer
         settings = optimizer.settings
@@ -61,8 +63,12 @@ class Call:
             found, drawn = self.gradients(loss.objective), every_random_state(self.device)
         again = self.gradients(loss.objective)  # from the same state
         self.unlike = [n for n in _differing(found, again, {}) if bool(found[n].isfinite().all())]
-        with _rounding_otherwise():
-            nudged = [self.gradients(loss.objective, change=perturbed) for _ in range(3)]
+        nudge = partial(self.gradients, loss.objective, change=perturbed)
+        try:
+            with _rounding_otherwise():
+                nudged = [nudge() for _ in range(3)]
+        except RuntimeError:  # of code that differentiates in what a layer returns, its input
+            nudged = [nudge()]
         set_every_random_state(self.random, self.device)
         grads = {n: p.grad for n, p in module.named_parameters() if p.is_leaf}
         self.left = double({n: g for n, g in grads.items() if g is not None})
@@ -128,13 +134,19 @@ class Call:
         objective: Objective,
         pair: Pair | None = None,
         change: Callable[[Tensor], Tensor] = torch.clone,
+        *,
+        raw: bool = False,
     ) -> Numbers:
-        """Return the gradients that reach the optimizer in a look-ahead step of a game."""
+        """Return the gradients that reach the optimizer in a look-ahead step of a game.
+
+        Or, if ``raw``, those that reach transform_gradients.
+        """
         set_every_random_state(self.random, self.device)
+        transform = None if raw else self.game.transform_gradients
         found: Gradients = {}
 
         def record(gradients: Gradients) -> Gradients:
-            found.update((self.game.transform_gradients or dict)(gradients))
+            found.update((transform or dict)(gradients))
             return found
 
         game = replace(self.game, transform_gradients=record, objective=objective)

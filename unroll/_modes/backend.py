@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ _TERMS = {  # names in what is traced, and what the user calls it
     "carried[1]": "discriminator.buffers",
     "carried[2]": "optimizer.state",
 }
+_LINE = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+_NOT_THEIRS = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 # Random numbers are those of the eager step; convolutions keep their layout, which saves half of
 # the kernels and of the time to compile them.
 SETTINGS = {"fallback_random": True, "layout_optimization": False}
@@ -131,8 +135,8 @@ def cause(error: Exception, code: Any) -> str:
             "it cannot follow a gradient that D or the objective takes itself; for a penalty use "
             "unroll.R1, R2 or GradientPenalty, otherwise torch.func.grad"
         )
-    at = f" (at {place.partition(' Set TORCH')[0][-200:]})" if place else ""
-    said = reason + at
+    lines = [line for line in _LINE.findall(place) if not line[0].startswith(_NOT_THEIRS)]
+    said = reason + (" (at {}, line {}, in {})".format(*lines[-1]) if lines else "")
     for mine, theirs in _TERMS.items():
         said = said.replace(mine, theirs)
     return said

@@ -23,7 +23,7 @@ from unroll._modes.comparison import compare
 from unroll._modes.traced import Carried, Played, numbers, traced_step
 from unroll._modes.trajectory import Entered, form, trajectory
 from unroll._penalties import summands
-from unroll._random import random_state, replayed, set_random_state
+from unroll._random import every_random_state, replayed, set_every_random_state
 from unroll._validation import same, warn
 
 _codes = count()
@@ -119,7 +119,7 @@ class Code:
         reached = self._reached.get(key)
         if reached and not self._given_up:
             device = next(iter(point.parameters.values())).device
-            before = random_state(device)
+            before = every_random_state(device)
             try:
                 with _quiet():
                     found = self._run(game, reached, start, run, inputs, every)
@@ -129,13 +129,13 @@ class Code:
                             return self._run(game, reached, point, [pair], settings, every)[0][0]
 
                         given = _alike(game, start, run[0], inputs)
-                        compare(single, step, given, before, device)
+                        compare(single, step, given, before[0], device)
                 self._compared = self._serves = True
                 return found
             except Exception as error:  # a backend may raise anything; the eager step goes on
-                set_random_state(before, device)
+                set_every_random_state(before, device)
                 step(point, run[0], settings)  # an error of the user's passes through
-                set_random_state(before, device)
+                set_every_random_state(before, device)
                 if self._serves and self._lengths:
                     self._lengths = False  # such as dropout, in torch.func: every length anew
                 elif self._whole and (game.transform_gradients or game.project):
@@ -206,13 +206,13 @@ class Code:
         None at a fresh optimizer's first step, which is not worth compiling.
         """
         device = next(iter(point.parameters.values())).device
-        module, state = game.discriminator.module, random_state(device)
+        module, state = game.discriminator.module, every_random_state(device)
         also = [*summands(game.objective), game.transform_gradients, game.project]
         theta = leaves(point.parameters, game.moving)
         found = []
         with preserved(module, also):
             for _ in range(2):
-                with replayed(state, device):
+                with replayed(state[0], device):
                     loss, gradients, buffers = differentiate(
                         game, theta, point.buffers, pair, create_graph=False
                     )
@@ -223,6 +223,7 @@ class Code:
                 with suppress(RecursionError):  # of a dict that holds itself
                     kept = form([vars(part) for part in parts])
                 found.append((kept, tensors((loss, moved, after, buffers))))
+        set_every_random_state(state, device)
         (attributes, values), (attributes_then, values_then) = found
         close = same if device.type == "cpu" else partial(torch.allclose, equal_nan=True)
         if attributes != attributes_then or not all(map(close, values, values_then)):

@@ -187,8 +187,9 @@ def _own_parts(cls: Any) -> tuple[Any, Any]:
 class Moving:
     """The parameters that take steps: those that the optimizer holds and that are not frozen.
 
-    A loop may freeze all of D for its G step: then those move that did before. What the look-ahead
-    leaves out, as far as it can be seen, is warned of; each kind once.
+    A loop may freeze all of D for its G step: then those move that did before, as far as the
+    optimizer has a state of them if it has any. What the look-ahead leaves out, as far as it can be
+    seen, is warned of; each kind once.
     """
 
     def __init__(self) -> None:
@@ -202,7 +203,16 @@ class Moving:
             self._warn(kind, text)
         self.held = frozenset(name for name in names if parameters[name].is_floating_point())
         self.see(parameters)
-        return frozenset(name for name in self.held if self.free.get(name, True))
+        free = frozenset(name for name in self.held if self.free.get(name, True))
+        if any(parameters[name].requires_grad for name in free):
+            return free
+        of_torch = [one for one in unwrapped_optimizers(given) if isinstance(one, Optimizer)]
+        return (
+            free.intersection(
+                name for name in free if any(parameters[name] in one.state for one in of_torch)
+            )
+            or free
+        )
 
     def see(self, parameters: Tensors) -> None:
         """Remember which of those held are frozen now, unless all of them are."""
