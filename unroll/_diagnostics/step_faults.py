@@ -204,14 +204,6 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
         return _scaled(found[0], scales, getattr(parts[0], "weight", 1.0))
     if float((ours.clamp(-cap, cap) - real).norm()) <= allowed:
         return CLIPS.format("value", cap, "ClipGradValue")
-    each = {n: float((call.real[n] * g).sum() / g.square().sum()) for n, g in call.ours.items()}
-    apart = [(call.real[n] - factor * call.ours[n]).norm() for n, factor in each.items()]
-    if not clips and float(max(apart)) <= allowed and all(0 < f <= 1 for f in each.values()):
-        return (
-            "the loop scales the gradients of D's parts by factors of their own, from "
-            f"{min(each.values()):.4g} to {max(each.values()):.4g} (clipped apart?): pass a "
-            "function that does the same as transform_gradients=."
-        )
     if fit(of(objective, call.pair[::-1])):
         return "fake and real are swapped, in `step` or in the call."
     accumulated = fit(ours, vector(call.left))
@@ -256,6 +248,15 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
             )
     if fit(of(Losses(in_one_batch, objective.generator_loss))):
         return f"`step` runs real and fake in one batch through D (BatchNorm). {REMEDY}"
+    each = {n: float((call.real[n] * g).sum() / g.square().sum()) for n, g in call.ours.items()}
+    apart = [(call.real[n] - factor * call.ours[n]).norm() for n, factor in each.items()]
+    told = not clips and real.numel() > 2 * len(each) and all(0 < f <= 1 for f in each.values())
+    if told and float(max(apart)) <= allowed:
+        return (
+            "the loop scales the gradients of D's parts by factors of their own, from "
+            f"{min(each.values()):.4g} to {max(each.values()):.4g} (clipped apart?): pass a "
+            "function that does the same as transform_gradients=."
+        )
     return ""
 
 
