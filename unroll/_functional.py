@@ -217,9 +217,10 @@ _locks_guard = Lock()
 @contextmanager
 def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
     found = _held(module, also)
-    own = {id(p) for m, _ in found if isinstance(m, nn.Module) for p in m._parameters.values()}
+    holders = [value for value, content in found if value is not content]
+    own = {id(p) for m in holders if isinstance(m, nn.Module) for p in m._parameters.values()}
     written = {id(m._buffers): m._buffers for m in module.modules()}  # by a look-ahead step
-    saved = [(content, content.copy() if content else type(content)()) for _, content in found]
+    saved = [(content, content.copy() if content else ()) for _, content in found]
     clones: dict[int, Tensor] = {}
     cache = parametrize._cache_enabled, parametrize._cache
 
@@ -240,7 +241,7 @@ def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
                 ):
                     if isinstance(value, (Tensor, tuple)):
                         container[key] = stand_in(value)
-        for value, _ in found:
+        for value in holders:
             if isinstance(value, SpectralNorm):
                 value.n_power_iterations = 0
             if isinstance(value, _SpectralNorm):
@@ -286,6 +287,8 @@ def _held(module: nn.Module, also: Iterable[object]) -> list[tuple[Any, Any]]:
 def put_back(saved: Iterable[tuple[Any, Any]]) -> None:
     """Let containers hold again what copies of them hold, where that has changed."""
     for container, content in saved:
+        if not container and not content:  # most of a module's
+            continue
         if isinstance(content, set):
             unchanged = container == content
         else:
@@ -294,4 +297,4 @@ def put_back(saved: Iterable[tuple[Any, Any]]) -> None:
             unchanged = all(map(is_, container.values(), content.values()))
         if not unchanged:
             container.clear()
-            (container.update if isinstance(content, (dict, set)) else container.extend)(content)
+            (container.update if isinstance(container, (dict, set)) else container.extend)(content)
