@@ -26,6 +26,7 @@ from tests.settings import DEVICE, randn
 from tests.snapshot import changes, snapshot
 from tests.test_state import Lazy
 from tests.zoo import ZOO
+from tests.zoo_layers import Cubed
 from unroll import UnrolledGeneratorLoss, gradient_terms
 from unroll._functional import map_tensors
 from unroll._look_ahead import inner_step
@@ -444,6 +445,11 @@ def test_code_that_cannot_be_traced() -> None:
     falls_back(Deciding().to(DEVICE, torch.float64), "ata-dependent")
 
 
+def test_a_derivative_that_only_the_eager_step_has() -> None:
+    d = nn.Sequential(nn.Linear(4, 1), Cubed())
+    falls_back(d.to(DEVICE, torch.float64), "result is off by")
+
+
 def test_random_numbers_in_another_order() -> None:
     class Transposed(nn.Module):
         def __init__(self) -> None:
@@ -570,7 +576,7 @@ def test_round_off_in_a_gradient_of_zero_is_no_difference() -> None:
         return step(point, map_tensors(lambda x: x + 0.01 * (x - x.detach()), pair), settings)
 
     compare(noisier, step, given, random_state(fake.device), fake.device)
-    with pytest.raises(RuntimeError, match="result is off by"):
+    with pytest.raises(RuntimeError, match="the compiled step's result is off by"):
         compare(wrong, step, given, random_state(fake.device), fake.device)
 
 

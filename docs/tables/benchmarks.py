@@ -181,9 +181,10 @@ def compiled(rows: Sequence[Row]) -> str:
     )
     reasons: dict[str, list[str]] = {}
     for row in (row for row in rows if row["compiled"] != "True"):
-        reason = re.sub(r" by [\d.e+-]+ in [\d.e+-]+", "", row["reason"].partition(" (at ")[0])
+        reason = whole_words(row["reason"]).partition(" (at ")[0]
+        reason = re.sub(r" by [\d.e+-]+ in [\d.e+-]+", "", reason)
         optimizer = "" if row["optimizer"] == "torch Adam" else f" with {row['optimizer']}"
-        reasons.setdefault(whole_words(reason), []).append(row["discriminator"] + optimizer)
+        reasons.setdefault(reason, []).append(row["discriminator"] + optimizer)
     lines = [[f"`{reason}`", "; ".join(found)] for reason, found in reasons.items()]
     return f"{summary}\n\n{markdown(['reason', 'discriminators'], lines)}"
 

@@ -176,6 +176,10 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
         fits = (matrix @ found - real).norm() <= allowed
         return found.tolist() if fits and not (positive and (factors <= allowed).any()) else []
 
+    def weighted(factor: float) -> str:
+        alike = clips or isclose(factor, 1, rel_tol=1e-3)
+        return "" if alike else f", D's loss times {factor:.4g} (weight=)"
+
     def in_one_batch(discriminator: Any, fake: Any, real: Any) -> Tensor:
         on_real, on_fake = discriminator(torch.cat([real, fake])).split([len(real), len(fake)])
         given: Any = lambda batch: on_real if batch is real else on_fake  # noqa: E731
@@ -222,12 +226,11 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
         if found := fit(ours, of(penalty(1.0)), positive=True):
             scale = found[0] if clips else 1.0
             name = f"unroll.{penalty.__name__}({found[1] / scale:.4g})"
-            return f"D's loss in `step` has a penalty: add + {name}{_weighted(found[0] / scale)}."
+            return f"D's loss in `step` has a penalty: add + {name}{weighted(found[0])}."
     for kind in ON_LOGITS:
         if found := fit(of(kind()), *terms[1:], positive=True):
             return (
-                f"D's loss in `step` is unroll.{kind.__name__}()"
-                f"{'' if clips else _weighted(found[0])}, not the "
+                f"D's loss in `step` is unroll.{kind.__name__}(){weighted(found[0])}, not the "
                 f"objective's {names[0]}. {REMEDY}"
             )
     # D's loss is affine in both labels, up to a constant.
@@ -244,7 +247,7 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
             new = ", ".join(f"{n}={round(labels[n] + move, 4) + 0.0}" for n, move in moves.items())
             return (
                 f"labels in `step` are smoothed: pass {new} to "
-                f"unroll.Criterion{'' if clips else _weighted(found[0])}."
+                f"unroll.Criterion{weighted(found[0])}."
             )
     if fit(of(Losses(in_one_batch, objective.generator_loss))):
         return f"`step` runs real and fake in one batch through D (BatchNorm). {REMEDY}"
@@ -274,10 +277,6 @@ def _scaled(ratio: float, scales: Sequence[tuple[float, float]], weight: float) 
     )
     clipped = CLIPS.format("norm", norms[0], "ClipGradNorm") if clips else ""
     return " Or ".join([weighs] * (one or not clips) + [clipped] * clips)
-
-
-def _weighted(ratio: float) -> str:
-    return "" if isclose(ratio, 1, rel_tol=1e-3) else f", D's loss times {ratio:.4g} (weight=)"
 
 
 def _with_labels(part: object) -> Criterion | None:

@@ -76,6 +76,10 @@ def unwrapped_optimizers(given: Any) -> list[Any]:
     return [unwrap_optimizer(one) for one in (given if isinstance(given, list) else [given])]
 
 
+def _torch_optimizers(given: Any) -> list[Optimizer]:
+    return [one for one in unwrapped_optimizers(given) if isinstance(one, Optimizer)]
+
+
 def inner_optimizer(
     optimizer: Any, parameters: Tensors, optimizer_state: Any = None
 ) -> InnerOptimizer:
@@ -206,13 +210,9 @@ class Moving:
         free = frozenset(name for name in self.held if self.free.get(name, True))
         if any(parameters[name].requires_grad for name in free):
             return free
-        of_torch = [one for one in unwrapped_optimizers(given) if isinstance(one, Optimizer)]
-        return (
-            free.intersection(
-                name for name in free if any(parameters[name] in one.state for one in of_torch)
-            )
-            or free
-        )
+        states = [one.state for one in _torch_optimizers(given)]
+        stepped = frozenset(n for n in free if any(parameters[n] in state for state in states))
+        return stepped or free
 
     def see(self, parameters: Tensors) -> None:
         """Remember which of those held are frozen now, unless all of them are."""
@@ -255,7 +255,7 @@ def _left_out(
         "not run in the look-ahead. If that changes gradients or parameters, do it in project= or "
         "in a torchopt transformation."
     )
-    of_torch = [one for one in unwrapped_optimizers(given) if isinstance(one, Optimizer)]
+    of_torch = _torch_optimizers(given)
     hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
     if any(getattr(one, name, None) for one in of_torch for name in hooks):
         yield "hooks", f"optimizer: has step hooks, which do {advice}"
