@@ -41,10 +41,10 @@ def test_one_stray_model_does_not_decide(verdicts: Any) -> None:
     assert stray.finding == "undecided"
 
 
-def test_three_models_are_too_few_and_short_runs_are_too_short(verdicts: Any) -> None:
+def test_three_models_are_too_few_and_short_runs_and_poor_samples_do_not_judge(verdicts: Any) -> None:
     assert verdicts.compared("", HIGH[:3], LOW[:3]).finding == "too few"
     assert verdicts.compared("", HIGH, LOW, short=True).finding == "too short"
-    assert verdicts.compared("", HIGH, LOW, blurred=True).finding == "too short"
+    assert verdicts.compared("", HIGH, LOW, blurred=True).finding == "too poor"
     assert verdicts.compared("", LOW, HIGH, blurred=True).finding == "against"
 
 
@@ -98,8 +98,8 @@ def test_the_verdict_counts_the_findings(verdicts: Any) -> None:
         effect = -1.0 if finding == "against" else 1.0
         p = 0.5 if finding == "undecided" else 0.001
         few = (3, 3) if finding == "too few" else (5, 5)
-        short = finding == "too short"
-        return verdicts.Part("", "", few, effect, (0.0, 0.0), p, p, short=short)
+        how = {"short": finding == "too short", "blurred": finding == "too poor"}
+        return verdicts.Part("", "", few, effect, (0.0, 0.0), p, p, **how)
 
     for findings, verdict in {
         ("for", "for"): "supported",
@@ -108,6 +108,8 @@ def test_the_verdict_counts_the_findings(verdicts: Any) -> None:
         ("against", "undecided", "undecided"): "inconclusive",
         ("too few", "too few", "undecided"): "inconclusive: too few models",
         ("too short",): "inconclusive: too short",
+        ("too poor", "too poor", "for"): "partly supported",
+        ("too poor", "too poor", "undecided"): "inconclusive: samples too poor",
         (): "inconclusive: not run",
     }.items():
         assert verdicts.verdict([part(f) for f in findings]) == verdict
@@ -132,10 +134,10 @@ def test_a_claim_is_judged_over_models_not_over_rows(verdicts: Any, tmp_path: Pa
     for training, finding in ((1.0, "for"), (1.1, "too short")):  # 10 pairs at 0.1
         claim = verdicts.Claim("p", "n", "s", "record", "m", [arms], training=training)
         assert claim.judged(folder)[0].finding == finding
-    for least, finding in ((11.0, "for"), (12.0, "too short")):  # the mean is 11.6
+    for least, finding in ((11.0, "for"), (12.0, "too poor")):  # the mean is 11.6
         claim = verdicts.Claim("p", "n", "s", "record", "m", [arms], quality=("m", least))
         assert claim.judged(folder)[0].finding == finding
-    for least, finding in ((11.0, "for"), (12.0, "too short")):  # of those with most steps
+    for least, finding in ((11.0, "for"), (12.0, "too poor")):  # of those with most steps
         how = {"kind": "trend", "quality": ("m", least), "where": "pairs == 10"}
         claim = verdicts.Claim("p", "n", "s", "record", "m", [["", "unroll_steps"]], **how)
         assert claim.judged(folder)[0].finding == finding

@@ -20,8 +20,9 @@ from scipy import stats
 
 LEVEL = 0.05
 VERDICTS = ("supported", "partly supported", "refuted", "inconclusive")
-TOO_SHORT, TOO_FEW, NOT_RUN = (
-    f"inconclusive: {why}" for why in ("too short", "too few models", "not run")
+TOO_SHORT, TOO_POOR, TOO_FEW, NOT_RUN = (
+    f"inconclusive: {why}"
+    for why in ("too short", "samples too poor", "too few models", "not run")
 )
 FEWEST = 4  # models a side: with three, no rank test reaches 5 %
 FEWEST_COUNTED = 6  # models of which most are to do something: with five, no binomial test does
@@ -61,13 +62,13 @@ class Part:
 
     @property
     def finding(self) -> str:
-        """Return "for", "against", "undecided", "too few" or "too short"."""
+        """Return "for", "against", "undecided", "too few", "too short" or "too poor"."""
         if self.short:
             return "too short"
         if min(self.counts) < (FEWEST_COUNTED if self.kind == "share" else FEWEST):
             return "too few"
         found = self._found()
-        return "too short" if self.blurred and found != "against" else found
+        return "too poor" if self.blurred and found != "against" else found
 
     def _found(self) -> str:
         significant = self.p < LEVEL and self.rank_p < LEVEL
@@ -161,7 +162,8 @@ def verdict(parts: Sequence[Part]) -> str:
         return "partly supported"
     if findings.count("against") > len(findings) / 2:
         return "refuted"
-    for finding, reason in (("too short", TOO_SHORT), ("too few", TOO_FEW)):
+    reasons = {"too short": TOO_SHORT, "too poor": TOO_POOR, "too few": TOO_FEW}
+    for finding, reason in reasons.items():
         if findings.count(finding) > len(findings) / 2:
             return reason
     return "inconclusive"
