@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 from typing import Any
 
 import pytest
@@ -315,3 +316,28 @@ def test_what_a_generator_does_is_its_own_matter(k: int) -> None:
     z = randn(6, 3).requires_grad_()
     loss(g(z, torch.arange(6, device=DEVICE) % 5), randn(6, 4)).backward()
     assert all(p.grad is not None for p in g.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"stop_gradient": True}, {"checkpoint": True}])
+@pytest.mark.parametrize("k", [0, 2])
+def test_a_parameter_of_both_players_is_warned_of_once(k: int, options: dict[str, bool]) -> None:
+    """Its gradient is that of a generator whose D has a copy."""
+    d, latent, real = small(), randn(5, 3), randn(5, 4)
+    generator = nn.Linear(3, 4).to(DEVICE).double()
+    alike = copy.deepcopy(d)
+
+    def gradient(of: nn.Module, *, warned: bool) -> Tensor:
+        optimizer = torch.optim.SGD(of.parameters(), lr=0.3)
+        loss = UnrolledGeneratorLoss(of, optimizer, unroll_steps=k, **options)
+        shared = next(d.parameters())
+        for _ in range(2):
+            fake = generator(latent) * shared.sum()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                value = loss(fake, real)
+            said = [str(w.message).startswith("fake, real: made with the") for w in caught]
+            assert said == [True] * warned
+            warned = False
+        return torch.autograd.grad(value, shared)[0]
+
+    assert torch.equal(gradient(d, warned=True), gradient(alike, warned=False))

@@ -43,6 +43,11 @@ DETACHED_FAKES = (
     "second term of Eq. 12 is zero. Use `fake` as it is given, or say stop_gradient=True if the "
     "first term alone is meant."
 )
+SHARED = (
+    "fake, real: made with the parameter {!r} of the discriminator, which the generator uses, too. "
+    "D's parameters are constants in its loss: the gradient comes through the batch alone and "
+    "lacks what an ordinary loss adds through D. Give D a copy, or let only D's optimizer train it."
+)
 _WRONG = ("WeightNormInterfaceBackward", "NativeLayerNormBackwardBackward")
 
 
@@ -154,9 +159,11 @@ def refuse_changed(discriminator: Functional, theta: Mapping[str, Tensor]) -> No
 
 
 def inspect_value(module: nn.Module, value: Value, point: Point, pair: Pair) -> None:
-    """Refuse an f that D's real parameters reach, now or in backward."""
+    """Refuse an f that D's real parameters reach, now or in backward; warn if G uses one, too."""
     f = value(point, pair)
     reached = tensors((pair, point))
+    if shared := _own_parameter(module, tensors(pair), ()):
+        warn(SHARED.format(shared))
     _refuse_reentrant_checkpoints(f, reached)
     _refuse_use_of(_own_parameter(module, [f], reached))
 
