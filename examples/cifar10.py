@@ -2,8 +2,8 @@
 
 Section 3.4, Fig. 4 and Appendix D of Metz, Poole, Pfau and Sohl-Dickstein, "Unrolled Generative
 Adversarial Networks" (ICLR 2017, https://arxiv.org/abs/1611.02163). The claim: samples look alike
-for every K, but are more diverse the more steps D is unrolled. `cifar10_diversity.py` measures that
-on the checkpoints of this script.
+for every K, but more look-ahead steps make them more diverse. `cifar10_diversity.py` measures the
+diversity on the checkpoints of this script.
 
     python examples/cifar10.py                             a quarter of the channels
     python examples/cifar10.py --data-root FOLDER          on any folder of images

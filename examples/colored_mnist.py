@@ -1,12 +1,12 @@
 """Coloured MNIST: how much of a continuous distribution of colours the generator covers.
 
 Section 3.3.2, Table 2 and Appendix F of Metz et al., "Unrolled Generative Adversarial Networks"
-(https://arxiv.org/abs/1611.02163): each digit has one colour, normal with deviation 0.5. The colour
-of a generated digit is found by k-means, and the JS divergence between the colours of data and of
-samples is that of their Gaussian kernel densities. The paper: 5 to 10 steps are best, 1 step seems
-to hurt, and larger models do better.
+(https://arxiv.org/abs/1611.02163): each digit has one colour, normal with deviation 0.5. k-means
+finds the colour of a generated digit. The metric is the JS divergence between Gaussian kernel
+densities of the colours of data and of samples. The paper: 5 to 10 steps are best, 1 step seems to
+hurt, and larger models do better.
 
-Seeds are trained side by side: the models and their draws are those of each alone.
+Seeds are trained side by side. Each model and its random draws are the same as when trained alone.
 
     python examples/colored_mnist.py                    12 cells at a small scale
     python examples/colored_mnist.py --preset paper     Appendix F (for a GPU)

@@ -1,7 +1,7 @@
 """FID, KID, Inception Score, precision and recall of generated images, for any GAN.
 
-What is generated comes from a folder of images, or from a checkpoint of an example here; what it is
-compared with is a folder of images or CIFAR-10. A folder may have `train` and `test`.
+The generated images come from a folder or from a checkpoint of an example here. They are compared
+with a folder of images or with CIFAR-10. A folder may have `train` and `test`.
 
     python examples/evaluate.py SAMPLES_FOLDER REAL_FOLDER
     python examples/evaluate.py runs/rsgan/checkpoints/RUN.pt cifar10
@@ -14,8 +14,8 @@ another network. Which numbers can be compared with published ones:
 
     Inception, 10,000 images of each side, all of CIFAR-10's test images   with RS-GAN's eval.py
     Inception, 50,000 generated images, all of CIFAR-10's training images  with most later tables
-    other counts, or a part of a data set     with each other alone: FID grows as counts shrink
-    other features, such as a classifier's    with each other alone
+    other counts, or a part of a data set     only with each other: FID grows as counts shrink
+    other features, such as a classifier's    only with each other
     precision and recall                      only at equal counts and features: their balls
                                               around samples shrink as counts grow
 """

@@ -1,10 +1,10 @@
 """Five Gaussians on a circle: JS-GAN against RpGAN in wide and narrow networks, and unrolled.
 
 The second toy of Sun, Fang and Schwing, "Towards a Better Global Loss Landscape of GANs" (NeurIPS
-2020, https://arxiv.org/abs/2011.04926), who find that pairing real with fake (RpGAN, their RS-GAN)
-does better than the original JS-GAN with relatively narrow networks. Their code trains on 10,000
-fixed points and keeps the last layer of D at unit norm for RpGAN alone; here the points are drawn
-anew, and `--normalise` is for all games that are trained, in real and in look-ahead steps.
+2020, https://arxiv.org/abs/2011.04926). They find that pairing real with fake samples (RpGAN, their
+RS-GAN) does better than the original JS-GAN with relatively narrow networks. Their code trains on
+10,000 fixed points and keeps the last layer of D at unit norm for RpGAN only. Here the points are
+drawn anew, and `--normalise` applies to all games, in real and in look-ahead steps.
 
     python examples/five_gaussians.py                            JS and Rp, K = 0 and 5, narrow
     python examples/five_gaussians.py --preset paper --width 16 128 --unroll-steps 0

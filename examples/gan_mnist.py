@@ -2,21 +2,21 @@
 
 The README of https://github.com/drawcodeboy/GAN trains a perceptron GAN (Goodfellow et al. 2014) on
 MNIST with Adam and with plain SGD, both at a learning rate of 2e-4. With SGD all of its samples are
-the same, which it explains so: under SGD the discriminator's gradients are too weak to learn that a
-pattern which it takes for real is not, and so the generator stays with the pattern. Here that is
-measured: D's gradients, how far its updates move it, what it says of the generator's most typical
-sample ("the pattern") and whether it has learned about it by the next evaluation.
+the same. Its explanation: under SGD the discriminator's gradients are too weak to learn that a
+pattern is fake, so the generator stays with the pattern. This script measures D's gradients, how
+far its updates move it, D's output on the generator's most typical sample ("the pattern"), and
+how far this output has changed by the next evaluation.
 
     Adam            2e-4, betas (0.5, 0.999)
     SGD             2e-4, no momentum
     SGD-fast        a hundred times that rate: few pairs at 2e-4 hardly move SGD at all
     momentum        0.002 and momentum 0.9: as far a pair as SGD-fast
-    SGD-fast-eps    as above, with 1e-5 for the 0.8 that is the eps of that README's BatchNorm
-    momentum-eps    likewise
+    SGD-fast-eps    SGD-fast with BatchNorm's eps at 1e-5; the README has 0.8
+    momentum-eps    momentum with the same eps
 
 The last two test another explanation: with an eps far above the variance of its inputs, BatchNorm
-does not normalise, and what the noise does to the samples fades from layer to layer. Adam can do
-something about it, whose steps do not shrink with the gradients.
+does not normalise, and the effect of the noise on the samples fades from layer to layer. Adam can
+counteract this, because its steps do not shrink with the gradients.
 
     python examples/gan_mnist.py                     the arms, K = 0 and 5, at a small scale
     python examples/gan_mnist.py --preset paper      that README's 200 epochs

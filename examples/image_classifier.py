@@ -1,9 +1,9 @@
-"""A small classifier, whose features `evaluate.py` can compare images by in place of Inception's.
+"""A small classifier, whose features `evaluate.py` can use instead of Inception's.
 
 FID and its relatives are defined on the features of an Inception network that was trained on
-ImageNet and is fetched from the net. This trains a small convolutional network on the images at
-hand, in minutes on one core, and says how well it classifies the test images. Numbers by its
-features rank generators; they are comparable with nothing that was computed by other features.
+ImageNet and must be downloaded. This script trains a small convolutional network on your images,
+in minutes on one core, and prints how well it classifies the test images. Numbers from its features
+rank generators. They cannot be compared with numbers from other features.
 
     python examples/image_classifier.py --data-root FOLDER      FOLDER/train/CLASS/*.png, /test/...
     python examples/image_classifier.py                         CIFAR-10, by torchvision

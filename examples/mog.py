@@ -7,7 +7,7 @@ generator rotates through the modes; with K = 10 it spreads over all of them.
     python examples/mog.py                              Appendix A, K = 0 and K = 10
     python examples/mog.py --seeds 10                   over ten models
     python examples/mog.py --preset quick               larger rates, a seventh of the pairs
-    python examples/mog.py --compare real-steps         K real steps of D in place of unrolled ones
+    python examples/mog.py --compare real-steps         K real steps of D instead of unrolled ones
 """
 
 from collections.abc import Mapping, Sequence

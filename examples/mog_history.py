@@ -2,8 +2,8 @@
 
 Appendix B.1, Figs. App.1 and App.2 of Metz, Poole, Pfau and Sohl-Dickstein, "Unrolled Generative
 Adversarial Networks" (ICLR 2017, https://arxiv.org/abs/1611.02163): G's loss is the mean over an
-ensemble of N discriminators of the past, the last N, or one in every so many. Does looking back do
-what looking ahead does? The paper: no, and longer delays make the game less stable.
+ensemble of N past discriminators, either the last N or N that are `delay` updates apart. Does
+looking back do what looking ahead does? The paper: no, and longer delays make the game less stable.
 
     python examples/mog_history.py                              both figures, three models each
     python examples/mog_history.py --members 1 5 --delay 100    some of their rows
@@ -55,7 +55,7 @@ PRESETS = {"quick": Config("quick", **QUICK), "paper": Config()}
 
 
 class Ensemble(nn.Module):
-    """Discriminators of the past, side by side as more independent networks."""
+    """Past discriminators, side by side as additional independent networks."""
 
     def __init__(
         self, discriminator: nn.Module, *, members: int, delay: int, live: bool = True

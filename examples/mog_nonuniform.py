@@ -1,10 +1,10 @@
-"""Eight Gaussians of unequal weights, with the right unrolled gradient and with half of it.
+"""Eight Gaussians of unequal weights, with both terms of the unrolled gradient and with the first.
 
-After the README of https://github.com/andrewliao11/unrolled-gans, which made the mixture of Metz et
-al. (https://arxiv.org/abs/1611.02163) harder by random weights and found that unrolling helps
-slightly at a standard deviation of the weights of 0.06, fails at 0.12 (both with tanh) and helps
-more with ReLU. Its code detaches the fakes in the look-ahead, so it follows the first term of the
-paper's Eq. 12 only; here that is `--stop-gradient True`, beside the whole gradient.
+The setting of the README of https://github.com/andrewliao11/unrolled-gans. It makes the mixture of
+Metz et al. (https://arxiv.org/abs/1611.02163) harder by random weights. It finds that unrolling
+helps slightly at a standard deviation of the weights of 0.06, fails at 0.12 (both with tanh) and
+helps more with ReLU. Its code detaches the fakes in the look-ahead, so it follows only the first
+term of the paper's Eq. 12. Here that is `--stop-gradient True`; False gives both terms.
 
     python examples/mog_nonuniform.py                    ReLU, all three weights, narrow networks
     python examples/mog_nonuniform.py --preset readme    its networks, batches and length

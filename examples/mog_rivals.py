@@ -1,7 +1,7 @@
-"""What one would pick instead of unrolling, on a ring and a grid of Gaussians, and both together.
+"""Rival methods with and without unrolling, on a ring and a grid of Gaussians.
 
-Every method has the networks, the learning rate, the batch size and the number of generator updates
-of the others, and what makes it that method from its own paper or code:
+All methods share the networks, the learning rate, the batch size and the number of generator
+updates. The rest of each method follows its own paper or code:
 
     GAN         the minimax game of Metz et al. 2017 (https://arxiv.org/abs/1611.02163)
     GAN-NS      the same with the non-saturating loss (Goodfellow et al. 2014)
@@ -17,8 +17,8 @@ of the others, and what makes it that method from its own paper or code:
     RpGAN+R1+R2 Huang et al. 2024 (https://arxiv.org/abs/2501.05441): pairs and both penalties, no
                 momentum; gamma is 1 or 0.1, the ends of the authors' schedule for Stacked MNIST
 
-The rest of the optimizer is Adam with betas (0.5, 0.999). With K > 0 the generator's loss is the
-method's own at the discriminator K steps ahead, whose loss has the method's penalties.
+The optimizer is otherwise Adam with betas (0.5, 0.999). With K > 0 the method's generator loss is
+evaluated at D after K look-ahead steps, which minimise D's loss with the method's penalties.
 
     python examples/mog_rivals.py                       all methods, K = 0 and 5, 1,500 updates of G
     python examples/mog_rivals.py --method GAN PacGAN2 --mixture ring
@@ -67,7 +67,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Config(study.SideBySide):
-    """The settings: Appendix A of the unrolled paper, with two hidden layers in D, too."""
+    """The settings: Appendix A of the unrolled paper, with two hidden layers in D as in G."""
 
     data: Literal["ring", "grid"] = "ring"  # the paper's ring, or the grid of VEEGAN and PacGAN
     method: Literal[tuple(METHODS)] = "GAN"  # see above

@@ -3,8 +3,8 @@
 Appendix B.2, Figs. App.3 and App.4 of Metz, Poole, Pfau and Sohl-Dickstein, "Unrolled Generative
 Adversarial Networks" (ICLR 2017, https://arxiv.org/abs/1611.02163): the whole gradient of f_K
 (Eq. 12), its first term alone (stop-gradient), and the first term of the mean of f_1..f_K, with one
-and with five generator steps per discriminator step. The size of the second term, against the
-first, is measured over training.
+and with five generator steps per discriminator step. The script also measures the size of the
+second term relative to the first over training.
 
     python examples/mog_second_gradient.py                          everything, five models each
     python examples/mog_second_gradient.py --unroll-steps 3 --generator-steps 1

@@ -6,7 +6,7 @@ convolutional discriminator. Its claims: without unrolling (K = 0) the generator
 and "rotates through a sequence of single modes"; with K = 20 it "disperses and appears to cover the
 whole data distribution".
 
-Seeds are trained side by side: the models and their draws are those of each alone.
+Seeds are trained side by side. Each model and its random draws are the same as when trained alone.
 
     python examples/rnn_mnist.py                        K = 0 and 20 at a small scale
     python examples/rnn_mnist.py --preset paper         Appendix C, for a GPU or patience
@@ -76,7 +76,7 @@ class Options(classifier.Options):
 
 
 class Generator(nn.Module):
-    """An LSTM whose initial state is the noise, and whose outputs are the columns of an image."""
+    """An LSTM whose initial state is the noise and whose outputs are the columns of an image."""
 
     def __init__(
         self, noise_size: int, width: int, initial_state: str, rng: torch.Generator

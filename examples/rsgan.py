@@ -1,8 +1,8 @@
 """RS-GAN on images: the original GAN against RpGAN, without and with looking ahead.
 
 Sun, Fang and Schwing, "Towards a Better Global Loss Landscape of GANs" (NeurIPS 2020,
-https://arxiv.org/abs/2011.04926), claim that RpGAN (their RS-GAN), which couples real and generated
-samples, does better than the original JS-GAN, most of all with narrow networks. Here are the
+https://arxiv.org/abs/2011.04926), claim that RpGAN (their RS-GAN), which pairs real and generated
+samples, does better than the original JS-GAN, most of all with narrow networks. This script has the
 networks and settings of their code, at regular, half and quarter width, with K look-ahead steps of
 D in the generator's loss.
 

@@ -1,14 +1,14 @@
 """A thousand modes: GANs with a small discriminator on stacks of three digits.
 
 Section 3.3.1, Table 1 and Appendix E of https://arxiv.org/abs/1611.02163. An image has a random
-digit of MNIST in each colour, 1,000 modes in all; 25,600 samples are told apart by a classifier.
-D is a half or a quarter as wide as G is.
+digit of MNIST in each colour, which makes 1,000 modes. A classifier labels 25,600 samples. D is
+half or a quarter as wide as G.
 
 Presets: `paper` has the networks and sizes of Appendix E and the rates and length of Appendix D,
-since E has none of its own; `long` lasts as long as PacGAN's re-run of it; `small` is `paper` with
-rates and batches with which a few hundred pairs on a CPU tell something.
+since E states none. `long` is as long as PacGAN's rerun. `small` is `paper` with rates and batches
+for a few hundred pairs on a CPU.
 
-Seeds are trained side by side: the models and their draws are those of each alone.
+Seeds are trained side by side. Each model and its random draws are the same as when trained alone.
 
     python examples/stacked_mnist.py                                  K = 0 and 10 at both sizes
     python examples/stacked_mnist.py --preset paper --unroll-steps 0 1 5 10 --seeds 10 --record

@@ -1,8 +1,8 @@
-"""What the experiments on MNIST cost here: seconds a pair of updates, and of its data.
+"""What the experiments on MNIST cost here: seconds for a pair of updates, and for its data.
 
-For each experiment, preset and K: pairs of one D and one G update are timed, in seconds of the
-process on one core, and so is the making of their real batches (stacking, colouring), which is to
-be below 2 % of a pair with K = 0. Of models that are trained side by side, one's part counts.
+For each experiment, preset and K, the script times pairs of one D and one G update, in CPU seconds
+on one core. It also times the making of their real batches (stacking, colouring), which should take
+less than 2 % of a pair with K = 0. If models are trained side by side, the times are those of one.
 
     python examples/throughput.py --record
     python examples/throughput.py --experiment stacked_mnist --preset paper --pairs 50

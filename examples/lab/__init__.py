@@ -1,1 +1,1 @@
-"""What the experiments share: data with known modes, resumable runs, records and figures."""
+"""Shared parts of the experiments: data with known modes, resumable runs, records and figures."""

@@ -24,7 +24,7 @@ def title(name: str) -> str:
 
 
 def explained(names: Iterable[str]) -> str:
-    """Return what columns mean, those that need saying."""
+    """Return the meanings of those columns that have one."""
     known = [COLUMNS[name] for name in names if name in COLUMNS]
     return "; ".join(f"{heading}: {meaning}" for heading, meaning in known) + "."
 

@@ -1,4 +1,4 @@
-"""GANs on mixtures of Gaussians in the plane, their seeds side by side: metrics and figures."""
+"""Metrics and figures of GANs on Gaussians in the plane, whose seeds are trained side by side."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,7 +26,7 @@ def evaluation(
     updates: int = 2,
     window: float | None = None,
 ) -> Callable[[int, Sequence[Mapping[str, Any]]], tuple[dict[str, Any], Tensor]]:
-    """Return what measures the samples of every seed: metrics, and a snapshot for the figures."""
+    """Return a function that measures every seed's samples: metrics, and a snapshot for figures."""
 
     @torch.no_grad()
     def evaluate(pairs: int, earlier: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Tensor]:

@@ -1,7 +1,7 @@
 """Several processes, started by torchrun, that train one model on shares of every batch.
 
-Every rank draws the whole batch from the same generator and keeps its share: their generators stay
-in step, and the first rank's checkpoint serves all of them.
+Every rank draws the whole batch from the same random generator and keeps its share. The ranks'
+generators thus stay in step, and the first rank's checkpoint serves all ranks.
 """
 
 import os

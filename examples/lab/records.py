@@ -1,4 +1,4 @@
-"""One row a finished run, appended to a CSV file that the documentation is generated from."""
+"""One row for each finished run, appended to a CSV file that feeds the documentation's tables."""
 
 import csv
 from collections.abc import Mapping, Sequence

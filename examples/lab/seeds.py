@@ -1,8 +1,8 @@
 """Many seeds trained side by side, as one network of independent ones.
 
-Tiny networks cost nearly the same alone and in twenties. A batch is `(seeds, features, samples)`, a
-layer multiplies every seed's samples by that seed's weights, and the game is the sum of the seeds'
-games: the gradient of every seed, and so every step of Adam or SGD, is what it would be alone.
+Twenty tiny networks cost nearly the same as one. A batch is `(seeds, features, samples)`. A layer
+multiplies every seed's samples by that seed's weights, and the game is the sum of the seeds' games.
+Each seed's gradient, and so every step of Adam or SGD, is therefore the same as when trained alone.
 """
 
 import math

@@ -1,10 +1,10 @@
-"""What all experiments share: settings, a command line made of them, and what carries it out.
+"""Settings of the experiments, the command line made of them, and the code that runs it.
 
     study.main(__doc__, PRESETS, train, report, "record", {"unroll_steps": (0, 10)})
 
-The flags are the fields of the experiment's dataclass that have a comment beside them, which is
-their help; those in `sweep` take several values, and every combination is trained. The last ones
-are those of `Options`.
+The flags are the fields of the experiment's dataclass that have a comment beside them; the comment
+is the flag's help. Flags in `sweep` take several values, and every combination is trained. The last
+flags are those of `Options`.
 """
 
 import argparse

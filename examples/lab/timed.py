@@ -1,6 +1,6 @@
-"""Pairs of updates of an experiment on MNIST, timed one by one as they are asked for.
+"""Time pairs of updates of an experiment on MNIST, one for each request.
 
-It runs with the code of any revision on the path, so that it imports little of it.
+It runs with the code of any revision on the path, and therefore imports little of it.
 """
 
 import importlib

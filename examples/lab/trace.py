@@ -1,4 +1,4 @@
-"""What every pair of updates left behind: losses, norms, times; kept in the run's checkpoint."""
+"""Losses, norms and times of every pair of updates, kept in the run's checkpoint."""
 
 import math
 import statistics

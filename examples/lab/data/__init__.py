@@ -1,1 +1,1 @@
-"""What the experiments train on: points, digits, images."""
+"""The data of the experiments: points, digits, images."""

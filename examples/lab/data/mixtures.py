@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians in the plane, and the metrics of mode collapse that they allow."""
+"""Mixtures of Gaussians in the plane, and metrics of mode collapse."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -66,7 +66,7 @@ def mode_metrics(samples: Tensor, mixture: Mixture) -> dict[str, float]:
 
     Returns:
         modes: Modes with at least one HQ sample (VEEGAN, PacGAN).
-        modes_quarter_share: Modes with at least a quarter of the samples they should have, all HQ.
+        modes_quarter_share: Modes with a quarter of their share or more, of HQ samples only.
         percent_high_quality: Percentage of HQ samples; `CEILING` for perfect ones.
         reverse_kl_high_quality: KL(generated || true) over modes, HQ samples alone (PacGAN).
         reverse_kl_all: The same with all samples, counted for their nearest modes
@@ -93,7 +93,7 @@ def rotation(history: Sequence[Mapping[str, float]]) -> dict[str, int]:
     """Count moves of the mass from mode to mode over the `mode_metrics` of a run.
 
     Returns:
-        largest_mode_changes: How often the largest mode became another, also among equals.
+        largest_mode_changes: How often the largest mode changed, ties included.
         rotations: The same over the moments at which it held more than half of the samples: none
             for a generator that has spread out, many for one that collapses to mode after mode.
     """

@@ -1,4 +1,4 @@
-"""Pixels in the range of a generator that ends in tanh, and as a picture file has them."""
+"""Conversion of pixels between a tanh generator's range and the bytes of an image file."""
 
 from torch import Tensor
 

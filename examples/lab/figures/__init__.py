@@ -1,1 +1,1 @@
-"""The figures: kinds of them that experiments share, and those of one experiment."""
+"""The figures of the experiments."""

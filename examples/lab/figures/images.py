@@ -1,4 +1,4 @@
-"""What an experiment on images leaves behind: a grid of samples over training, curves, a table.
+"""The results of an experiment on images: a grid of samples over training, curves, a table.
 
 Images are `(N, 1 or 3, height, width)`, floats in [-1, 1] as a generator makes them.
 """

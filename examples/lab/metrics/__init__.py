@@ -1,1 +1,1 @@
-"""What samples are measured by."""
+"""The metrics of samples."""

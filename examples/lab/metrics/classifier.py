@@ -1,11 +1,12 @@
-"""The digit classifier behind every metric on MNIST, and its file.
+"""The digit classifier of the metrics on MNIST, and its file.
 
     network = classifier.load(args.classifier)
     labels = classifier.classify(network, images)    # (N,) of (N, 1, 28 or 32, ...) in [-1, 1]
 
-The "pre-trained MNIST classifier" of section 3.3.1 of https://arxiv.org/abs/1611.02163, which the
-paper does not describe. The file is that of `--classifier`, else of the environment variable
-UNROLL_CLASSIFIER, else in the user's cache; where there is none it is trained, once.
+It plays the part of the "pre-trained MNIST classifier" of section 3.3.1 of
+https://arxiv.org/abs/1611.02163, which the paper does not describe. Its file is named by
+`--classifier`, otherwise by the environment variable UNROLL_CLASSIFIER, and is otherwise in the
+user's cache. If there is no file, the classifier is trained once.
 """
 
 import math
@@ -81,8 +82,8 @@ def classify(network: nn.Module, images: Tensor, *, batch_size: int = 512) -> Te
 def precision(network: nn.Sequential, images: Tensor, real: Tensor) -> float:
     """Return the share of digits that are as near to real ones as these are to each other.
 
-    Improved precision (Kynkäänniemi et al. 2019, 3 neighbours) of what the last layer sees. The
-    classifier's certainty would not do: it is certain that white noise is an 8.
+    Improved precision (Kynkäänniemi et al. 2019, 3 neighbours) of the last layer's inputs. The
+    classifier's certainty is no usable metric: it is certain that white noise is an 8.
     """
     from torch_fidelity import metric_prc  # slow to import
 

@@ -1,9 +1,9 @@
 """How near generated images are to real ones, from their features.
 
 Fréchet and kernel distance, the Inception Score and improved precision and recall (Kynkäänniemi et
-al. 2019, 3 neighbours) are torch-fidelity's. Here is what it lacks: the precision-recall
-distribution of Sajjadi et al., "Assessing Generative Models via Precision and Recall" (2018), the
-third metric of RS-GAN's `eval.py`.
+al. 2019, 3 neighbours) are torch-fidelity's. This module adds the precision-recall distribution of
+Sajjadi et al., "Assessing Generative Models via Precision and Recall" (2018), the third metric of
+RS-GAN's `eval.py`.
 """
 
 import math
@@ -104,7 +104,7 @@ def prd_of_histograms(fake: Floats, real: Floats) -> tuple[Floats, Floats]:
 
 
 def f_scores(precision: Floats, recall: Floats, beta: float = 8) -> tuple[float, float]:
-    """Return the largest F_beta, which weighs recall, and F_1/beta, which weighs precision."""
+    """Return the largest F_beta, weighted towards recall, and F_1/beta, towards precision."""
 
     def best(weight: float) -> float:
         total = weight**2 * precision + recall

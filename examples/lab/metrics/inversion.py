@@ -1,8 +1,8 @@
 """Inference by optimisation, Eq. 13-14: the latent point whose image is nearest to a target.
 
-Every point has its own `torch.optim.LBFGS`, with its own line search and history; what is batched
-is the generator. Each optimizer runs in a thread that waits, at every evaluation of its closure,
-until all others wait for theirs too: then one forward and backward pass answers them all.
+Every point has its own `torch.optim.LBFGS`, with its own line search and history. Only the
+generator is batched: each optimizer runs in a thread that waits at every evaluation of its closure
+until all others wait too, and then one forward and backward pass answers them all.
 """
 
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""The networks of the experiments, but for those that one of them has to itself."""
+"""Networks of the experiments on images."""

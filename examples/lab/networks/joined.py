@@ -1,9 +1,9 @@
-"""Networks on images of several seeds as one network, which computes what each does alone.
+"""Image networks of several seeds as one network, which computes what each computes alone.
 
-Images are `(seeds, channels, height, width, samples)`, as points are in `lab.seeds`. What is here
-measured best on a CPU: G's layers are wide enough for PyTorch's own convolutions, one seed after
-the other; the tiny ones of D, differentiated twice, are faster as products of all seeds, and these
-can be compiled.
+Images are `(seeds, channels, height, width, samples)`, like the points of `lab.seeds`. The form is
+the fastest that we measured on a CPU. G's layers are wide enough for PyTorch's own convolutions,
+one seed after the other. D's tiny layers, differentiated twice, are faster as products over all
+seeds, and these can be compiled.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,9 @@
 """The networks of RS-GAN's image experiments: SN-DCGAN, and the ResNets of SN-GAN.
 
-As in the code beside Sun, Fang and Schwing 2020 (https://arxiv.org/abs/2011.04926). G has batch
+As in the code of Sun, Fang and Schwing 2020 (https://arxiv.org/abs/2011.04926). G has batch
 normalisation; D has spectral normalisation and orthogonal weights. D's last layer is a single row
-under spectral normalisation, so it has unit norm at every step; that the authors normalise it once
-more after RpGAN's steps has no effect.
+under spectral normalisation, so it has unit norm at every step. The authors normalise it once more
+after RpGAN's steps, which has no effect.
 """
 
 from itertools import pairwise
