@@ -168,7 +168,7 @@ def generated(g: nn.Module, noise: Tensor) -> Tensor:
 
 
 def sampler(path: Path, device: str = "cpu") -> Sampler:
-    """Return what makes images as a checkpoint's generator does: for `evaluate.py`."""
+    """Return a function that makes a checkpoint generator's images, for `evaluate.py`."""
     g, config = trained(path, device)
 
     def make(count: int, rng: torch.Generator) -> Tensor:

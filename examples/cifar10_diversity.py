@@ -116,7 +116,7 @@ def pairwise(images: Tensor, pairs: int, rng: torch.Generator, *, batch_size: in
 
 
 def measure(path: Path, where: Setting) -> dict[str, Any]:
-    """Return what is measured on one model, kept in a file: done once."""
+    """Return the measurements of one model; a file keeps them, so they are made only once."""
     config = where.config
     g, model = cifar10.trained(path, config.device)
     how = {name: getattr(config, name) for name in (*INVERSION, *DISTANCES)}
@@ -201,7 +201,7 @@ def draw_reconstructions(
 
 
 def draw_distances(path: Path, real: Tensor, found: Mapping[tuple[int, int], Tensor]) -> None:
-    """Draw a panel a K: the data in red, seeds in blue, medians as vertical lines."""
+    """Draw a panel for each K: data in red, seeds in blue, medians as vertical lines."""
     ks = sorted({k for k, _ in found})
     bins = np.histogram_bin_edges(torch.cat([real, *found.values()]).numpy(), 120)
     how = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}

@@ -52,7 +52,7 @@ class Config(study.SideBySide):
     batch_size: int = 128  # PacGAN's
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained: colours have a density from ten samples on."""
+        """Refuse too few samples: a density of colours needs at least ten."""
         if self.samples < 10:
             raise ValueError(f"--samples must be at least 10, got {self.samples}")
         super().__post_init__()
@@ -100,7 +100,7 @@ def train(config: Config, options: Options, line: int) -> None:
     held_out = noise(config.samples)
 
     def references(rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Return colours of data, and what the metrics are compared with."""
+        """Return colours of data, and reference values of the metrics."""
         of_data, again = (colors.foreground(batch(data, config.samples, rng)) for _ in range(2))
         single = of_data.mean(0).expand(config.samples, 3)
         return of_data, {

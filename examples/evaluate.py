@@ -42,7 +42,7 @@ KEY = ("fake", "fake_hash", "real", "features", "real_images", "size", "seed", "
 
 @dataclass(frozen=True)
 class Config:
-    """What is compared with what, and by which features."""
+    """The two sets of images that are compared, and the features."""
 
     fake: tyro.conf.Positional[str]  # a folder of generated images, or a checkpoint
     real: tyro.conf.Positional[str]  # a folder of images, or cifar10

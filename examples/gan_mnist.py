@@ -109,7 +109,7 @@ def discriminator_of() -> nn.Sequential:
 
 
 def optimizer_of(config: Config, network: nn.Module) -> torch.optim.Optimizer:
-    """Return what trains a network."""
+    """Return the optimizer of a network."""
     if config.optimizer == "Adam":
         return torch.optim.Adam(network.parameters(), config.learning_rate, (config.beta1, 0.999))
     return torch.optim.SGD(network.parameters(), config.learning_rate, config.momentum)
@@ -221,14 +221,14 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
 
 
 def own(config: Config) -> Config:
-    """Return settings with what makes an optimizer that one."""
+    """Return settings with the rate, momentum and eps of their arm."""
     rate, momentum, eps = OPTIMIZERS[config.optimizer]
     rate = config.learning_rate or rate
     return replace(config, learning_rate=rate, momentum=momentum, batch_norm_eps=eps)
 
 
 def generate(checkpoint: Path, folder: Path, seed: int, count: int = 49) -> Path:
-    """Write new samples of a trained generator, one a file and all in a grid."""
+    """Write new samples of a trained generator, each to a file and all to a grid."""
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         settings = content["settings"]

@@ -71,7 +71,7 @@ class Ensemble(nn.Module):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Look at D after an update of it."""
+        """Sample D after one of its updates."""
         updates = int(self.updates)
         if self.live or updates % self.delay == 0:
             place = updates // self.delay % self.size

@@ -111,7 +111,7 @@ def sample(generator: nn.Module, noise: Tensor) -> Tensor:
 
 
 def sampler(checkpoint: Path, device: str = "cpu") -> Sampler:
-    """Return what makes images as a checkpoint's generator does: for `evaluate.py`."""
+    """Return a function that makes a checkpoint generator's images, for `evaluate.py`."""
     content = torch.load(checkpoint, map_location=device, weights_only=True)
     config = Config(**content["settings"])
     generator = networks(config.structure, config.image_size, config.width)[0].to(device)

@@ -169,8 +169,8 @@ def arms(configs: Sequence[Config], options: Options) -> list[Config]:
 def data_score(options: Options, facts: Mapping[str, Any], count: int) -> None:
     """Print the score of real stacks through the same classifier, and record it.
 
-    Digits whose halves are those of two have strokes and no shape: the least precision of samples
-    that are digits.
+    It also scores images whose halves come from two digits. They have strokes but no shape; samples
+    that are digits must have more precision.
     """
     judge, data = classifier.load(options.classifier), digits.mnist(options.data_root)
     test, known = digits.mnist(options.data_root, train=False), references(data)

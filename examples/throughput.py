@@ -58,7 +58,7 @@ class Options:
 
 
 def server(root: Path, *given: Any) -> subprocess.Popen[str]:
-    """Start what times pairs with the code of a checkout."""
+    """Start a process that times pairs with the code of a checkout."""
     path = str(root / "examples"), str(root)
     code = f"import runpy, sys; sys.path[:0] = {path}; runpy.run_path({timed.__file__!r})"
     code += f"['serve'](*{given!r})"
@@ -67,7 +67,7 @@ def server(root: Path, *given: Any) -> subprocess.Popen[str]:
 
 
 def rows(options: Options) -> Iterator[dict[str, Any]]:
-    """Measure what the command line asks for, a row an experiment, preset, K and revision."""
+    """Measure the requested pairs, one row for each experiment, preset, K and revision."""
     for name in options.experiment:
         steps, sizes = options.unroll_steps or STEPS[name], options.batch_size or (None,)
         for preset, k, size in product(options.preset, steps, sizes):
@@ -96,7 +96,7 @@ def rows(options: Options) -> Iterator[dict[str, Any]]:
 def by_turns(
     options: Options, name: str, preset: str, own: dict[str, Any], folder: str
 ) -> list[tuple[dict[str, Any], list[list[float]]]]:
-    """Return what is known of each side, and the seconds of its pairs and of their data."""
+    """Return facts about each side, and the seconds of its pairs and of their data."""
     files = {"data_root": options.data_root, "classifier": options.classifier, "out": folder}
     given = name, preset, own, {n: str(path) for n, path in files.items() if path}
     roots = [EXAMPLES.parent, *([options.against] if options.against else [])]

@@ -93,7 +93,7 @@ PRESETS = {
 
 
 def clusters(rng: torch.Generator) -> Tensor:
-    """Return the data: points of the two clusters by turns, in one row."""
+    """Return the data: points of the two clusters alternating, in one row."""
     centres = torch.tensor(CENTRES, device=rng.device).repeat(SAMPLES // 2)
     offsets = torch.rand(SAMPLES, generator=rng, device=rng.device)
     return (centres + SPREAD * offsets)[None]
@@ -123,7 +123,7 @@ def landmarks(
         covered_at: The epoch of the first evaluation that did; -1 before.
         collapsed: Evaluations so far with 90 of 100 samples around one cluster and none around
             the other.
-        on_plateau: Those of them with D's loss within 0.02 of the collapsed optimum.
+        on_plateau: Collapsed evaluations with D's loss within 0.02 of the collapsed optimum.
     """
     few, many = sorted((row["around_first"], row["around_second"]))
     covers = few >= COVERED

@@ -48,7 +48,7 @@ def shown(values: Sequence[float]) -> str:
 
 
 def table(rows: pd.DataFrame, names: Sequence[str]) -> str:
-    """Return the means of columns with standard errors, and what they are, by "setting"."""
+    """Return the columns' means and standard errors for each "setting", and their meanings."""
     settings = rows.groupby("setting", sort=False)
     text = pd.DataFrame({title(name): settings[name].agg(shown) for name in names})
     return f"\n{text.rename_axis(None).to_string()}\n\n{explained(names)}"

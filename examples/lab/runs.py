@@ -172,12 +172,12 @@ def iterate(
 ) -> Iterator[int]:
     """Count the pairs (or epochs) of a training loop; evaluate and save between them.
 
-    The `seconds` of a row are CPU time of the process, which other work on the machine hardly
-    changes; on other devices they are the clock's.
+    On a CPU the `seconds` of a row are CPU time of the process, which other work on the machine
+    hardly changes. On other devices they are wall-clock time.
 
     Args:
         config: The settings of the run: its length, and when to evaluate.
-        options: Where the checkpoint is, and whether to start from it, if there is one.
+        options: Where the checkpoint is, and whether to start from it if it exists.
         line: That of the progress bar.
         parts: Everything that training changes.
         rng: The generator that every random number of the training comes from.

@@ -53,7 +53,7 @@ class Generators:
 
 
 def generators(config: Any) -> Generators:
-    """Return those of an experiment that has `first_seed`, `seeds` and a `device`."""
+    """Return the generators of an experiment that has `first_seed`, `seeds` and `device`."""
     return Generators(range(config.first_seed, config.first_seed + config.seeds), config.device)
 
 
@@ -84,7 +84,7 @@ class Linears(nn.Module):
 def linears(
     inputs: int, outputs: int, rngs: Generators, *, bias: bool = True, gain: float | None = None
 ) -> Linears:
-    """Return new ones; `gain` is of orthogonal weights, else they are PyTorch's."""
+    """Return new layers, orthogonal if there is a `gain`, otherwise with PyTorch's weights."""
 
     def uniform(*shape: int) -> Tensor:
         drawn = rngs.draw(lambda rng: torch.rand(*shape, generator=rng, device=rng.device))

@@ -33,7 +33,7 @@ POSITIVE = re.compile("(_rate|r_steps|_every|samples|width|size|^pairs|^epochs|^
 
 @dataclass(frozen=True)
 class Settings:
-    """The base of every experiment's settings: it refuses what cannot be trained, and names it."""
+    """The base of every experiment's settings: an error names a setting that cannot be trained."""
 
     preset: str = "paper"
     device: str = "cpu"
@@ -262,7 +262,7 @@ def model_rows(experiment: str, config: Any, log: Mapping[str, Any]) -> list[dic
 
 
 def last_rows(experiment: str, config: Any, log: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what is recorded of most experiments: a row a model, of its last evaluation."""
+    """Return the rows that most experiments record: each model's last evaluation."""
     history = log["history"]
     together = {"seconds": history[-1]["seconds"]}
     if isinstance(config, SideBySide):
@@ -282,7 +282,7 @@ class Results:
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """A row an evaluation of every model."""
+        """One row for each evaluation of every model."""
         return pd.DataFrame(
             {"setting": config.label, "seed": seed} | row
             for config, log in zip(self.configs, self.logs, strict=True)
@@ -304,7 +304,7 @@ class Results:
         return found
 
     def only(self, chosen: Callable[[Any], bool]) -> "Results":
-        """Return the results of the settings that are chosen."""
+        """Return the results of the chosen settings."""
         return Results([config for config in self.configs if chosen(config)], self.options)
 
     def table(self, *names: str) -> None:
@@ -333,17 +333,17 @@ def main(
     """Train what the command line asks for, record each run as it finishes, and report.
 
     Args:
-        doc: The experiment's own text, which `--help` shows.
+        doc: The experiment's module docstring, which `--help` shows.
         presets: Settings by name; the first is the default.
         train: Given settings, options and the line of the progress bar, trains one run.
         report: Draws and prints the results, and returns a sentence.
-        record: The name of the record, or what it is for given options.
+        record: The name of the record, or a function from the options to it.
         sweep: The settings that take several values, with the default ones; None: the preset's.
-        options: With which the flags of the runs start.
-        arms: Changes the settings of the runs, where not every combination makes one.
+        options: The defaults of the flags of the runs.
+        arms: Changes the settings of the runs, if not every combination is a run.
         rows: Given the record's name, settings and log, returns the rows of the record.
-        leads: Whether this process, of several that train one model together, writes.
-        arguments: In place of the command line's.
+        leads: Whether this process writes, if several train one model together.
+        arguments: Replace those of the command line.
     """
     options = replace(options, out=options.out / Path(sys.argv[0]).stem)
     try:

@@ -55,7 +55,7 @@ def grid(
     size: tuple[float, float],
     caption: str,
 ) -> None:
-    """Draw a row a setting and a column a moment of training; `draw` fills a cell."""
+    """Draw a row for each setting and a column for each moment of training; `draw` fills a cell."""
     shape = len(rows), len(columns)
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
     for row, (label, cells) in zip(axes, rows.items(), strict=True):

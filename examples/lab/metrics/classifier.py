@@ -145,7 +145,7 @@ def deformed(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def save(path: Path, trained: nn.Module, facts: dict[str, Any]) -> str:
-    """Write a trained classifier with what is known of it, and return its hash."""
+    """Write a trained classifier with facts about it, and return its hash."""
     states = trained.state_dict()
     content = {"states": states, "facts": facts, "hash": digest(states)}
     write_atomically(path, lambda draft: torch.save(content, draft))
@@ -177,7 +177,7 @@ def load(path: Path | None = None, device: str | torch.device = "cpu") -> nn.Seq
 
 
 def facts(path: Path | None = None) -> dict[str, Any]:
-    """Return what the settings of an experiment say of the classifier in a file."""
+    """Return the facts about the classifier in a file, for the settings of an experiment."""
     content = torch.load(found(path), map_location="cpu", weights_only=True)
     accuracy = content["facts"]["test_accuracy"]
     return {"classifier": content["hash"], "classifier_accuracy": accuracy}

@@ -131,7 +131,7 @@ def load(name: str, device: str = "cpu") -> Extractor:
 
 
 def named(name: str, rule: str) -> Any:
-    """Return what `package.module:name` or `file.py:name` names."""
+    """Return the object that `package.module:name` or `file.py:name` names."""
     source, _, attribute = name.rpartition(":")
     try:
         if source.endswith(".py"):

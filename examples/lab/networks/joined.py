@@ -19,7 +19,7 @@ from lab import seeds
 def players(
     rngs: seeds.Generators, build: Callable[[torch.Generator], tuple[nn.Module, nn.Sequential]]
 ) -> tuple["Generators", nn.Sequential]:
-    """Return G and D of all seeds, from what builds those of one."""
+    """Return G and D of all seeds, from functions that build those of one seed."""
     of_g, of_d = zip(*rngs.each(build), strict=True)
     g = Generators(of_g).to(memory_format=torch.channels_last)  # a third faster
     return g, nn.Sequential(*[_joined(each) for each in zip(*of_d, strict=True)])
