@@ -10,7 +10,7 @@ how far this output has changed by the next evaluation.
     Adam            2e-4, betas (0.5, 0.999)
     SGD             2e-4, no momentum
     SGD-fast        a hundred times that rate: few pairs at 2e-4 hardly move SGD at all
-    momentum        0.002 and momentum 0.9: as far a pair as SGD-fast
+    momentum        0.002 and momentum 0.9: the effective rate of SGD-fast
     SGD-fast-eps    SGD-fast with BatchNorm's eps at 1e-5; the README has 0.8
     momentum-eps    momentum with the same eps
 
