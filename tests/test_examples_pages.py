@@ -41,7 +41,9 @@ def test_one_stray_model_does_not_decide(verdicts: Any) -> None:
     assert stray.finding == "undecided"
 
 
-def test_three_models_are_too_few_and_short_runs_and_poor_samples_do_not_judge(verdicts: Any) -> None:
+def test_three_models_are_too_few_and_short_runs_and_poor_samples_do_not_judge(
+    verdicts: Any,
+) -> None:
     assert verdicts.compared("", HIGH[:3], LOW[:3]).finding == "too few"
     assert verdicts.compared("", HIGH, LOW, short=True).finding == "too short"
     assert verdicts.compared("", HIGH, LOW, blurred=True).finding == "too poor"

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -65,7 +66,13 @@ def views(batch: Batch) -> Batch:
 
     An objective or a D that differentiates in its input gets the gradient at a fixed theta_D^k.
     """
-    return map_tensors(lambda t: t.view_as(t) if t.requires_grad else t.detach(), batch)
+    return map_tensors(_view, batch)
+
+
+def _view(t: Tensor) -> Tensor:
+    if not t.requires_grad:
+        return t.detach()
+    return t.view_as(t) if t.layout == torch.strided else t.clone()  # sparse ones have no views
 
 
 def _of_module(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -94,9 +94,11 @@ class InDouble(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Call ``func`` on twins."""
-        if func == Tensor.__deepcopy__:  # it refuses tensors in a graph, as torchopt's states are
+        if func == Tensor.__deepcopy__:  # refuses CSR, and tensors in a graph: torchopt's states
             given = args[0]
-            return func(*args) if given.is_leaf else given.detach().clone().requires_grad_()
+            if given.is_leaf and given.layout == torch.strided:
+                return func(*args)
+            return given.detach().clone().requires_grad_(given.requires_grad)
         args, named = tree_map(self._wide, cast(Any, (args, kwargs or {})))
         if func == _DTYPE:
             found = func(*args)

@@ -205,6 +205,9 @@ class Code:
 
         None at a fresh optimizer's first step, which is not worth compiling.
         """
+        if any(t.layout != torch.strided for t in tensors((point, pair))):
+            self._give_up("a tensor in the batch or a buffer of D is sparse")
+            return ()
         device = next(iter(point.parameters.values())).device
         module, state = game.discriminator.module, every_random_state(device)
         also = [*summands(game.objective), game.transform_gradients, game.project]

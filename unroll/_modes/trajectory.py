@@ -147,7 +147,8 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def form(value: Any) -> Hashable:
     """Return what a nested value has to share with another for the same code to serve both."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
+        strides = value.stride() if value.layout == torch.strided else value.layout
+        return value.shape, strides, value.dtype, value.device
     if isinstance(value, Mapping):
         return type(value), *((key, form(item)) for key, item in value.items())
     if isinstance(value, (tuple, list)):
