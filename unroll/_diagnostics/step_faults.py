@@ -17,24 +17,39 @@ from unroll._objectives import ON_LOGITS, Criterion, LeastSquares, Losses, Minim
 from unroll._optimizers import listed
 from unroll._penalties import R1, R2, GradientPenalty, summands
 
+Scales = Sequence[tuple[float, float]]  # norms of the loop's and of the look-ahead's gradients
 REMEDY = "Train D by loss.discriminator_loss(fake, real), or pass the objective of your loop."
 CLIPS = (
     "the loop clips the gradients by {0}, to {1:.4g}: pass transform_gradients=unroll.{2}({1:.4g})."
 )
-_MODES = (
-    "D's layers {0} are in another mode (training, evaluation) in `step` than before it, where the "
-    "look-ahead takes its steps in theirs. Call D.train() before the loss, or D.eval() in `step`."
-)
-_ROUNDED = "D's gradients are round-off or not finite here (is D too sure? too coarse?)."
-_UNLIKE = (
+ROUNDED = "D's gradients are round-off or not finite here (is D too sure? too coarse?)."
+UNLIKE = (
     "two look-ahead steps from one random state differ: D or the objective keeps state where it is "
     "not given back (an object of a class of your own, a closure), or draws from another generator "
     "than the global ones. Keep it in a buffer, an attribute or a dict."
 )
-_EARLY = (
-    "`step` changes {0} before the optimizer's step (a clip?). Do it after the step, and give it "
-    "to the look-ahead as project=."
-)
+FAULTS = {  # of the layers, parameters or parts of a state that have it
+    "modes": "D's layers {} are in another mode (training, evaluation) in `step` than before it, "
+    "where the look-ahead takes its steps in theirs. Call D.train() before the loss, or D.eval() "
+    "in `step`.",
+    "strangers": "the optimizer moves tensors that are not in D (shapes {}). Register in D what "
+    "its loss uses: layers in an nn.ModuleList.",
+    "early": "`step` changes {} before the optimizer's step (a clip?). Do it after the step, and "
+    "give it to the look-ahead as project=.",
+    "alone": "{} move in the loop alone (another optimizer, or frozen for the look-ahead only?). "
+    "Make the loss with all of D's optimizers, and freeze alike.",
+    "still": "{} move in the look-ahead alone: `step` freezes them, or its loss does not use them. "
+    "Freeze them by requires_grad_(False) for both; where the loop freezes all of D for G's step, "
+    "take D's loss from loss.discriminator_loss.",
+    "zeros": "{} get no gradient, but keep zeros of an earlier one, for which the optimizer moves "
+    "them in the loop alone (momentum, weight decay). Call optimizer.zero_grad(set_to_none=True).",
+    "state": "the optimizer's state ({}) differs, though the gradients agree: `step` changes it, "
+    "or its class takes another step.",
+    "unprojected": "`step` does not do to {} what project= of the loss does (another bound, or "
+    "nothing at all?). Do the same after the optimizer's step.",
+    "projected": "`step` changes {} after the optimizer's step (weight clipping, a normalisation, "
+    "another optimizer?): give that to the look-ahead as project=.",
+}
 
 
 def judged(calls: Iterable[Call]) -> Report:
@@ -85,75 +100,52 @@ def _changes(before: Sequence[Any], now: Sequence[Any]) -> Iterator[str]:
                 )
 
 
-def _explained(call: Call, scales: Sequence[tuple[float, float]]) -> tuple[list[str], bool]:
+def _explained(call: Call, scales: Scales) -> tuple[list[str], bool]:
     """Return what differs and what mends it, and whether that is certain."""
+
+    def named(**faults: Iterable[str]) -> list[str]:
+        found = {fault: list(names) for fault, names in faults.items()}
+        return [FAULTS[fault].format(listed(names)) for fault, names in found.items() if names]
+
     if not call.telling:
-        return [_UNLIKE if call.unlike else _ROUNDED], False
+        return [UNLIKE if call.unlike else ROUNDED], False
     if call.modes:
-        return [_MODES.format(listed({type(layer).__name__ for layer in call.modes}))], True
-    words: list[str] = []
-    if call.strangers:
-        words.append(
-            f"the optimizer moves tensors that are not in D (shapes {listed(call.strangers)}). "
-            "Register in D what its loss uses: layers in an nn.ModuleList."
-        )
-    outside = [n for n in call.moved if n not in call.ours]  # of no optimizer of the loss
-    alone = outside + [n for n in call.off if not call.ours[n].any()]
+        return named(modes={type(layer).__name__ for layer in call.modes}), True
+    words = named(strangers=call.strangers)
+    if not call.off:
+        changed = [n for n in call.moved if n not in (*call.outside, *call.zeros)]
+        words += named(alone=call.outside, zeros=call.zeros)
+        if call.state:
+            return words + named(state={str(path[-1]) for path in call.state}), True
+        if call.early:
+            return words + named(early=call.early), True
+        what = "projected" if call.loss.project is None else "unprojected"
+        return words + named(**{what: changed}), True
+    if not norm(call.real):
+        return [
+            *words,
+            "no gradient reaches the optimizer's step. Is it zeroed after backward?",
+        ], True
+    if call.early:
+        return words + named(early=call.early), True
+    if game := "".join(call.sigmoid) or next(_explanations(call, scales), ""):
+        return [*words, game], True
+    alone = [n for n in call.off if not call.ours[n].any()]
     still = [n for n in call.off if not call.real[n].any()]
-    if call.off and not norm(call.real):
-        words.append("no gradient reaches the optimizer's step. Is it zeroed after backward?")
-    elif call.off and call.early:
-        words.append(_EARLY.format(listed(call.early)))
-    elif call.off and (named := "".join(call.sigmoid) or _other_game(call, scales)):
-        words.append(named)
-    else:
-        if alone:
-            words.append(
-                f"{listed(alone)} move in the loop alone (another optimizer, or frozen for the "
-                "look-ahead only?). Make the loss with all of D's optimizers, and freeze alike."
-            )
-        if still:
-            words.append(
-                f"{listed(still)} move in the look-ahead alone: `step` freezes them, or its loss "
-                "does not use them. Freeze them by requires_grad_(False) for both; where the loop "
-                "freezes all of D for G's step, take D's loss from loss.discriminator_loss."
-            )
-        if others := set(call.off).difference(alone, still):
-            drawn = " Random numbers are drawn, which may be all: draw noise outside, for `step`."
-            words.append(
-                "D's loss in `step` is another than the objective's: the gradients differ by "
-                f"{call.error:.1%}, in {listed(others)} (a penalty, other labels, other samples "
-                f"than it is given, D in another mode?). {REMEDY}{drawn * call.drew}"
-            )
-            return words, bool(words[1:]) or not call.drew
-    if call.off:
-        return words, True
-    if call.zeros:
+    words += named(alone=[*call.outside, *alone], still=still)
+    certain = bool(words) or not call.drew
+    if others := set(call.off).difference(alone, still):
+        drawn = " Random numbers are drawn, which may be all: draw noise outside, for `step`."
         words.append(
-            f"{listed(call.zeros)} get no gradient, but keep zeros of an earlier one, for which "
-            "the optimizer moves them in the loop alone (momentum, weight decay). Call "
-            "optimizer.zero_grad(set_to_none=True)."
+            "D's loss in `step` is another than the objective's: the gradients differ by "
+            f"{call.error:.1%}, in {listed(others)} (a penalty, other labels, other samples than "
+            f"it is given, D in another mode?). {REMEDY}{drawn * call.drew}"
         )
-    if call.state:
-        words.append(
-            f"the optimizer's state ({listed({k for k, _ in call.state})}) differs, though the "
-            "gradients agree: `step` changes it, or its class takes another step."
-        )
-    elif call.early and not call.off:
-        words.append(_EARLY.format(listed(call.early)))
-    elif changed := [n for n in call.moved if n not in (*outside, *call.zeros)]:
-        words.append(
-            f"`step` does not do to {listed(changed)} what project= of the loss does (another "
-            "bound, or nothing at all?). Do the same after the optimizer's step."
-            if call.loss.project is not None
-            else f"`step` changes {listed(changed)} after the optimizer's step (weight clipping, a "
-            "normalisation, another optimizer?): give that to the look-ahead as project=."
-        )
-    return words, True
+    return words, certain
 
 
-def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
-    """Return what turns our gradients into the loop's, "" where nothing known does."""
+def _explanations(call: Call, scales: Scales) -> Iterator[str]:
+    """Yield what turns gradients that the look-ahead can take into the loop's, likelier first."""
 
     def vector(gradients: Numbers) -> Tensor:
         found = {n: torch.zeros_like(g) for n, g in call.ours.items()} | gradients
@@ -161,7 +153,7 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
 
     def of(objective: Any, pair: Pair | None = None) -> Tensor:
         try:
-            return vector(call.gradients(objective, pair, raw=True))
+            return vector(call.gradients(objective, pair)[0])
         except (RuntimeError, TypeError, ValueError):  # a game that cannot be played here
             return torch.zeros_like(real)  # which explains nothing
 
@@ -185,98 +177,94 @@ def _other_game(call: Call, scales: Sequence[tuple[float, float]]) -> str:
         given: Any = lambda batch: on_real if batch is real else on_fake  # noqa: E731
         return objective.discriminator_loss(given, fake, real)
 
-    real, objective = vector(call.real), call.loss.objective
-    ours, given = of(objective), vector(call.ours)
-    clips = not torch.allclose(ours, given, rtol=TOLERANCE)  # so that no scale can be told
-    ours = ours if clips else given
+    real, given, objective = vector(call.real), vector(call.ours), call.loss.objective
+    raw = vector(call.raw)
+    clips = not torch.allclose(raw, given, rtol=TOLERANCE)  # so that no scale can be told
+    ours = raw if clips else given
     # In proportion to what is explained: round-off of a larger gradient explains everything.
     tolerance = TOLERANCE + call.noise / call.size
     allowed = tolerance * float(real.norm())
-    cap = float(real.abs().max())
     parts = summands(objective)
-    names = [type(part).__name__ for part in parts]
+    kinds = [type(part).__name__ for part in parts]
+
     if found := fit(ours):
-        if clips and isclose(found[0], 1, rel_tol=tolerance):
-            return (
-                "`step` does not do what transform_gradients= of the loss does. Do it there before "
-                "the optimizer's step, or leave it out of the loss."
-            )
-        if clips and found[0] > 0:
-            return CLIPS.format("norm", norm(call.real), "ClipGradNorm")
-        if isclose(found[0], 1, rel_tol=tolerance):  # too small to fit
-            return ""
-        return _scaled(found[0], scales, getattr(parts[0], "weight", 1.0))
+        if isclose(found[0], 1, rel_tol=tolerance):
+            if clips:
+                yield (
+                    "`step` does not do what transform_gradients= of the loss does. Do it there "
+                    "before the optimizer's step, or leave it out of the loss."
+                )
+        elif clips and found[0] > 0:
+            yield CLIPS.format("norm", norm(call.real), "ClipGradNorm")
+        else:
+            yield _scaled(found[0], scales, getattr(parts[0], "weight", 1.0))
+        return  # what is not named is too small to fit
+    cap = float(real.abs().max())
     if float((ours.clamp(-cap, cap) - real).norm()) <= allowed:
-        return CLIPS.format("value", cap, "ClipGradValue")
+        yield CLIPS.format("value", cap, "ClipGradValue")
     if fit(of(objective, call.pair[::-1])):
-        return "fake and real are swapped, in `step` or in the call."
-    accumulated = fit(ours, vector(call.left))
-    if accumulated and all(isclose(factor, 1, rel_tol=1e-2) for factor in accumulated):
-        return "gradients accumulate: call the optimizer's zero_grad() in `step`, before backward."
+        yield "fake and real are swapped, in `step` or in the call."
+    found = fit(ours, vector(call.left))
+    if found and all(isclose(factor, 1, rel_tol=1e-2) for factor in found):
+        yield "gradients accumulate: call the optimizer's zero_grad() in `step`, before backward."
     terms = [of(part) for part in parts]
     if len(parts) > 1 and (found := fit(*terms)):
         found = [c / found[0] for c in found] if clips and found[0] > 0 else found
         said = [
-            f"{name} with factor {c:.4g}" if abs(c) > 1e-3 else f"no {name}"
-            for c, name in zip(found, names, strict=True)
+            f"{kind} with factor {c:.4g}" if abs(c) > 1e-3 else f"no {kind}"
+            for c, kind in zip(found, kinds, strict=True)
             if abs(c - 1) > 1e-3
         ]
-        return f"D's loss in `step` has {', '.join(said)}, unlike the objective. {REMEDY}"
+        yield f"D's loss in `step` has {', '.join(said)}, unlike the objective. {REMEDY}"
     for penalty in (R1, R2, GradientPenalty):
         if found := fit(ours, of(penalty(1.0)), positive=True):
-            scale = found[0] if clips else 1.0
-            name = f"unroll.{penalty.__name__}({found[1] / scale:.4g})"
-            return f"D's loss in `step` has a penalty: add + {name}{weighted(found[0])}."
+            factor = found[1] / (found[0] if clips else 1.0)
+            name = f"unroll.{penalty.__name__}({factor:.4g})"
+            yield f"D's loss in `step` has a penalty: add + {name}{weighted(found[0])}."
     for kind in ON_LOGITS:
         if found := fit(of(kind()), *terms[1:], positive=True):
-            return (
-                f"D's loss in `step` is unroll.{kind.__name__}(){weighted(found[0])}, not the "
-                f"objective's {names[0]}. {REMEDY}"
-            )
-    # D's loss is affine in both labels, up to a constant.
+            name = f"unroll.{kind.__name__}(){weighted(found[0])}"
+            yield f"D's loss in `step` is {name}, not the objective's {kinds[0]}. {REMEDY}"
     for game in filter(None, map(_with_labels, parts)):
+        # D's loss is affine in both labels, up to a constant.
         labels = {"real_label": game.real_label, "fake_label": game.fake_label}
-        moved = of(replace(game, real_label=0.5)), of(replace(game, fake_label=0.5))
-        found = fit(ours, *(other - of(game) for other in moved))
-        if not found or found[0] <= 0:
+        ends = [[of(replace(game, **{n: label})) for label in (0.25, 0.75)] for n in labels]
+        if not (found := fit(ours, *(2 * (high - low) for low, high in ends))) or found[0] <= 0:
             continue
-        moves = {
-            n: c / found[0] * (0.5 - labels[n]) for n, c in zip(labels, found[1:], strict=True)
-        }
+        moves = {n: c / found[0] for n, c in zip(labels, found[1:], strict=True)}
         if max(map(abs, moves.values())) < 0.4 * abs(game.real_label - game.fake_label):
             new = ", ".join(f"{n}={round(labels[n] + move, 4) + 0.0}" for n, move in moves.items())
-            return (
+            yield (
                 f"labels in `step` are smoothed: pass {new} to "
                 f"unroll.Criterion{weighted(found[0])}."
             )
     if fit(of(Losses(in_one_batch, objective.generator_loss))):
-        return f"`step` runs real and fake in one batch through D (BatchNorm). {REMEDY}"
+        yield f"`step` runs real and fake in one batch through D (BatchNorm). {REMEDY}"
     each = {n: float((call.real[n] * g).sum() / g.square().sum()) for n, g in call.ours.items()}
-    apart = [(call.real[n] - factor * call.ours[n]).norm() for n, factor in each.items()]
+    apart = vector({n: factor * call.ours[n] for n, factor in each.items()}) - real
     told = not clips and real.numel() > 2 * len(each) and all(0 < f <= 1 for f in each.values())
-    if told and float(max(apart)) <= allowed:
-        return (
+    if told and float(apart.norm()) <= allowed:
+        yield (
             "the loop scales the gradients of D's parts by factors of their own, from "
             f"{min(each.values()):.4g} to {max(each.values()):.4g} (clipped apart?): pass a "
             "function that does the same as transform_gradients=."
         )
-    return ""
 
 
-def _scaled(ratio: float, scales: Sequence[tuple[float, float]], weight: float) -> str:
+def _scaled(ratio: float, scales: Scales, weight: float) -> str:
     """Return what multiplies the gradients: a weight, or a clip by their norm."""
     if ratio < 0:
         return f"D's loss in `step` has the opposite sign (fake and real swapped?). {REMEDY}"
-    ratios = [real / ours for real, ours in scales if ours]
-    norms = [real for real, ours in scales if real < ours * (1 - TOLERANCE)]
-    one = len(ratios) == 1  # which cannot tell
-    clips = ratio < 1 and bool(norms) and _alike(norms) and (one or not _alike(ratios))
     weighs = (
         f"D's loss in `step` is {ratio:.4g} times the objective's: divide it by that, or pass "
         f"weight={weight * ratio:.4g} to unroll.Criterion."
     )
-    clipped = CLIPS.format("norm", norms[0], "ClipGradNorm") if clips else ""
-    return " Or ".join([weighs] * (one or not clips) + [clipped] * clips)
+    capped = [real for real, ours in scales if real < ours * (1 - TOLERANCE)]
+    steady = _alike([real / ours for real, ours in scales if ours])
+    if ratio > 1 or not _alike(capped) or (steady and len(scales) > 1):
+        return weighs
+    clipped = CLIPS.format("norm", capped[0], "ClipGradNorm")
+    return f"{weighs} Or {clipped}" if steady else clipped  # one step cannot tell
 
 
 def _with_labels(part: object) -> Criterion | None:
@@ -289,4 +277,4 @@ def _with_labels(part: object) -> Criterion | None:
 
 
 def _alike(numbers: Sequence[float]) -> bool:
-    return not numbers or max(numbers) - min(numbers) <= TOLERANCE * max(numbers)
+    return max(numbers) - min(numbers) <= TOLERANCE * max(numbers)
