@@ -320,7 +320,7 @@ def test_what_a_generator_does_is_its_own_matter(k: int) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"stop_gradient": True}, {"checkpoint": True}])
 @pytest.mark.parametrize("k", [0, 2])
-def test_a_parameter_of_both_players_is_warned_of_once(k: int, options: dict[str, bool]) -> None:
+def test_a_parameter_of_both_players_is_warned_of_once(k: int, options: dict[str, Any]) -> None:
     """Its gradient is that of a generator whose D has a copy."""
     d, latent, real = small(), randn(5, 3), randn(5, 4)
     generator = nn.Linear(3, 4).to(DEVICE).double()

@@ -396,6 +396,10 @@ def test_a_sample_of_the_command() -> None:
     ]
 
 
+def test_layers_that_are_not_registered_are_refused() -> None:
+    assert not failures([answer(("wrong", "unregistered layers", "SGD", "gradients"))])
+
+
 def test_the_command_fails_where_a_check_does() -> None:
     row = answer(SAMPLE[0])
     for change, text in (

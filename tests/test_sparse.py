@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,8 +27,7 @@ class Graph(nn.Module):
 
     def forward(self, x: Tensor, matrix: Tensor | None = None) -> Tensor:
         if matrix is None:
-            matrix = self.matrix
-        assert matrix is not None
+            matrix = self.get_buffer("matrix")
         output: Tensor = matrix @ self.second(torch.tanh(matrix @ self.first(x)))
         return output
 
@@ -38,15 +38,17 @@ def dense() -> Tensor:
     return (matrix * (matrix > 0.5)).to(DEVICE)
 
 
-FORMATS = {"coo": Tensor.to_sparse, "csr": Tensor.to_sparse_csr}
+FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
+    "coo": Tensor.to_sparse,
+    "csr": Tensor.to_sparse_csr,
+}
 
 
 @pytest.fixture(params=FORMATS)
 def sparse(request: pytest.FixtureRequest) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch: CSR is in beta state
-        matrix: Tensor = FORMATS[request.param](dense())
-    return matrix
+        return FORMATS[request.param](dense())
 
 
 def found(d: nn.Module, fake: Tensor, real: Tensor, given: Any, **options: Any) -> list[Tensor]:
@@ -63,7 +65,7 @@ def found(d: nn.Module, fake: Tensor, real: Tensor, given: Any, **options: Any) 
     "options", [{}, {"checkpoint": True}, {"stop_gradient": True}, {"average": True}]
 )
 def test_a_sparse_matrix_gives_what_a_dense_one_does(
-    sparse: Tensor, own: bool, options: dict[str, bool]
+    sparse: Tensor, own: bool, options: dict[str, Any]
 ) -> None:
     d, batch = Graph(), (randn(NODES, 4), randn(NODES, 4))
     other = copy.deepcopy(d)
@@ -75,12 +77,12 @@ def test_a_sparse_matrix_gives_what_a_dense_one_does(
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"stop_gradient": True}])
-def test_its_entries_may_be_generated(sparse: Tensor, options: dict[str, bool]) -> None:
+def test_its_entries_may_be_generated(sparse: Tensor, options: dict[str, Any]) -> None:
     d, x, real = Graph(), randn(NODES, 4), (randn(NODES, 4), dense())
     loss = UnrolledGeneratorLoss(
         d, torch.optim.Adam(d.parameters(), lr=0.01), unroll_steps=2, **options
     )
-    gradients = []
+    gradients: list[Tensor] = []
     for matrix in (dense(), sparse):
         matrix = matrix.requires_grad_()
         gradients += torch.autograd.grad(loss((x, matrix), real), matrix)

@@ -244,9 +244,8 @@ class _Replacing(TorchFunctionMode):
         return self.table.get(func, func)(*args, **(kwargs or {}))
 
 
-def right_derivatives() -> TorchFunctionMode:
-    """Return the context of a forward pass of D that will be differentiated twice or more."""
-    return _Replacing(_TWICE)
+# The context of a forward pass of D that will be differentiated twice or more.
+right_derivatives = partial(_Replacing, _TWICE)
 
 
 def differentiable_roots(*, adagrad: bool) -> TorchFunctionMode:

@@ -38,10 +38,8 @@ def tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
-        return [t for item in value.values() for t in tensors(item)]
-    if isinstance(value, (tuple, list)):
-        return [t for item in value for t in tensors(item)]
-    return []
+        value = list(value.values())
+    return [t for item in value for t in tensors(item)] if isinstance(value, (tuple, list)) else []
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -132,10 +130,8 @@ class Functional:
         names: dict[int, str] = {}
         for prefix, submodule in module.named_modules():
             layers.append((type(submodule), submodule.training))
-            for found, container in (
-                (self.parameters, submodule._parameters),
-                (self._slots, submodule._buffers),
-            ):
+            parameters, buffers = submodule._parameters, submodule._buffers
+            for found, container in (self.parameters, parameters), (self._slots, buffers):
                 for key, tensor in container.items():
                     name = f"{prefix}.{key}" if prefix else key
                     if tensor is not None:  # a tied tensor has several places and one name
@@ -172,7 +168,7 @@ class Functional:
             self._write({**self.parameters, **self._slots})
         for name, tensor in parameters.items():
             if tensor._version != versions[name]:
-                raise RuntimeError(mutation_message(name))
+                raise RuntimeError(MUTATION.format(name))
         return result, {name: buffer for name, buffer in left.items() if buffer is not None}
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -192,14 +188,12 @@ class Functional:
                 container[key] = value
 
 
-def mutation_message(name: str) -> str:
-    """Return the text of the refusal of a D that writes into its own parameters."""
-    return (
-        f"discriminator: its forward pass must not change its parameters in place; it changed "
-        f"{name!r}, which would make every look-ahead step differ from a training step. Move the "
-        "change after optimizer.step() in your loop and give it to the look-ahead as project=; in "
-        "place of a spectral norm of your own, use torch.nn.utils.parametrizations.spectral_norm."
-    )
+MUTATION = (
+    "discriminator: its forward pass must not change its parameters in place; it changed {!r}, "
+    "which would make every look-ahead step differ from a training step. Move the change after "
+    "optimizer.step() in your loop and give it to the look-ahead as project=; in place of a "
+    "spectral norm of your own, use torch.nn.utils.parametrizations.spectral_norm."
+)
 
 
 @contextmanager
@@ -243,9 +237,8 @@ def _restored(module: nn.Module, also: Iterable[object]) -> Iterator[None]:
         parametrize._cache_enabled, parametrize._cache = 0, {}  # it would hold theta_D^0's weights
         for container, content in saved:
             if content and type(content) not in (set, Counter) and id(container) not in written:
-                for key, value in (
-                    content.items() if isinstance(content, dict) else enumerate(content)
-                ):
+                items = content.items() if isinstance(content, dict) else enumerate(content)
+                for key, value in items:
                     if isinstance(value, (Tensor, tuple)):
                         container[key] = stand_in(value)
         for value in holders:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unroll._autograd_fixes import RECOMPUTATION, inner_gradients, recomputation_refused
-from unroll._functional import Functional, Pair, map_tensors, mutation_message, preserved, tensors
+from unroll._functional import MUTATION, Functional, Pair, map_tensors, preserved, tensors
 from unroll._look_ahead import (
     Game,
     Gradients,
@@ -155,7 +155,7 @@ def refuse_changed(discriminator: Functional, theta: Mapping[str, Tensor]) -> No
     """Refuse a D that has changed its parameters, theta_D^0: .data leaves no other trace."""
     for name, own in discriminator.parameters.items():
         if not same(theta[name], own):
-            raise RuntimeError(mutation_message(name))
+            raise RuntimeError(MUTATION.format(name))
 
 
 def inspect_value(module: nn.Module, value: Value, point: Point, pair: Pair) -> None:

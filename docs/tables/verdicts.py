@@ -21,8 +21,7 @@ from scipy import stats
 LEVEL = 0.05
 VERDICTS = ("supported", "partly supported", "refuted", "inconclusive")
 TOO_SHORT, TOO_POOR, TOO_FEW, NOT_RUN = (
-    f"inconclusive: {why}"
-    for why in ("too short", "samples too poor", "too few models", "not run")
+    f"inconclusive: {why}" for why in ("too short", "samples too poor", "too few models", "not run")
 )
 FEWEST = 4  # models a side: with three, no rank test reaches 5 %
 FEWEST_COUNTED = 6  # models of which most are to do something: with five, no binomial test does

@@ -99,8 +99,9 @@ def compare(line: Line, size: float = 0.0) -> Report:
         up, down = line.value(h), line.value(-h)
         slope, bend = (up - down) / (2 * h), (up - 2 * middle + down) / h
         change, kink = slope - last_slope, abs(bend - last_bend / RATIO)
-        last_slope, last_bend, coarse = slope, bend, abs(change) + kink
-        gap, doubt, scale = abs(slope - claimed), coarse + noise / h, max(size, abs(slope))
+        last_slope, last_bend = slope, bend
+        gap, scale = abs(slope - claimed), max(size, abs(slope))
+        doubt = abs(change) + kink + noise / h
         if max(doubt, gap) <= TOLERANCE * scale or up == middle == down == middle + claimed:
             return Report("right", gap / (scale or 1.0))
         # Truncation falls tenfold a step where f is smooth, and little is left without it.
@@ -108,8 +109,8 @@ def compare(line: Line, size: float = 0.0) -> Report:
         if max(finer, left) <= TOLERANCE * scale:
             return Report("right", finer / scale)
         if h != STEPS[0]:
-            found.append((doubt, gap, scale, coarse, h))
-    doubt, gap, scale, coarse, h = min(found)
+            found.append((doubt, gap, scale, h))
+    doubt, gap, scale, h = min(found)
     agrees = any(found_gap <= 2 * d < gap / 5 for d, found_gap, *_ in found)
     if gap > max(10 * doubt, TOLERANCE * scale) and not agrees:
         averages = [(line.slope(t) + line.slope(-t)) / 2 for t in (h, h / 10)]

@@ -227,10 +227,13 @@ def _explanations(call: Call, scales: Scales) -> Iterator[str]:
             yield f"D's loss in `step` is {name}, not the objective's {kinds[0]}. {REMEDY}"
     for game in filter(None, map(_with_labels, parts)):
         # D's loss is affine in both labels, up to a constant.
-        labels = {"real_label": game.real_label, "fake_label": game.fake_label}
-        ends = [[of(replace(game, **{n: label})) for label in (0.25, 0.75)] for n in labels]
-        if not (found := fit(ours, *(2 * (high - low) for low, high in ends))) or found[0] <= 0:
+        slopes = (
+            2 * (of(replace(game, real_label=0.75)) - of(replace(game, real_label=0.25))),
+            2 * (of(replace(game, fake_label=0.75)) - of(replace(game, fake_label=0.25))),
+        )
+        if not (found := fit(ours, *slopes)) or found[0] <= 0:
             continue
+        labels = {"real_label": game.real_label, "fake_label": game.fake_label}
         moves = {n: c / found[0] for n, c in zip(labels, found[1:], strict=True)}
         if max(map(abs, moves.values())) < 0.4 * abs(game.real_label - game.fake_label):
             new = ", ".join(f"{n}={round(labels[n] + move, 4) + 0.0}" for n, move in moves.items())
@@ -261,7 +264,7 @@ def _scaled(ratio: float, scales: Scales, weight: float) -> str:
     )
     capped = [real for real, ours in scales if real < ours * (1 - TOLERANCE)]
     steady = _alike([real / ours for real, ours in scales if ours])
-    if ratio > 1 or not _alike(capped) or (steady and len(scales) > 1):
+    if ratio > 1 or not capped or not _alike(capped) or (steady and len(scales) > 1):
         return weighs
     clipped = CLIPS.format("norm", capped[0], "ClipGradNorm")
     return f"{weighs} Or {clipped}" if steady else clipped  # one step cannot tell
