@@ -11,7 +11,7 @@ from torch import Tensor
 from unroll._functional import Batch, Pair, preserved, tensors
 from unroll._look_ahead import surrogate
 from unroll._loss import UnrolledGeneratorLoss
-from unroll._modes.checkpointed import filled, leaves
+from unroll._modes.adjoint import filled, leaves
 
 
 def gradient_terms(

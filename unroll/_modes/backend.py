@@ -16,8 +16,8 @@ from torch import Tensor
 from unroll._modes.decompositions import COMPOSED, DECOMPOSITIONS
 
 _TERMS = {  # names in what is traced, and what the user calls it
-    "played.objective": "objective",
-    "played.module": "discriminator",
+    "game.objective": "objective",
+    "game.discriminator.module": "discriminator",
     "settings[": "optimizer.param_groups[",
     "pair[0]": "fake",
     "pair[1]": "real",
@@ -52,14 +52,13 @@ def compiled_step(graph: Any, inputs: Sequence[Any]) -> CompiledStep:
     from torch._functorch import config as functorch
     from torch._functorch.aot_autograd import aot_export_joint_simple
     from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._guards import TracingContext, detect_fake_mode
+    from torch._guards import detect_fake_mode
     from torch._inductor import config
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.passes._tensorify_python_scalars import tensorify_python_scalars
 
-    (output,) = (node for node in graph.graph.nodes if node.op == "output")
     with torch.enable_grad():
-        examples = [node.meta["example_value"] for node in output.args[0]]
+        examples = [node.meta["example_value"] for node in _end(graph).args[0]]
     train = torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in inputs
     )
@@ -69,25 +68,25 @@ def compiled_step(graph: Any, inputs: Sequence[Any]) -> CompiledStep:
         # No views of each other or of inputs, and in the layout that tangents are expected in.
         return tuple(t.clone(memory_format=torch.contiguous_format) for t in graph(*given))
 
+    def code(graph: Any, *, is_backward: bool = False) -> Any:
+        end = _end(graph)
+        if not is_backward:  # what is not marked, Inductor may lay out anew: also what is saved
+            end.meta["user_visible_output_idxs"] = list(range(len(end.args[0])))
+        values = [node.meta["val"] for node in _placeholders(graph)]
+        return generated(graph, values, is_backward=is_backward)
+
     with config.patch(SETTINGS), _composed(), compiling_meanwhile():
         table: Any = {**select_decomp_table(), **DECOMPOSITIONS}
         joint: Any = aot_export_joint_simple(
             fresh, tuple(inputs), trace_joint=train, decompositions=table
         )
-        for node in joint.graph.nodes:  # of torch 2.7, whose partitioner cannot take them
-            if node.target is torch.ops.aten._assert_tensor_metadata.default:
-                joint.graph.erase_node(node)
-        count = len(inputs)
         mode = detect_fake_mode()
         if mode is not None and mode.shape_env is not None:
             tensorify_python_scalars(joint, mode.shape_env, mode)  # numbers that vary
-        places = _placeholders(joint)
         if not train:
-            code = generated(joint, [node.meta["val"] for node in places], is_backward=False)
-            return CompiledStep(code, _no_adjoint, differentiable)
-        assert len(places) == count + sum(differentiable)
+            return CompiledStep(code(joint), _no_adjoint, differentiable)
+        places, count = _placeholders(joint), len(inputs)
         values = [node.meta["val"] for node in places]
-        names = {node.name: i for i, node in enumerate(places[:count])}
         # Memory is slower than arithmetic; but random numbers must not be drawn again.
         tags = [getattr(node.target, "tags", ()) for node in joint.graph.nodes]
         draws = any(torch.Tag.nondeterministic_seeded in found for found in tags)
@@ -95,28 +94,16 @@ def compiled_step(graph: Any, inputs: Sequence[Any]) -> CompiledStep:
             forward, backward = min_cut_rematerialization_partition(
                 joint, (values[:count], values[count:]), num_fwd_outputs=len(examples)
             )
-        used = [names[node.name] for node in _placeholders(forward)]
-        (end,) = (node for node in forward.graph.nodes if node.op == "output")
-        end.meta["user_visible_output_idxs"] = list(range(len(examples)))
-        # The adjoint gets what is saved, then tangents.
-        needs, saved = _placeholders(backward), end.args[0][len(examples) :]
-        kept = {node.name: i for i, node in enumerate([*saved, *places[count:]])}
-        order = [kept[node.name] for node in needs]
-        context: Any = TracingContext.get()
-        context.fakify_first_call = True  # strides are symbols where sizes are
-        with context.report_output_strides() as strides:
-            run = generated(
-                forward, [n.meta["val"] for n in _placeholders(forward)], is_backward=False
-            )
-        given = [n.meta["val"] for n in needs]
-        for i, place in enumerate(order):
-            stride = strides[len(examples) + place] if strides and place < len(saved) else None
-            if stride is not None and _hints(given[i].stride()) != _hints(stride):
-                given[i] = given[i].as_strided(given[i].shape, stride)
-        run_backward = generated(backward, given, is_backward=True)
+        # Which inputs the code takes; and the adjoint, of what is saved and then tangents.
+        saved = _end(forward).args[0][len(examples) :]
+        used, needs = (
+            _numbers(places[:count], forward),
+            _numbers([*saved, *places[count:]], backward),
+        )
+        run, run_backward = code(forward), code(backward, is_backward=True)
     return CompiledStep(
         lambda inputs: run([inputs[i] for i in used]),
-        lambda inputs: run_backward([inputs[i] for i in order]),
+        lambda inputs: run_backward([inputs[i] for i in needs]),
         differentiable,
     )
 
@@ -142,12 +129,19 @@ def cause(error: Exception, code: Any) -> str:
     return said
 
 
+def _end(graph: Any) -> Any:
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    return output
+
+
 def _placeholders(graph: Any) -> list[Any]:
     return [node for node in graph.graph.nodes if node.op == "placeholder"]
 
 
-def _hints(sizes: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(s.node.hint if isinstance(s, torch.SymInt) else s for s in sizes)
+def _numbers(nodes: Sequence[Any], graph: Any) -> list[int]:
+    """Return which of the nodes a graph has as its inputs, which keep their names."""
+    numbers = {node.name: i for i, node in enumerate(nodes)}
+    return [numbers[node.name] for node in _placeholders(graph)]
 
 
 def _no_adjoint(_: Sequence[Any]) -> Sequence[Any]:

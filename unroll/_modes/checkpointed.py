@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from unroll._functional import map_tensors, preserved, tensors
 from unroll._look_ahead import Point
-from unroll._probes import graph
+from unroll._modes.adjoint import filled, leaves, recorded
+from unroll._probes import ends
 from unroll._random import random_state, replayed
 
 _PLACEHOLDER = torch.empty(0)
@@ -33,10 +34,79 @@ def checkpointed(
     def again(*given: Any) -> R:
         if not torch.is_grad_enabled():
             return function(*given)
-        run = _Run(function, module, also, given)
-        outputs = _Checkpoint.apply(run, *tensors(given))
-        result: R = filled(run.result, outputs)
-        return result
+        template, device = _emptied(given), next(module.parameters()).device
+        surroundings, found, result = _surroundings(module, also, device), list[Any](), list[R]()
+
+        def forward(inputs: Any, needed: Any) -> Any:
+            points = leaves(inputs, needed)
+            # The optimizer's step needs no graph here. D's gradients get theirs, as in the second
+            # run: without, other kernels round half precision otherwise.
+            first = function(*filled(template, points))
+            result.append(_emptied(first))
+            moved: set[int] = set()
+            if isinstance(first, Point):
+                constants = {id(t) for t in points if not t.requires_grad}
+                moved = {id(t) for t in tensors((first.parameters, first.optimizer_state))}
+                moved -= constants
+            flags = [
+                t.requires_grad or (id(t) in moved and t.is_floating_point())
+                for t in tensors(first)
+            ]
+            outputs = [t.detach() for t in tensors(first)]
+            # Not on a GPU: sums may come in another order there, which Adam's first steps amplify.
+            exact = device.type == "cpu"
+            pairs = zip(outputs, flags, strict=True)
+            found.extend(o.detach() if exact or not flag else None for o, flag in pairs)
+            return outputs, flags, inputs
+
+        def backward(saved: Any, tangents: Any, needed: Any) -> Any:
+            inputs = leaves(saved, needed)
+            with torch.enable_grad(), surroundings():
+                outputs = tensors(function(*filled(template, inputs)))
+            _check_repeated(found, outputs)
+            pairs = zip(outputs, tangents, strict=True)
+            seeded = [(o, g) for o, g in pairs if o.requires_grad and g is not None]
+            gradients = iter(
+                torch.autograd.grad(
+                    [o for o, _ in seeded],
+                    [i for i in inputs if i.requires_grad],
+                    [g for _, g in seeded],
+                    allow_unused=True,
+                )
+            )
+            return [next(gradients) if need else None for need in needed]
+
+        way_out = "Set checkpoint=False for this loss."
+        outputs = recorded("checkpoint", way_out, forward, backward, tensors(given))
+        return filled(result[0], outputs)  # type: ignore[no-any-return]
+
+    return again
+
+
+def _surroundings(
+    module: nn.Module, also: Sequence[object], device: torch.device
+) -> Callable[[], AbstractContextManager[None]]:
+    """Return a context in which random numbers and modes, of D and of torch, are those of now."""
+    state, training = random_state(device), [part.training for part in module.modules()]
+    # Such as a default device, which torch switches off while it runs a backward pass.
+    stack: Any = torch.overrides._get_current_function_mode_stack
+    modes, kind = stack(), device.type
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    cached = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with (
+            replayed(state, device),
+            preserved(module, also),
+            torch.autocast(kind, dtype, enabled, cached),
+            ExitStack() as contexts,
+        ):
+            for mode in modes:
+                contexts.enter_context(copy.copy(mode))
+            for part, trained in zip(module.modules(), training, strict=True):
+                part.training = trained
+            yield
 
     return again
 
@@ -52,22 +122,18 @@ def refuse_unrepeatable(
     state = random_state(device)
     inputs = leaves(tensors(given), [t.requires_grad for t in tensors(given)])
     results: list[list[Tensor]] = []
-    ends: list[dict[int, Tensor]] = []
     for _ in range(2):
         with replayed(state, device), preserved(module, also), torch.enable_grad():
             results.append(tensors(function(*filled(given, inputs))))
-        variables = [getattr(node, "variable", None) for node in graph(results[-1])]
-        ends.append({id(v): v for v in variables if v is not None})
-    _check_repeated(results[0], results[1])
-    known = {id(t) for t in inputs}
-    for name, leaf in ends[0].items():
-        if name in ends[1] and name not in known:
-            raise RuntimeError(
-                "checkpoint: the look-ahead uses a tensor that requires a gradient and is no part "
-                f"of the batch (shape {tuple(leaf.shape)}; in the objective or in project=), whose "
-                "gradient a recomputed step would lose. Pass it in the batch, detach it, or set "
-                "checkpoint=False."
-            )
+    _check_repeated(*results)
+    of_both = set(ends(results[0], ())) & set(ends(results[1], ()))
+    for leaf in of_both - set(inputs):
+        raise RuntimeError(
+            "checkpoint: the look-ahead uses a tensor that requires a gradient and is no part of "
+            f"the batch (shape {tuple(leaf.shape)}; in the objective or in project=), whose "
+            "gradient a recomputed step would lose. Pass it in the batch, detach it, or set "
+            "checkpoint=False."
+        )
 
 
 def _check_repeated(first: Sequence[Tensor | None], second: Sequence[Tensor]) -> None:
@@ -84,114 +150,5 @@ def _check_repeated(first: Sequence[Tensor | None], second: Sequence[Tensor]) ->
             )
 
 
-class _Run:
-    """What the second run needs besides tensors: random numbers, modes of D and of torch."""
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        module: nn.Module,
-        also: Sequence[object],
-        given: tuple[Any, ...],
-    ) -> None:
-        self.function, self.module, self.also = function, module, also
-        self.given = _emptied(given)
-        self.result: Any = None
-        self.found: list[Tensor | None] = []  # of the first run, what the second is compared with
-        self.device = next(module.parameters()).device
-        self.random_state = random_state(self.device)
-        self.training = [submodule.training for submodule in module.modules()]
-        # Such as a default device, which torch switches off while it runs a backward pass.
-        modes: Any = torch.overrides._get_current_function_mode_stack
-        self.modes = modes()
-        kind = self.device.type
-        self.autocast = (
-            kind,
-            torch.get_autocast_dtype(kind),
-            torch.is_autocast_enabled(kind),
-            torch.is_autocast_cache_enabled(),
-        )
-
-    def first(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
-        """Return the results, and which of them have a derivative.
-
-        The optimizer's step needs no graph here. D's gradients get theirs, as in the second run:
-        without, other kernels round half precision otherwise.
-        """
-        result = self.function(*filled(self.given, inputs))
-        self.result = _emptied(result)
-        found = tensors(result)
-        if not isinstance(result, Point):
-            return found, [t.requires_grad for t in found]
-        constants = {id(t) for t in inputs if not t.requires_grad}
-        moved = {id(t) for t in tensors((result.parameters, result.optimizer_state))} - constants
-        return found, [t.requires_grad or (id(t) in moved and t.is_floating_point()) for t in found]
-
-    def again(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Return the results with their graph."""
-        with (
-            torch.enable_grad(),
-            replayed(self.random_state, self.device),
-            preserved(self.module, self.also),
-            torch.autocast(*self.autocast),
-            ExitStack() as stack,
-        ):
-            for mode in self.modes:
-                stack.enter_context(copy.copy(mode))
-            for submodule, training in zip(self.module.modules(), self.training, strict=True):
-                submodule.training = training
-            return tensors(self.function(*filled(self.given, inputs)))
-
-
-class _Checkpoint(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: _Run, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.run = run
-        ctx.set_materialize_grads(False)  # a zero into an infinite slope would be NaN
-        ctx.save_for_backward(*inputs)
-        found, differentiable = run.first(leaves(inputs, ctx.needs_input_grad[1:]))
-        outputs = tuple(t.detach() for t in found)
-        # Elsewhere than on a CPU, sums may come in another order, which Adam's first steps amplify.
-        exact = run.device.type == "cpu"
-        pairs = list(zip(outputs, differentiable, strict=True))
-        run.found = [o.detach() if exact or not flag else None for o, flag in pairs]
-        ctx.mark_non_differentiable(*[o for o, flag in pairs if not flag])
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "checkpoint: f_K has first derivatives only, because its graph is not kept; "
-                "create_graph=True asked for more. Set checkpoint=False for this loss."
-            )
-        needed = ctx.needs_input_grad[1:]
-        inputs = leaves(ctx.saved_tensors, needed)
-        outputs = ctx.run.again(inputs)
-        _check_repeated(ctx.run.found, outputs)
-        pairs = zip(outputs, grads, strict=True)
-        seeded = [(o, g) for o, g in pairs if o.requires_grad and g is not None]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in seeded],
-                [i for i in inputs if i.requires_grad],
-                [g for _, g in seeded],
-                allow_unused=True,
-            )
-        )
-        return None, *(next(found) if need else None for need in needed)
-
-
-def leaves(values: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
-    """Return the same tensors without a history; ``needed`` says which require gradients."""
-    return [v.detach().requires_grad_(need) for v, need in zip(values, needed, strict=True)]
-
-
 def _emptied(value: Any) -> Any:
     return map_tensors(lambda _: _PLACEHOLDER, value)
-
-
-def filled(value: Any, with_: Sequence[Tensor]) -> Any:
-    """Return a value with these tensors in place of its own."""
-    iterator = iter(with_)
-    return map_tensors(lambda _: next(iterator), value)

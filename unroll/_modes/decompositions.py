@@ -115,8 +115,9 @@ COMPOSED: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._convolution_double_backward.default: convolution_twice,
     torch.ops.aten._weight_norm.default: weight_norm,
 }
-# Those whose code is slow.
-DECOMPOSITIONS = {
+# Those whose code is slow, and one that the partitioner of torch 2.7 cannot take.
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._assert_tensor_metadata.default: lambda *_, **__: None,
     torch.ops.aten.mm.default: product,
     torch.ops.aten.bmm.default: product,
     torch.ops.aten.addmm.default: product_and_bias,

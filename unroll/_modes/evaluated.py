@@ -6,17 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from unroll._functional import (
-    Functional,
-    FunctionalDiscriminator,
-    Pair,
-    map_tensors,
-    tensors,
-    views,
-)
+from unroll._functional import Functional, FunctionalDiscriminator, Pair, tensors, views
 from unroll._look_ahead import Point, Value
+from unroll._modes.adjoint import filled, leaves, recorded
 from unroll._objectives import Objective
 
 
@@ -28,40 +21,25 @@ def evaluated(discriminator: Functional, objective: Objective) -> Value:
     """
 
     def value(point: Point, pair: Pair) -> Tensor:
-        result: Tensor = _Evaluated.apply(discriminator, objective, point, pair, *tensors(pair))
-        return result
+        def forward(inputs: Any, needed: Any) -> Any:
+            points = leaves(inputs, needed)
+
+            def differentiated(d: FunctionalDiscriminator) -> Tensor:
+                f = objective.generator_loss(d, *views(filled(pair, points)))
+                torch.autograd.backward(f)  # autograd.grad refuses the reentrant form
+                return f
+
+            with torch.enable_grad():
+                f, _ = discriminator(differentiated, point.parameters, point.buffers)
+            found = [torch.zeros_like(t) if t.grad is None else t.grad for t in points]
+            return [f.detach()], [True], found
+
+        def backward(saved: Any, tangents: Any, needed: Any) -> Any:
+            (tangent,) = tangents
+            return [tangent * g if need else None for g, need in zip(saved, needed, strict=True)]
+
+        way_out = "Switch torch.utils.checkpoint off in D."
+        (f,) = recorded("discriminator", way_out, forward, backward, tensors(pair))
+        return f
 
     return value
-
-
-class _Evaluated(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        discriminator: Functional,
-        objective: Objective,
-        point: Point,
-        pair: Pair,
-        *inputs: Tensor,
-    ) -> Tensor:
-        needed = ctx.needs_input_grad[4:]
-        leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs, needed, strict=True)]
-        iterator = iter(leaves)
-        batch = map_tensors(lambda _: next(iterator), pair)
-
-        def differentiated(d: FunctionalDiscriminator) -> Tensor:
-            f = objective.generator_loss(d, *views(batch))
-            torch.autograd.backward(f)  # autograd.grad refuses the reentrant form
-            return f
-
-        with torch.enable_grad():
-            f, _ = discriminator(differentiated, point.parameters, point.buffers)
-        ctx.save_for_backward(*[torch.zeros_like(t) if t.grad is None else t.grad for t in leaves])
-        return f.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[4:]
-        found = zip(ctx.saved_tensors, needed, strict=True)
-        return None, None, None, None, *(grad * g if need else None for g, need in found)

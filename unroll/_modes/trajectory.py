@@ -1,4 +1,4 @@
-"""K steps as one function of autograd: the code of a step K times, and back by its adjoint."""
+"""K steps as one node of autograd: the code of a step K times, and back by its adjoint."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unroll._modes.adjoint import recorded
 from unroll._modes.backend import CompiledStep
 
 
@@ -17,15 +18,6 @@ class Entered(NamedTuple):
     code: CompiledStep
     inputs: Sequence[Any]
     found: Sequence[Any]  # outputs, then what is saved
-
-
-class Chain(NamedTuple):
-    """How steps hang together. A step finds its inputs in a pool, by number."""
-
-    code: CompiledStep
-    carried: Sequence[int]  # the output that becomes each of the first entries; negative: it stays
-    places: Sequence[Sequence[int]]  # of the inputs of each step, in the pool
-    every: bool  # whether the outputs of all steps are wanted, or the last ones
 
 
 def trajectory(
@@ -50,94 +42,73 @@ def trajectory(
         every: Whether the results of all steps are wanted.
     """
     code, inputs, found = entered
-    count, fixed = len(code.differentiable), len(leaves) - len(pairs[0])
+    first = [found]  # which backward must not hold
     source = {id(t): i for i, t in enumerate(leaves)}
-    output = {id(t): i for i, t in enumerate(found[:count])}
-    results = [output[id(t)] if id(t) in output else ~source[id(t)] for t in result]
-    carried = results[:-1]
+    output = {id(t): i for i, t in enumerate(found[: len(code.differentiable)])}
+    # The output that becomes each of the first leaves in the next step; negative: it stays.
+    *carried, loss = [output[id(t)] if id(t) in output else ~source[id(t)] for t in result]
     for i, (j, leaf) in enumerate(zip(carried, leaves, strict=False)):
         chained &= j == ~i if j < 0 else leaf.requires_grad or not code.differentiable[j]
-    if not chained:
-        pairs, carried = pairs[:1], []
+    pairs = pairs if chained else pairs[:1]
+    # The pool of all that steps read: what is carried on, settings, pairs, constants of the game.
+    constants = [t for t in inputs if id(t) not in source]
+    source |= {id(t): len(leaves) + i for i, t in enumerate(constants)}
+    width, count = len(pairs[0]), len(pairs)
+    fixed = len(leaves) - width
 
-    others = [t for t in inputs if id(t) not in source]  # constants of the game
-    pool, starts = [*own[:fixed], *others], dict[int, int]()
-    for pair in pairs:
-        if id(pair) not in starts:
-            starts[id(pair)] = len(pool)
-            pool += pair
-    other = iter(range(fixed, len(pool)))
-    places = [source[id(t)] if id(t) in source else ~next(other) for t in inputs]
-    each = {
-        key: [~i if i < 0 else i if i < fixed else i - fixed + start for i in places]
-        for key, start in starts.items()
-    }
-    chain = Chain(code, carried, [each[id(pair)] for pair in pairs], every)
-    steps: list[Sequence[Any]] = []
-    outputs = _Trajectory.apply(chain, found, steps, *pool)
-    points = [
-        [own[~i] if i < 0 else outputs[n + i] for i in results[:-1]]
-        for n in range(0, len(outputs), count)
-    ]
-    return points, [step[results[-1]] for step in steps]
+    def slot(i: int, k: int) -> int:
+        """Return where the pool has what is the ``i``-th of leaves and constants in step ``k``."""
+        return i if i < fixed else i + width * (k if i < len(leaves) else count - 1)
 
+    slots = [[slot(source[id(t)], k) for t in inputs] for k in range(count)]
+    flags, losses, like = code.differentiable, list[Tensor](), list[Tensor]()
 
-class _Trajectory(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, chain: Chain, first: Sequence[Any], steps: list[Sequence[Any]], *pool: Any
-    ) -> tuple[Tensor, ...]:
-        code, count = chain.code, len(chain.code.differentiable)
-        carry, rest, kept = pool[: len(chain.carried)], pool[len(chain.carried) :], list[Any]()
-        for k, places in enumerate(chain.places):
-            available = (*carry, *rest)
-            found = code.forward([available[i] for i in places]) if k else first
-            kept += found[count:]
-            steps.append(found[:count])
-            pairs = zip(chain.carried, carry, strict=True)
-            carry = tuple([old if i < 0 else found[i] for i, old in pairs])
-        wanted = steps if chain.every else steps[-1:]
-        flags = code.differentiable * len(wanted)
-        outputs = tuple(t for step in wanted for t in step)
-        # Not as attributes: an output that is saved, too, would keep its graph alive.
-        ctx.numbers = [None if isinstance(t, Tensor) else t for t in kept]
-        ctx.save_for_backward(*[t for t in kept if isinstance(t, Tensor)])
-        ctx.chain, ctx.like = chain, [t.detach() for t in steps[-1]]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(
-            *[t for t, flag in zip(outputs, flags, strict=True) if not flag]
+    def forward(pool: Any, needed: Any) -> Any:  # noqa: ARG001
+        carry, rest = pool[: len(carried)], pool[len(carried) :]
+        saved, outputs = list[Any](), list[Sequence[Tensor]]()
+        for of_step in slots:
+            readable = (*carry, *rest)
+            found = first.pop() if first else code.forward([readable[i] for i in of_step])
+            outputs.append(found[: len(flags)])
+            saved += found[len(flags) :]
+            losses.append(found[loss])
+            moved = zip(carried, carry, strict=False)
+            carry = tuple([t if i < 0 else found[i] for i, t in moved])
+        like.extend(t.detach() for t in outputs[-1])
+        wanted = outputs if every else outputs[-1:]
+        return [t for step in wanted for t in step], flags * len(wanted), saved
+
+    def backward(saved: Any, tangents: Any, needed: Any) -> Any:
+        size, outer = (
+            len(saved) // count,
+            [*[None] * (count * len(flags) - len(tangents)), *tangents],
         )
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "compile: f_K has first derivatives only, because compiled code has no others; "
-                "create_graph=True asked for more. Set compile=False for this loss."
-            )
-        chain: Chain = ctx.chain
-        saved, steps = iter(ctx.saved_tensors), len(chain.places)
-        kept = [next(saved) if n is None else n for n in ctx.numbers]
-        size, count = len(kept) // steps, len(ctx.like)
-        outer: list[Tensor | None] = [*grads]
-        if not chain.every:
-            outer = [*[None] * count * (steps - 1), *grads]
-        flagged = [i for i, flag in enumerate(chain.code.differentiable) if flag]
-        total: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
-        for k in reversed(range(steps)):
-            tangents = outer[k * count : (k + 1) * count]
-            if k < steps - 1:
-                for place, i in enumerate(chain.carried):
-                    if i >= 0:
-                        tangents[i], total[place] = _sum(tangents[i], total[place]), None
-            pairs = [(tangents[i], ctx.like[i]) for i in flagged]
-            dense = [torch.zeros_like(like) if t is None else t.contiguous() for t, like in pairs]
-            found = chain.code.adjoint([*kept[k * size : (k + 1) * size], *dense])
-            for place, gradient in zip(chain.places[k], found, strict=True):
+        total: list[Tensor | None] = [None] * len(needed)
+        for k in reversed(range(count)):
+            of_step = outer[k * len(flags) : (k + 1) * len(flags)]
+            if k < count - 1:
+                for i, j in enumerate(carried):
+                    if j >= 0:
+                        of_step[j], total[i] = _sum(of_step[j], total[i]), None
+            dense = [
+                torch.zeros_like(t) if tangent is None else tangent.contiguous()
+                for tangent, t, flag in zip(of_step, like, flags, strict=True)
+                if flag
+            ]
+            gradients = code.adjoint([*saved[k * size : (k + 1) * size], *dense])
+            for i, gradient in zip(slots[k], gradients, strict=True):
                 if gradient is not None:
-                    total[place] = _sum(total[place], gradient)
-        return None, None, None, *total
+                    total[i] = _sum(total[i], gradient)
+        return total
+
+    pool = [*own[:fixed], *(t for pair in pairs for t in pair), *constants]
+    way_out = "Set compile=False for this loss."
+    outputs = recorded("compile", way_out, forward, backward, pool)
+    points = [
+        [own[~i] if i < 0 else outputs[n + i] for i in carried]
+        for n in range(0, len(outputs), len(flags))
+    ]
+    return points, losses
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torchopt
@@ -43,10 +43,10 @@ class InnerOptimizer(Protocol):
         """Return theta_D^{k+1} and the next state; parameters without a gradient are skipped."""
         ...
 
-    def as_inputs(self, state: Any, settings: Any, varying: Collection[str]) -> tuple[Any, Any]:
-        """Return state and settings as inputs of compiled code, with their numbers as tensors.
+    def as_inputs(self, state: Any, settings: Any) -> tuple[Any, Any]:
+        """Return state and settings as inputs of compiled code.
 
-        Of the settings, only learning rates and those that are ``varying``; others are constants.
+        Numbers of the state and learning rates become tensors, which may change from step to step.
         """
         ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,7 +156,7 @@ class Grouped:
     def _refusal(self, text: str) -> ValueError:
         return ValueError(f"rule of {self._name}: must {text}")
 
-    def as_inputs(self, state: Any, settings: Any, varying: Collection[str]) -> tuple[Any, Any]:
+    def as_inputs(self, state: Any, settings: Any) -> tuple[Any, Any]:
         """Return both as they are: no compiled code gets them."""
         return state, settings
 

@@ -52,8 +52,8 @@ def adam(p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[Tensor, State]:
         v = torch.maximum(s["max_exp_avg_sq"], v) if s else v
         state["max_exp_avg_sq"] = v
     t = state["step"]
-    denominator = safe_sqrt(v) / (1 - beta2**t) ** 0.5 + h["eps"]
-    return p - lr / (1 - beta1**t) * m / denominator, state
+    denominator = safe_sqrt(v) / (1 - _power(beta2, t)) ** 0.5 + h["eps"]
+    return p - lr / (1 - _power(beta1, t)) * m / denominator, state
 
 
 def adamax(p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[Tensor, State]:
@@ -65,7 +65,7 @@ def adamax(p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[Tensor, State]:
     if "exp_inf" in s:
         u = torch.maximum(beta2 * s["exp_inf"], u)
     state = _counted(s, exp_avg=m, exp_inf=u)
-    return p - h["lr"] / (1 - beta1 ** state["step"]) * m / u, state
+    return p - h["lr"] / (1 - _power(beta1, state["step"])) * m / u, state
 
 
 def asgd(p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[Tensor, State]:
@@ -129,7 +129,7 @@ def rmsprop(p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[Tensor, State]:
         mean = state["grad_avg"] = _average(s.get("grad_avg"), g, alpha)
         v = v - mean * mean
     step = g / (safe_sqrt(v) + h["eps"])
-    if _on(h["momentum"]):
+    if h["momentum"] != 0:
         step = state["momentum_buffer"] = step + h["momentum"] * s.get("momentum_buffer", 0.0)
     return p - h["lr"] * step, state
 
@@ -150,7 +150,7 @@ def sgd(p: Tensor, g: Tensor, s: State, h: Hyper) -> tuple[Tensor, State]:
     """Stochastic gradient descent with momentum, dampening, Nesterov's form and weight decay."""
     momentum, state = h["momentum"], s
     g = _descent(p, g, h)
-    if _on(momentum):
+    if momentum != 0:
         last = s.get("momentum_buffer")
         buffer = g if last is None else momentum * last + (1 - h["dampening"]) * g
         state = {"momentum_buffer": buffer}
@@ -179,18 +179,20 @@ def _descent(p: Tensor, g: Tensor, h: Hyper) -> Tensor:
     """Return the gradient to descend, with that of weight decay where it is a penalty (L2)."""
     g = -g if h["maximize"] else g
     weight_decay = 0.0 if h.get("decoupled_weight_decay") else h.get("weight_decay", 0.0)
-    return g + weight_decay * p if _on(weight_decay) else g
+    return g + weight_decay * p if weight_decay != 0 else g
 
 
 def _decayed(p: Tensor, h: Hyper) -> Tensor:
     """Return the parameter after decoupled weight decay."""
-    decoupled = h["decoupled_weight_decay"] and _on(h["weight_decay"])
+    decoupled = h["decoupled_weight_decay"] and h["weight_decay"] != 0
     return p * (1 - h["lr"] * h["weight_decay"]) if decoupled else p
 
 
-def _on(setting: Any) -> bool:
-    """Return whether a setting is not zero, which compiled code cannot ask an input."""
-    return (torch.compiler.is_compiling() and isinstance(setting, Tensor)) or bool(setting)
+def _power(base: Any, exponent: Any) -> Any:
+    """Return a power. Of a number that varies, torch.compile cannot take it to that of a tensor."""
+    if isinstance(exponent, Tensor):
+        base = base * torch.ones_like(exponent)
+    return base**exponent
 
 
 def _average(last: Tensor | None, new: Tensor, beta: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -37,12 +37,12 @@ class Several:
             new_state.append(following)
         return moved, new_state
 
-    def as_inputs(self, state: Any, settings: Any, varying: Collection[str]) -> tuple[Any, Any]:
+    def as_inputs(self, state: Any, settings: Any) -> tuple[Any, Any]:
         """Return both with their numbers as tensors, where all of it is compiled."""
         if not self.traceable:
             return state, settings
         triples = zip(self._inner, state, settings, strict=True)
-        pairs = [one.as_inputs(own, h, varying) for one, own, h in triples]
+        pairs = [one.as_inputs(own, h) for one, own, h in triples]
         return [own for own, _ in pairs], [h for _, h in pairs]
 
     def export(self, state: Any) -> list[Any]:

@@ -127,10 +127,8 @@ class TorchOptim:
             new_state.append(bucket)
         return moved, new_state
 
-    def as_inputs(
-        self, state: list[Bucket], settings: Any, varying: Collection[str]
-    ) -> tuple[list[Bucket], Any]:
-        """Return state and settings, what changes from step to step or call to call as tensors."""
+    def as_inputs(self, state: list[Bucket], settings: Any) -> tuple[list[Bucket], Any]:
+        """Return state and settings, the numbers of a state and learning rates as tensors."""
         if not self.traceable:
             return state, settings
         buckets = [
@@ -138,8 +136,7 @@ class TorchOptim:
             for b in state
         ]
         return buckets, [
-            {k: _input(v) if k in varying else _matrix(v) if k == "lr" else v for k, v in h.items()}
-            for h in settings
+            {k: _matrix(v) if k == "lr" else v for k, v in h.items()} for h in settings
         ]
 
     def export(self, state: list[Bucket]) -> dict[str, dict[str, Any]]:
@@ -177,13 +174,6 @@ def _matrix(value: Any) -> Tensor:
     """Return a 1x1 tensor: torch.compile takes the value of a 0-d one for a constant at first."""
     given = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     return given.reshape(1, 1)
-
-
-def _input(value: Any) -> Any:
-    """Return floats as tensors, but zeros, which switch parts of a rule off."""
-    if isinstance(value, tuple):
-        return tuple(map(_input, value))
-    return _matrix(value) if isinstance(value, float) and value else value
 
 
 def _live(key: str, value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dis import get_instructions
 from functools import cache, partial
 from types import CellType, CodeType, FunctionType, MethodType
@@ -122,7 +122,7 @@ class Transformation:
             cell.cell_contents = value
         return before
 
-    def as_inputs(self, state: Any, settings: Any, varying: Collection[str]) -> tuple[Any, Any]:
+    def as_inputs(self, state: Any, settings: Any) -> tuple[Any, Any]:
         """Return both as they are: they consist of tensors."""
         return state, settings
 
