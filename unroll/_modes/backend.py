@@ -36,7 +36,7 @@ class CompiledStep(NamedTuple):
     """A step as two functions of flat lists."""
 
     forward: Callable[[list[Any]], Sequence[Any]]  # of inputs; outputs, then what is saved
-    adjoint: Callable[[list[Any]], Sequence[Any]]  # of what is saved, then a tangent per output
+    adjoint: Any  # of what is saved, then a tangent per output; none where no input has a gradient
     differentiable: tuple[bool, ...]  # outputs that have tangents
 
 
@@ -84,7 +84,7 @@ def compiled_step(graph: Any, inputs: Sequence[Any]) -> CompiledStep:
         if mode is not None and mode.shape_env is not None:
             tensorify_python_scalars(joint, mode.shape_env, mode)  # numbers that vary
         if not train:
-            return CompiledStep(code(joint), _no_adjoint, differentiable)
+            return CompiledStep(code(joint), None, differentiable)
         places, count = _placeholders(joint), len(inputs)
         values = [node.meta["val"] for node in places]
         # Memory is slower than arithmetic; but random numbers must not be drawn again.
@@ -96,10 +96,8 @@ def compiled_step(graph: Any, inputs: Sequence[Any]) -> CompiledStep:
             )
         # Which inputs the code takes; and the adjoint, of what is saved and then tangents.
         saved = _end(forward).args[0][len(examples) :]
-        used, needs = (
-            _numbers(places[:count], forward),
-            _numbers([*saved, *places[count:]], backward),
-        )
+        used = _numbers(places[:count], forward)
+        needs = _numbers([*saved, *places[count:]], backward)
         run, run_backward = code(forward), code(backward, is_backward=True)
     return CompiledStep(
         lambda inputs: run([inputs[i] for i in used]),
@@ -142,10 +140,6 @@ def _numbers(nodes: Sequence[Any], graph: Any) -> list[int]:
     """Return which of the nodes a graph has as its inputs, which keep their names."""
     numbers = {node.name: i for i, node in enumerate(nodes)}
     return [numbers[node.name] for node in _placeholders(graph)]
-
-
-def _no_adjoint(_: Sequence[Any]) -> Sequence[Any]:
-    raise AssertionError("nothing here has a derivative")
 
 
 def out_of_penalty(buffer: Tensor) -> Tensor:
