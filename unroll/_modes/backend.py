@@ -25,6 +25,7 @@ _TERMS = {  # names in what is traced, and what the user calls it
     "carried[1]": "discriminator.buffers",
     "carried[2]": "optimizer.state",
 }
+_DIFFERENTIATING = "torch.autograd.grad", "torch/autograd/__init__.py", "requires_grad_"
 _LINE = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 _NOT_THEIRS = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 # Random numbers are those of the eager step; convolutions keep their layout, which saves half of
@@ -115,7 +116,7 @@ def cause(error: Exception, code: Any) -> str:
     if "RecompileLimit" in type(error).__name__ and failures:
         text = "this changes from call to call: " + failures[-1].partition("#")[0]
     reason = f"{type(error).__name__}: {text.partition(' Explanation: ')[0][:200]}"
-    if any(name in text for name in ("torch.autograd.grad", "requires_grad_()")):
+    if any(name in text for name in _DIFFERENTIATING):
         reason = (
             "it cannot follow a gradient that D or the objective takes itself; for a penalty use "
             "unroll.R1, R2 or GradientPenalty, otherwise torch.func.grad"
