@@ -25,6 +25,7 @@ _TERMS = {  # names in what is traced, and what the user calls it
     "carried[1]": "discriminator.buffers",
     "carried[2]": "optimizer.state",
 }
+_DIFFERENTIATING = "torch.autograd.grad", "torch/autograd/__init__.py", "requires_grad_"
 _LINE = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 _NOT_THEIRS = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
 # Random numbers are those of the eager step; convolutions keep their layout, which saves half of
@@ -36,7 +37,7 @@ class CompiledStep(NamedTuple):
     """A step as two functions of flat lists."""
 
     forward: Callable[[list[Any]], Sequence[Any]]  # of inputs; outputs, then what is saved
-    adjoint: Callable[[list[Any]], Sequence[Any]]  # of what is saved, then a tangent per output
+    adjoint: Any  # of what is saved, then a tangent per output; none where no input has a gradient
     differentiable: tuple[bool, ...]  # outputs that have tangents
 
 
@@ -84,7 +85,7 @@ def compiled_step(graph: Any, inputs: Sequence[Any]) -> CompiledStep:
         if mode is not None and mode.shape_env is not None:
             tensorify_python_scalars(joint, mode.shape_env, mode)  # numbers that vary
         if not train:
-            return CompiledStep(code(joint), _no_adjoint, differentiable)
+            return CompiledStep(code(joint), None, differentiable)
         places, count = _placeholders(joint), len(inputs)
         values = [node.meta["val"] for node in places]
         # Memory is slower than arithmetic; but random numbers must not be drawn again.
@@ -96,10 +97,8 @@ def compiled_step(graph: Any, inputs: Sequence[Any]) -> CompiledStep:
             )
         # Which inputs the code takes; and the adjoint, of what is saved and then tangents.
         saved = _end(forward).args[0][len(examples) :]
-        used, needs = (
-            _numbers(places[:count], forward),
-            _numbers([*saved, *places[count:]], backward),
-        )
+        used = _numbers(places[:count], forward)
+        needs = _numbers([*saved, *places[count:]], backward)
         run, run_backward = code(forward), code(backward, is_backward=True)
     return CompiledStep(
         lambda inputs: run([inputs[i] for i in used]),
@@ -117,7 +116,7 @@ def cause(error: Exception, code: Any) -> str:
     if "RecompileLimit" in type(error).__name__ and failures:
         text = "this changes from call to call: " + failures[-1].partition("#")[0]
     reason = f"{type(error).__name__}: {text.partition(' Explanation: ')[0][:200]}"
-    if any(name in text for name in ("torch.autograd.grad", "requires_grad_()")):
+    if any(name in text for name in _DIFFERENTIATING):
         reason = (
             "it cannot follow a gradient that D or the objective takes itself; for a penalty use "
             "unroll.R1, R2 or GradientPenalty, otherwise torch.func.grad"
@@ -142,10 +141,6 @@ def _numbers(nodes: Sequence[Any], graph: Any) -> list[int]:
     """Return which of the nodes a graph has as its inputs, which keep their names."""
     numbers = {node.name: i for i, node in enumerate(nodes)}
     return [numbers[node.name] for node in _placeholders(graph)]
-
-
-def _no_adjoint(_: Sequence[Any]) -> Sequence[Any]:
-    raise AssertionError("nothing here has a derivative")
 
 
 def out_of_penalty(buffer: Tensor) -> Tensor:

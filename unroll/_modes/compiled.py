@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import count, groupby
+from itertools import count, takewhile
 from types import FunctionType
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +20,7 @@ from unroll._look_ahead import Game, LookAhead, Point, Step, differentiate, leav
 from unroll._modes.adjoint import filled
 from unroll._modes.backend import cause, compiled_step
 from unroll._modes.comparison import compare
-from unroll._modes.traced import Carried, floats_of, traced_step
+from unroll._modes.traced import floats_of, traced_step
 from unroll._modes.trajectory import Entered, form, trajectory
 from unroll._penalties import summands
 from unroll._random import every_random_state, replayed, set_every_random_state
@@ -82,16 +82,12 @@ class Code:
         def ahead(
             point: Point, pairs: Sequence[Pair], settings: Any, *, every: bool = False
         ) -> tuple[list[Point], list[Tensor]]:
-            points, losses = [point], list[Tensor]()
             call = _Call(self, step, game, settings, every)
-            forms = {n: _form(pair) for n, pair in {id(pair): pair for pair in pairs}.items()}
-            for _, group in groupby(pairs, key=lambda pair: forms[id(pair)]):
-                run = list(group)
-                while run:
-                    found, lost = call.steps(points[-1], run)
-                    points = [*points, *found] if every else found
-                    losses += lost
-                    run = run[len(lost) :]
+            points, losses = [point], list[Tensor]()
+            while rest := pairs[len(losses) :]:
+                found, lost = call.steps(points[-1], rest)
+                points = [*points, *found] if every else found
+                losses += lost
             return points[1:] if every and losses else points, losses
 
         return ahead
@@ -124,42 +120,45 @@ class _Call(NamedTuple):
     settings: Any
     every: bool  # whether every point is wanted, or the last one
 
-    def steps(self, point: Point, run: Sequence[Pair]) -> tuple[list[Point], list[Tensor]]:
-        """Take one step or more on pairs of one form; return what :func:`look_ahead` does."""
+    def steps(self, point: Point, pairs: Sequence[Pair]) -> tuple[list[Point], list[Tensor]]:
+        """Take one step or more on the first of the pairs; return what :func:`look_ahead` does."""
         code, game, failure = self.code, self.game, None
         state, settings = game.optimizer.as_inputs(point.optimizer_state, self.settings)
         start = point._replace(optimizer_state=state)
-        if reached := self._reached(start, run[0], settings):
+        if reached := self._reached(start, pairs[0], settings):
             device = next(iter(point.parameters.values())).device
             before = every_random_state(device)
             try:
                 with _quiet():
-                    found = self._compiled(reached, start, run, settings)
+                    found = self._compiled(reached, start, pairs, settings)
                     if not code.compared:
 
                         def single(*given: Any) -> Point:
                             return self._compiled(reached, given[0], [given[1]], given[2])[0][0]
 
-                        given = _alike(game, start, run[0], settings)
+                        given = _alike(game, start, pairs[0], settings)
                         compare(single, self.step, given, before[0], device)
                 code.compared = code.serves = True
                 return found
             except Exception as error:  # a backend may raise anything; the eager step goes on
                 failure = error
                 set_every_random_state(before, device)
-        following = self.step(point, run[0], self.settings)  # an error of the user's passes through
+        # An error of the user's passes through here.
+        following = self.step(point, pairs[0], self.settings)
         if failure is not None:
             code.retreat(failure, game)
         return [following], [following.loss]
 
     def _compiled(
-        self, reached: tuple[str, ...], point: Point, run: Sequence[Pair], settings: Any
+        self, reached: tuple[str, ...], point: Point, pairs: Sequence[Pair], settings: Any
     ) -> tuple[list[Point], list[Tensor]]:
         """Take the steps that one piece of code serves, the first one at least."""
         code, game = self.code, self.game
         whole = code.whole and game.optimizer.traceable
-        start, pair, _ = _alike(game, point, run[0], settings)
-        carried, used = _carried(start, whole), settings if whole else None
+        bare = point if whole else point._replace(optimizer_state=None)
+        inputs = settings if whole else None
+        start, pair, used = _alike(game, bare, pairs[0], inputs)
+        carried = start[:3]
         # Hooks that D gets later are part of it, too.
         options = {"skip_nnmodule_hook_guards": False, "automatic_dynamic_shapes": code.lengths}
         with stance("default"), torch._dynamo.config.patch(options):
@@ -168,13 +167,14 @@ class _Call(NamedTuple):
         entered, code.entered = code.entered, None
         if entered is None:
             raise RuntimeError("torch.compile is switched off")
+        chained = whole and form(result) == form(carried)
         found, losses = trajectory(
             entered,
             tensors((carried, used, pair)),
-            tensors((_carried(point, whole), used, run[0])),
+            tensors((bare[:3], inputs, pairs[0])),
             [*tensors(result), loss],
-            [tensors(pair) for pair in run],
-            chained=whole and form(result) == form(carried),
+            [tensors(pair) for pair in (_of_one_form(pairs) if chained else pairs[:1])],
+            chained=chained,
             every=self.every,
         )
         points = []
@@ -266,16 +266,17 @@ def _alike(game: Game, point: Point, pair: Pair, settings: Any) -> tuple[Point, 
     return Point(theta, buffers, state, point.loss), pair, settings
 
 
-def _carried(point: Point, whole: bool) -> Carried:
-    state = point.optimizer_state if whole else None
-    return dict(point.parameters), dict(point.buffers), state
+def _of_one_form(pairs: Sequence[Pair]) -> list[Pair]:
+    """Return the pairs up to the first that the code of the first one does not serve."""
 
+    def form_of(pair: Pair) -> Hashable:
+        """Return the form, and which tensors are the same ones or require a gradient."""
+        found = tensors(pair)
+        numbers = {id(t): i for i, t in enumerate(found)}
+        return form(pair), *((numbers[id(t)], t.requires_grad) for t in found)
 
-def _form(pair: Pair) -> Hashable:
-    """Return the form of a pair, and which of its tensors are the same or require a gradient."""
-    found = tensors(pair)
-    numbers = {id(t): i for i, t in enumerate(found)}
-    return form(pair), *((numbers[id(t)], t.requires_grad) for t in found)
+    first, wanted = pairs[0], form_of(pairs[0])
+    return [*takewhile(lambda pair: pair is first or form_of(pair) == wanted, pairs)]
 
 
 def _size(state: Any) -> int:

@@ -79,10 +79,8 @@ def trajectory(
         return [t for step in wanted for t in step], flags * len(wanted), saved
 
     def backward(saved: Any, tangents: Any, needed: Any) -> Any:
-        size, outer = (
-            len(saved) // count,
-            [*[None] * (count * len(flags) - len(tangents)), *tangents],
-        )
+        size = len(saved) // count
+        outer = [*[None] * (count * len(flags) - len(tangents)), *tangents]
         total: list[Tensor | None] = [None] * len(needed)
         for k in reversed(range(count)):
             of_step = outer[k * len(flags) : (k + 1) * len(flags)]
