@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import unroll
 from tests.games import OBJECTIVES, Squared, normalised_discriminator
 from tests.players import OPTIMIZERS, batches, fakes, small, tanh_net, train
-from tests.settings import DEVICE, randn
+from tests.settings import DEVICE, OLDEST, randn
 from tests.snapshot import changes, snapshot
 from tests.test_state import Lazy
 from tests.zoo import ZOO
@@ -447,7 +447,8 @@ def test_code_that_cannot_be_traced() -> None:
 
 def test_a_derivative_that_only_the_eager_step_has() -> None:
     d = nn.Sequential(nn.Linear(4, 1), Cubed())
-    falls_back(d.to(DEVICE, torch.float64), "result is off by")
+    # Torch 2.7 cannot trace it at all.
+    falls_back(d.to(DEVICE, torch.float64), "uncompiled" if OLDEST else "result is off by")
 
 
 def test_random_numbers_in_another_order() -> None:
