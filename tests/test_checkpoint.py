@@ -498,3 +498,26 @@ def test_a_mean_that_would_lose_a_gradient_when_it_is_recomputed_is_refused() ->
     )
     with pytest.raises(RuntimeError, match="whose gradient a recomputed step would lose"):
         loss(fakes(), randn(5, 3))
+
+
+class Reversing(nn.Module):
+    """A gradient reversal whose size depends on how often it has run."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        size = self.calls / 10
+        x = x * 1.0
+        x.register_hook(lambda g: -size * g)
+        return x
+
+
+def test_state_that_a_backward_pass_alone_reads_is_refused() -> None:
+    first = nn.Linear(4, 6)
+    d = nn.Sequential(first, Reversing(), nn.Tanh(), nn.Linear(6, 1)).to(DEVICE, torch.float64)
+    ((fake, real),) = batches(1)
+    optimizer = torch.optim.SGD(d.parameters(), lr=0.3)
+    loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2, checkpoint=True)
+    with pytest.raises(RuntimeError, match=r"^checkpoint: a look-ahead step must give the same"):
+        loss(fake.requires_grad_(), real)

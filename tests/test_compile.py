@@ -984,3 +984,17 @@ def test_another_form_of_batch_may_reach_other_parameters() -> None:
             batch = ((x, y), (real, y)) if labelled else (x, real)
             found.append(loss(*batch))
         torch.testing.assert_close(*found, rtol=1e-10, atol=0)
+
+
+def test_max_pooling_is_compiled() -> None:
+    layers = (nn.Conv2d(1, 4, 3, padding=1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 1))
+    d = nn.Sequential(*layers).to(DEVICE, torch.float64)
+    optimizer = torch.optim.SGD(d.parameters(), lr=0.1)
+    fake, real = leaf(randn(4, 1, 4, 4)), randn(4, 1, 4, 4)
+    found, modes = [], list[dict[str, Any]](({}, {"compile": True}))
+    for options in modes:
+        loss = UnrolledGeneratorLoss(d, optimizer, unroll_steps=2, **options)
+        (gradient,) = torch.autograd.grad(loss(fake, real), fake)
+        found.append(gradient)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+    assert compilations

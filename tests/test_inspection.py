@@ -341,3 +341,18 @@ def test_a_parameter_of_both_players_is_warned_of_once(k: int, options: dict[str
         return torch.autograd.grad(value, shared)[0]
 
     assert torch.equal(gradient(d, warned=True), gradient(alike, warned=False))
+
+
+@pytest.mark.parametrize("options", [{}, {"stop_gradient": True}])
+def test_a_generator_loss_of_another_d_is_warned_of(options: dict[str, Any]) -> None:
+    d = tanh_net()
+    average = copy.deepcopy(d)
+
+    class Averaged(unroll.NonSaturating):
+        def generator_loss(self, discriminator: Any, fake: Any, real: Any) -> Tensor:
+            return super().generator_loss(average, fake, real)
+
+    optimizer = torch.optim.SGD(d.parameters(), lr=0.3)
+    loss = UnrolledGeneratorLoss(d, optimizer, Averaged(), unroll_steps=2, **options)
+    with pytest.warns(UserWarning, match=r"^objective: generator_loss does not depend on the dis"):
+        loss(fakes(), randn(5, 3))

@@ -43,6 +43,11 @@ DETACHED_FAKES = (
     "second term of Eq. 12 is zero. Use `fake` as it is given, or say stop_gradient=True if the "
     "first term alone is meant."
 )
+ANOTHER_D = (
+    "objective: generator_loss does not depend on the discriminator that it is given (does it call "
+    "a copy of D, such as an average of its weights?), so looking ahead changes nothing. Call the "
+    "`discriminator` argument."
+)
 SHARED = (
     "fake, real: made with the parameter {!r} of the discriminator, which the generator uses, too. "
     "D's parameters are constants in its loss: the gradient comes through the batch alone and "
@@ -86,7 +91,11 @@ class Inspection:
                 if self.checkpoint and self.average:
                     refuse_unrepeatable(value, *self.parts, (following, batch))
             if graph:
-                inspect_value(self.parts[0], value, following, batch)
+                ahead = leaves(map_tensors(Tensor.detach, following.parameters), game.moving)
+                following = following._replace(parameters=ahead)
+                f = inspect_value(self.parts[0], value, following, batch)
+                if set(ahead.values()).isdisjoint(ends([f], tensors(batch))):
+                    warn(ANOTHER_D)
             for player in (d_loss, partial(value, point, batch)):
                 _refuse_use_of(read_elsewhere(d, game.moving, player))
         self.searched[d.layers, game.moving, graph] = False
@@ -158,14 +167,15 @@ def refuse_changed(discriminator: Functional, theta: Mapping[str, Tensor]) -> No
             raise RuntimeError(MUTATION.format(name))
 
 
-def inspect_value(module: nn.Module, value: Value, point: Point, pair: Pair) -> None:
-    """Refuse an f that D's real parameters reach, now or in backward; warn if G uses one, too."""
+def inspect_value(module: nn.Module, value: Value, point: Point, pair: Pair) -> Tensor:
+    """Return f; refuse it if D's real parameters reach it, warn if the generator uses one, too."""
     f = value(point, pair)
     reached = tensors((pair, point))
     if shared := _own_parameter(module, tensors(pair), ()):
         warn(SHARED.format(shared))
     _refuse_reentrant_checkpoints(f, reached)
     _refuse_use_of(_own_parameter(module, [f], reached))
+    return f
 
 
 def _refuse_unregistered(game: Game, loss: Tensor, until: Iterable[Tensor]) -> None:

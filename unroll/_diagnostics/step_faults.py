@@ -22,6 +22,7 @@ REMEDY = "Train D by loss.discriminator_loss(fake, real), or pass the objective 
 CLIPS = (
     "the loop clips the gradients by {0}, to {1:.4g}: pass transform_gradients=unroll.{2}({1:.4g})."
 )
+DRAWN = " Random numbers are drawn, which may be all: draw noise outside, for `step`."
 ROUNDED = "D's gradients are round-off or not finite here (is D too sure? too coarse?)."
 UNLIKE = (
     "two look-ahead steps from one random state differ: D or the objective keeps state where it is "
@@ -129,17 +130,17 @@ def _explained(call: Call, scales: Scales) -> tuple[list[str], bool]:
     if call.early:
         return words + named(early=call.early), True
     if game := "".join(call.sigmoid) or next(_explanations(call, scales), ""):
-        return [*words, game], True
-    alone = [n for n in call.off if not call.ours[n].any()]
+        flips = call.drew and "swapped" in game  # of labels, at random perhaps
+        return [*words, game + DRAWN * flips], not flips
+    alone = [n for n in call.off if n in call.untaken]
     still = [n for n in call.off if not call.real[n].any()]
     words += named(alone=[*call.outside, *alone], still=still)
     certain = bool(words) or not call.drew
     if others := set(call.off).difference(alone, still):
-        drawn = " Random numbers are drawn, which may be all: draw noise outside, for `step`."
         words.append(
             "D's loss in `step` is another than the objective's: the gradients differ by "
             f"{call.error:.1%}, in {listed(others)} (a penalty, other labels, other samples than "
-            f"it is given, D in another mode?). {REMEDY}{drawn * call.drew}"
+            f"it is given, D in another mode?). {REMEDY}{DRAWN * call.drew}"
         )
     return words, certain
 

@@ -164,6 +164,7 @@ class Call:
     def _compare_gradients(self, ahead: Numbers, nudged: Sequence[Numbers]) -> None:
         none = {n: torch.zeros_like(p) for n, p in self.held.items()}
         self.ours, *others = ({n: g.get(n, z) for n, z in none.items()} for g in (ahead, *nudged))
+        self.untaken = none.keys() - ahead.keys()  # no steps of the look-ahead
         self.real = none | double(self.reached)
         self.size, self.error = norm(self.ours), relative(self.ours, self.real)
         # The largest of several: one nudge may leave a sum of a few numbers as it is.

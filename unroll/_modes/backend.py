@@ -50,6 +50,7 @@ def generated(graph: Any, inputs: Sequence[Any], *, is_backward: bool) -> Any:
 
 def compiled_step(graph: Any, inputs: Sequence[Any]) -> CompiledStep:
     """Return what Dynamo has captured as compiled code, with its adjoint where that is needed."""
+    import torch._inductor.lowering  # max pooling's decomposition uses it without importing it
     from torch._functorch import config as functorch
     from torch._functorch.aot_autograd import aot_export_joint_simple
     from torch._functorch.partitioners import min_cut_rematerialization_partition

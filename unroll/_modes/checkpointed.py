@@ -121,11 +121,17 @@ def refuse_unrepeatable(
     device = next(module.parameters()).device
     state = random_state(device)
     inputs = leaves(tensors(given), [t.requires_grad for t in tensors(given)])
+    wanted = [t for t in inputs if t.requires_grad]
+    how: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     results: list[list[Tensor]] = []
-    for _ in range(2):
-        with replayed(state, device), preserved(module, also), torch.enable_grad():
-            results.append(tensors(function(*filled(given, inputs))))
-    _check_repeated(*results)
+    slopes: list[Sequence[Tensor]] = []  # which may depend on state that values do not show
+    with preserved(module, also):
+        for _ in range(2):  # one after the other, as steps are; what D counts, it counts on
+            with replayed(state, device), torch.enable_grad():
+                results.append(tensors(function(*filled(given, inputs))))
+                total = [t.sum() for t in results[-1] if t.requires_grad]
+                slopes.append(torch.autograd.grad(total, wanted, **how) if total else ())
+    _check_repeated([*results[0], *slopes[0]], [*results[1], *slopes[1]])
     of_both = set(ends(results[0], ())) & set(ends(results[1], ()))
     for leaf in of_both - set(inputs):
         raise RuntimeError(
