@@ -81,11 +81,13 @@ class Inspection:
 
             if self.stop_gradient or not graph:
                 loss, following = d_loss(), point
+                learns = loss.requires_grad  # the step itself refuses a loss without D
                 refuse_changed(d, theta)
                 _refuse_unregistered(game, loss, tensors(pair))
             else:
                 following = inspect_step(game, point, pair)
-                if self.checkpoint and following is not point:  # there were gradients
+                learns = following is not point  # there were gradients
+                if self.checkpoint and learns:
                     given = point, pair, game.optimizer.settings
                     refuse_unrepeatable(inner_step(game), *self.parts, given)
                 if self.checkpoint and self.average:
@@ -94,7 +96,7 @@ class Inspection:
                 ahead = leaves(map_tensors(Tensor.detach, following.parameters), game.moving)
                 following = following._replace(parameters=ahead)
                 f = inspect_value(self.parts[0], value, following, batch)
-                if set(ahead.values()).isdisjoint(ends([f], tensors(batch))):
+                if learns and set(ahead.values()).isdisjoint(ends([f], tensors(batch))):
                     warn(ANOTHER_D)
             for player in (d_loss, partial(value, point, batch)):
                 _refuse_use_of(read_elsewhere(d, game.moving, player))
