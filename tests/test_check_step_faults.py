@@ -475,35 +475,27 @@ def test_gradients_that_are_clipped_apart() -> None:
 
 
 def test_a_gradient_that_cancels_to_zero_is_no_parameter_of_another_optimizer() -> None:
-    """The objective's in the last bias cancels where no hinge is met."""
-    torch.manual_seed(0)
-    d = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1)).to(DEVICE, torch.float64)
-    optimizer = torch.optim.Adam(d.parameters(), lr=0.01)
-    loss = unroll.UnrolledGeneratorLoss(d, optimizer, unroll.Hinge(), unroll_steps=1)
+    """The objective's in the last bias cancels where every hinge is open."""
+    d = net().to(DEVICE)
+    loss = Loss(d, torch.optim.Adam(d.parameters(), 1e-3), unroll.Hinge(), unroll_steps=1)
 
-    def step(fake: Any, real: Any) -> None:
-        optimizer.zero_grad()
+    def decayed(d: nn.Module, fake: Tensor, real: Tensor) -> Tensor:
         decay = torch.stack([p.square().sum() for p in d.parameters()]).sum()
-        (loss.discriminator_loss(fake, real) + 0.01 * decay).backward()
-        optimizer.step()
+        return loss.discriminator_loss(fake, real) + 0.1 * decay
 
-    report = unroll.check_step(loss, step, 0.1 * randn(8, 2), 0.1 * randn(8, 2))
+    report = unroll.check_step(loss, looped(loss, value=decayed), 0.1 * batch(), 0.1 * batch())
     assert report.verdict == "wrong"
     assert not any("in the loop alone" in text for text in report.suspicions)
 
 
 def test_labels_that_are_flipped_at_random_are_not_called_swapped_for_certain() -> None:
-    torch.manual_seed(0)
-    d = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1)).to(DEVICE, torch.float64)
-    optimizer = torch.optim.Adam(d.parameters(), lr=0.01)
-    loss = unroll.UnrolledGeneratorLoss(d, optimizer, unroll.NonSaturating(), unroll_steps=1)
+    d = net().to(DEVICE)
+    loss = Loss(d, torch.optim.Adam(d.parameters(), 1e-3), unroll.NonSaturating(), unroll_steps=1)
 
-    def step(fake: Any, real: Any) -> None:
-        flipped = bool(torch.rand(()) < 1)  # always, but it draws
-        optimizer.zero_grad()
-        loss.discriminator_loss(*((real, fake) if flipped else (fake, real))).backward()
-        optimizer.step()
+    def flipped(_: nn.Module, fake: Tensor, real: Tensor) -> Tensor:
+        certain = bool(torch.rand(()) < 1)  # always, but it draws
+        return loss.discriminator_loss(*((real, fake) if certain else (fake, real)))
 
-    report = unroll.check_step(loss, step, randn(8, 2), randn(8, 2))
+    report = unroll.check_step(loss, looped(loss, value=flipped), batch(), batch() + 1)
     assert report.verdict == "inconclusive"
     assert any("Random numbers are drawn" in text for text in report.suspicions)

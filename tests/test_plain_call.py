@@ -153,6 +153,13 @@ def test_activation_checkpointing_in_d_is_right_without_steps(
         assert x.grad is not None
         found.append((value.detach(), x.grad))
         assert not changes(before, d, optimizer)
+    d.saves, x = True, leaf(fake)
+    message = r"^discriminator: f_K has first derivatives only.*Switch torch\.utils\.checkpoint off"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = loss(x, real)
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.grad(value, x, create_graph=True)
     for value, gradient in found[:2]:
         assert torch.equal(value, found[2][0])
         torch.testing.assert_close(gradient, found[2][1], rtol=1e-12, atol=1e-15)

@@ -16,8 +16,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, strided
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -28,8 +27,7 @@ R = TypeVar("R")
 Batch = Any
 Pair = tuple[Batch, Batch]  # (fake, real)
 LARGE = 1000  # entries: a forward pass fills small containers, a vocabulary would take long to copy
-# None of them refuses changes.
-CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
+CONTAINERS = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))  # changeable
 _FOLLOWED = CONTAINERS | {tuple}
 
 
@@ -38,8 +36,10 @@ def tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
-        value = list(value.values())
-    return [t for item in value for t in tensors(item)] if isinstance(value, (tuple, list)) else []
+        return [t for item in value.values() for t in tensors(item)]
+    if isinstance(value, (tuple, list)):
+        return [t for item in value for t in tensors(item)]
+    return []
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -70,7 +70,7 @@ def views(batch: Batch) -> Batch:
 def _view(t: Tensor) -> Tensor:
     if not t.requires_grad:
         return t.detach()
-    return t.view_as(t) if t.layout == torch.strided else t.clone()  # sparse ones have no views
+    return t.view_as(t) if t.layout == strided else t.clone()  # sparse ones have no views
 
 
 def _of_module(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,6 +24,8 @@ CLIPS = (
 )
 DRAWN = " Random numbers are drawn, which may be all: draw noise outside, for `step`."
 ROUNDED = "D's gradients are round-off or not finite here (is D too sure? too coarse?)."
+SWAPPED = "fake and real are swapped, in `step` or in the call."
+OPPOSITE = f"D's loss in `step` has the opposite sign (fake and real swapped?). {REMEDY}"
 UNLIKE = (
     "two look-ahead steps from one random state differ: D or the objective keeps state where it is "
     "not given back (an object of a class of your own, a closure), or draws from another generator "
@@ -130,7 +132,7 @@ def _explained(call: Call, scales: Scales) -> tuple[list[str], bool]:
     if call.early:
         return words + named(early=call.early), True
     if game := "".join(call.sigmoid) or next(_explanations(call, scales), ""):
-        flips = call.drew and "swapped" in game  # of labels, at random perhaps
+        flips = call.drew and game in (SWAPPED, OPPOSITE)  # of labels, at random perhaps
         return [*words, game + DRAWN * flips], not flips
     alone = [n for n in call.off if n in call.untaken]
     still = [n for n in call.off if not call.real[n].any()]
@@ -204,7 +206,7 @@ def _explanations(call: Call, scales: Scales) -> Iterator[str]:
     if float((ours.clamp(-cap, cap) - real).norm()) <= allowed:
         yield CLIPS.format("value", cap, "ClipGradValue")
     if fit(of(objective, call.pair[::-1])):
-        yield "fake and real are swapped, in `step` or in the call."
+        yield SWAPPED
     found = fit(ours, vector(call.left))
     if found and all(isclose(factor, 1, rel_tol=1e-2) for factor in found):
         yield "gradients accumulate: call the optimizer's zero_grad() in `step`, before backward."
@@ -258,7 +260,7 @@ def _explanations(call: Call, scales: Scales) -> Iterator[str]:
 def _scaled(ratio: float, scales: Scales, weight: float) -> str:
     """Return what multiplies the gradients: a weight, or a clip by their norm."""
     if ratio < 0:
-        return f"D's loss in `step` has the opposite sign (fake and real swapped?). {REMEDY}"
+        return OPPOSITE
     weighs = (
         f"D's loss in `step` is {ratio:.4g} times the objective's: divide it by that, or pass "
         f"weight={weight * ratio:.4g} to unroll.Criterion."

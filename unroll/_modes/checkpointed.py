@@ -144,7 +144,8 @@ def refuse_unrepeatable(
 
 def _check_repeated(first: Sequence[Tensor | None], second: Sequence[Tensor]) -> None:
     for a, b in zip(first, second, strict=True):
-        if a is None or a.layout != torch.strided or torch.equal(a, b):  # which is faster
+        # Sparse ones are D's constants, and torch cannot compare them. The first test is faster.
+        if a is None or a.layout != torch.strided or torch.equal(a, b):
             continue
         if not torch.allclose(a, b, equal_nan=True):
             raise RuntimeError(

@@ -55,10 +55,14 @@ def trajectory(
     source |= {id(t): len(leaves) + i for i, t in enumerate(constants)}
     width, count = len(pairs[0]), len(pairs)
     fixed = len(leaves) - width
+    keys = [tuple(map(id, pair)) for pair in pairs]
+    distinct = dict(zip(keys, pairs, strict=True))  # one for all steps, unless they are re-sampled
+    numbers = {key: number for number, key in enumerate(distinct)}
 
     def slot(i: int, k: int) -> int:
         """Return where the pool has what is the ``i``-th of leaves and constants in step ``k``."""
-        return i if i < fixed else i + width * (k if i < len(leaves) else count - 1)
+        before = numbers[keys[k]] if i < len(leaves) else len(distinct) - 1
+        return i if i < fixed else i + width * before
 
     slots = [[slot(source[id(t)], k) for t in inputs] for k in range(count)]
     flags, losses, like = code.differentiable, list[Tensor](), list[Tensor]()
@@ -99,7 +103,7 @@ def trajectory(
                     total[i] = _sum(total[i], gradient)
         return total
 
-    pool = [*own[:fixed], *(t for pair in pairs for t in pair), *constants]
+    pool = [*own[:fixed], *(t for pair in distinct.values() for t in pair), *constants]
     way_out = "Set compile=False for this loss."
     outputs = recorded("compile", way_out, forward, backward, pool)
     points = [
